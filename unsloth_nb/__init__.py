@@ -1,0 +1,30 @@
+"""Fine-tune language models from notebooks, with Unsloth."""
+__version__ = "0.0.1"
+
+import importlib
+
+_homes = dict(
+    spec='FinetuneJob EvaluateJob ExportJob SpecError ParamTable make_job preset presets settings',
+    engine='start_engine device_info versions',
+    events='make_events',
+    runs='Run start_run open_run list_runs',
+    data='Conversation Data DataError load_data',
+    formatting='Example Formatter FormatError make_examples',
+    planning='Plan make_plan',
+    loading='LoadedModel load_model',
+    training='TrainingError finetune',
+    inference='Chat chat generate stream',
+    evaluation='Comparison compare evaluate',
+    export='export_run',
+    jobs='run_job',
+)
+_home = {name:module for module,names in _homes.items() for name in names.split()}
+__all__ = sorted(_home)
+
+
+def __getattr__(name):
+    if name not in _home: raise AttributeError(f"module 'unsloth_nb' has no attribute {name!r}")
+    return getattr(importlib.import_module(f'unsloth_nb.{_home[name]}'), name)
+
+
+def __dir__(): return [*globals(), *__all__]
