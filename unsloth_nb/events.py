@@ -18,6 +18,19 @@ _last = dict(train=_w('Lopez Smith Khan Novak Tanaka Meyer Larsen Haddad Dubois 
 _place = dict(train=_w('Maple Harbour Oak Sunset River Central Cedar Victoria Castle Garden Willow Lakeside Mill Park Chestnut Station Orchard Bridge Meadow Crown Elm Forest Market Ocean Pine Queen Rose Silver Tower Union Valley Winter Abbey Beacon Canal Dover Eagle Fountain Granite Hazel Ivory Juniper Kings Laurel Marble North Olive Poplar Quarry Raven Summit Temple Upper Violet Western Yellow Amber Bishop Copper Diamond'),
     test=_w('Birch Compass Falcon Linden Heron Sapphire Thistle Wharf Saffron Magnolia Kestrel Lantern Pebble Tulip Crescent Foxglove'))
 
+# %% ../nbs/events.ipynb #44786b76
+_held_out = {w for d in (_first, _last, _place) for w in d['test']}
+_onset,_vowel,_coda = _w('b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh st t th tr v w y z'),_w('a e i o u ai ea ia oo'),['', '', 'l', 'n', 'r', 's', 'th', 'x', 'mb', 'nd', 'ck']
+
+def _coin(r):
+    "A word that does not exist"
+    w = ''.join(r.choice(_onset)+r.choice(_vowel) for _ in range(r.choice([1, 2, 2, 3])))+r.choice(_coda)
+    return _coin(r) if len(w) < 4 or w.title() in _held_out else w.title()
+
+def _word(r, words, split):
+    "One of the words; in training rows as often a coined one"
+    return _coin(r) if split == 'train' and r.random() < 0.5 else r.choice(words[split])
+
 # %% ../nbs/events.ipynb #13518e13
 _kinds = _w('Court Hall Café Library Clinic Street Hotel Gym Studio Theatre House Museum Lane Office Square Centre')
 _rooms = _w('Room Suite Studio Hall Office')
@@ -25,16 +38,17 @@ _what = ['dentist appointment', 'team meeting', 'piano lesson', 'lunch', 'dinner
 _days = _w('Monday Tuesday Wednesday Thursday Friday Saturday Sunday')
 _months = _w('January February March April May June July August September October November December')
 
-# %% ../nbs/events.ipynb #ac59b128
+# %% ../nbs/events.ipynb #49d66b9c
 def _who(r, split):
     "A person: first name, full name, or title and last name"
-    f,l = r.choice(_first[split]),r.choice(_last[split])
+    f,l = _word(r, _first, split),_word(r, _last, split)
     return r.choice([f, f'{f} {l}', f'{f} {l}', f'Dr {l}', f'Professor {l}'])
 
 def _where(r, split):
     "A place: named, a numbered room in one, or an address"
-    p,k = r.choice(_place[split]),r.choice(_kinds)
-    return r.choice([f'{p} {k}', f'{p} {k}', f'{p} {k}', f'{r.choice(_rooms)} {r.randint(1, 499)}, {p} {k}', f'{r.randint(1, 199)} {p} Street', f'Café {p}'])
+    p,k = _word(r, _place, split),r.choice(_kinds)
+    room = f'{r.choice(_rooms)} {r.randint(1, 499)}, {p} {k}'
+    return r.choice([f'{p} {k}', f'{p} {k}', f'{p} {k}', room, room, f'{r.randint(1, 199)} {p} Street', f'Café {p}'])
 
 def _date(r):
     "A date in one of five forms"

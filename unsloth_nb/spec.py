@@ -8,8 +8,8 @@ __all__ = ['LINEARS', 'JOBS', 'SpecError', 'nearest', 'param', 'Job', 'jobs_dir'
            'FinetuneJob', 'EvaluateJob', 'ExportJob', 'fields', 'ParamTable', 'parameters_cell', 'read_value',
            'read_params', 'make_job', 'Settings', 'settings']
 
-# %% ../nbs/spec.ipynb #bfca5219
-import ast,configparser,difflib,importlib.util,os,typing
+# %% ../nbs/spec.ipynb #7f9712e5
+import ast,configparser,difflib,importlib.util,os,re,typing
 from dataclasses import dataclass,field
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import platformdirs,yaml
 from fastcore.basics import patch
 from pydantic import BaseModel,ConfigDict,Field,ValidationError,model_validator
 
-# %% ../nbs/spec.ipynb #035f01fd
+# %% ../nbs/spec.ipynb #faf7afa9
 class SpecError(ValueError):
     "A job that cannot be run as written; the message names each parameter and the mend"
 
@@ -28,8 +28,9 @@ def nearest(
     options, # The names that exist
 )->str: # `"; did you mean …?"`, or a list of what exists
     "The end of an error message about an unknown name"
-    options = sorted(options)
+    options,plain = sorted(options),lambda s: re.sub(r'[-._ ]', '', s.lower())
     m = difflib.get_close_matches(name, options, n=1, cutoff=0.55)
+    m = [o for o in options if len(name) > 3 and plain(o).startswith(plain(name))][:1] or m
     return f"; did you mean {m[0]!r}?" if m else f"; known: {', '.join(options)}"
 
 # %% ../nbs/spec.ipynb #32ee8401
@@ -45,7 +46,7 @@ def param(
     kw = {'default_factory': lambda: list(default)} if isinstance(default, list) else {'default': default}
     return Field(description=help, json_schema_extra=dict(group=group, unit=unit, source=source), **kw, **bounds)
 
-# %% ../nbs/spec.ipynb #f753b77b
+# %% ../nbs/spec.ipynb #2aaf3343
 _words = {int:'a whole number', float:'a number', bool:'true or false', str:'text', list:'a list of names', type(None):'null'}
 
 def _parts(t):
@@ -55,11 +56,16 @@ def _parts(t):
     if typing.get_origin(t) is list: return [list]
     return [p for a in typing.get_args(t) for p in _parts(a)] or [t]
 
+def _bounds(t):
+    "Limits that stand inside a type, as in `Annotated[int, Field(ge=1)]|Literal['auto']`"
+    if typing.get_origin(t) is Annotated: return [m for a in typing.get_args(t)[1:] for m in a.metadata]
+    return [m for a in typing.get_args(t) if typing.get_origin(a) for m in _bounds(a)]
+
 def _expected(f)->str:
     "What field `f` accepts, in words"
     words = ' or '.join(p if isinstance(p, str) else _words[p] for p in _parts(f.annotation))
     sign = dict(ge='at least', gt='above', le='at most', lt='below')
-    lims = [f"{w} {getattr(m, k):g}" for m in f.metadata for k,w in sign.items() if getattr(m, k, None) is not None]
+    lims = [f"{w} {getattr(m, k):g}" for m in [*f.metadata, *_bounds(f.annotation)] for k,w in sign.items() if getattr(m, k, None) is not None]
     return words + (f" ({', '.join(lims)})" if lims else '')
 
 # %% ../nbs/spec.ipynb #95c0cbf0
@@ -131,7 +137,7 @@ class Preset:
     embedded:bool=False # Comes with this package: no Hub needed
     params:dict=field(default_factory=dict) # Job parameters that suit this model
 
-# %% ../nbs/spec.ipynb #15d0cb7e
+# %% ../nbs/spec.ipynb #b2b0f1fe
 @cache
 def presets()->dict[str,Preset]: # By short name
     "Every preset, read from `presets/*.yaml`"
@@ -139,7 +145,9 @@ def presets()->dict[str,Preset]: # By short name
     for f in sorted((jobs_dir()/'presets').glob('*.yaml')):
         fam = yaml.safe_load(f.read_text())
         common = {k:v for k,v in fam.items() if k != 'models'}
-        for name,m in fam['models'].items(): res[name] = Preset(name=name, **{**common, **m})
+        for name,m in fam['models'].items():
+            if name in res: raise SpecError(f"{f}: preset {name!r} exists already, in family {res[name].family}")
+            res[name] = Preset(name=name, **{**common, **m})
     return res
 
 def preset(name:str)->Preset:
@@ -215,10 +223,10 @@ class FormatParams(Job):
     loss_on:Literal['response','all'] = param('response', 'Tokens that count in the loss', _DATA)
     over_length:Literal['error','truncate','drop'] = param('error', 'What happens to rows longer than max_seq_length', _DATA)
 
-# %% ../nbs/spec.ipynb #d82ccd1d
+# %% ../nbs/spec.ipynb #0ff14565
 class TrainParams(Job):
     "The optimizer's side"
-    per_device_train_batch_size:int|_auto = param(2, 'Rows in one forward pass', _TRAIN, 'rows', _classic, ge=1, le=4096)
+    per_device_train_batch_size:Annotated[int, Field(ge=1, le=4096)]|_auto = param(2, 'Rows in one forward pass', _TRAIN, 'rows', _classic)
     gradient_accumulation_steps:int = param(4, 'Forward passes per optimizer step', _TRAIN, 'passes', _classic, ge=1, le=4096)
     max_steps:int|None = param(60, 'Optimizer steps; null: num_train_epochs decides', _TRAIN, 'steps', _classic, ge=1)
     num_train_epochs:float|None = param(None, 'Passes over the data, when max_steps is null', _TRAIN, 'epochs', gt=0, le=1000)
