@@ -1,0 +1,43 @@
+"One environment for every test, children included: no display, no Hub, runs in a temporary folder."
+import os,shutil,subprocess,sys,tempfile
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = Path(tempfile.mkdtemp(prefix='unsloth_nb_runs_'))
+# The cache stays where the user has it, so that the embedded model is converted once
+os.environ.update(UNSLOTH_NB_RUNS_DIR=str(RUNS), MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
+for k,v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0').items(): os.environ.setdefault(k, v)
+
+def has_cuda():
+    "Asks a child, so that collecting tests does not load torch here"
+    if not shutil.which('nvidia-smi'): return False
+    return subprocess.run([sys.executable, '-c', 'import torch,sys; sys.exit(not torch.cuda.is_available())'], capture_output=True).returncode == 0
+
+def pytest_collection_modifyitems(items):
+    gpu = [i for i in items if i.get_closest_marker('gpu')]
+    if gpu and not has_cuda():
+        for i in gpu: i.add_marker(pytest.mark.skip(reason='needs a CUDA GPU; there is none'))
+
+def pytest_unconfigure(): shutil.rmtree(RUNS, ignore_errors=True)
+
+@pytest.fixture
+def tree(tmp_path):
+    "A copy of the checkout as git sees it, to be written into"
+    names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for n in filter(None, names.split('\0')):
+        src,dst = ROOT/n,tmp_path/'tree'/n
+        if not src.exists(): continue
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(src, dst, follow_symlinks=False)
+    return tmp_path/'tree'
+
+@pytest.fixture
+def tool():
+    "Run a program of this environment; its output, or a failure that shows it"
+    def f(*args, cwd=ROOT):
+        exe = shutil.which(args[0], path=str(Path(sys.executable).parent)) or args[0]
+        r = subprocess.run([exe, *map(str, args[1:])], cwd=cwd, capture_output=True, text=True, timeout=600)
+        if r.returncode: pytest.fail(f"{' '.join(map(str, args))} ended with {r.returncode}\n{r.stdout}{r.stderr}", pytrace=False)
+        return r.stdout
+    return f

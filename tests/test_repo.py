@@ -1,0 +1,102 @@
+"What is generated is fresh, what is linked exists, and the package imports in no time."
+import json,re,subprocess,sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BOUND = 1.0 # [s] for `import unsloth_nb`; the aim is 0.3, the rest is for busy machines
+HEAVY = 'torch transformers unsloth trl peft datasets pandas matplotlib'.split()
+
+def same(a, b, pattern):
+    "Both folders hold the same files, byte for byte"
+    names = lambda d: {str(p.relative_to(d)) for p in d.rglob(pattern) if not any(o[0] in '.' for o in p.relative_to(d).parts)}
+    assert names(a) == names(b)
+    diff = [n for n in sorted(names(a)) if (a/n).read_bytes() != (b/n).read_bytes()]
+    assert not diff, f'not as generated: {diff}'
+
+def test_export(tree, tool):
+    "The modules are what the notebooks export"
+    for p in (tree/'unsloth_nb').glob('*.py'):
+        if p.name != '__init__.py': p.unlink()
+    tool('nbdev-export', cwd=tree)
+    same(ROOT/'unsloth_nb', tree/'unsloth_nb', '*.py')
+
+def test_clean(tree, tool):
+    "`nbdev-clean` finds nothing to strip"
+    tool('nbdev-clean', cwd=tree)
+    same(ROOT/'nbs', tree/'nbs', '*.ipynb')
+
+def test_parameters_tag(tree, tool):
+    "Cleaning keeps the tag by which papermill finds the parameters"
+    nb = json.loads((tree/'nbs'/'index.ipynb').read_text())
+    nb['cells'][1]['metadata'] = dict(tags=['parameters'], collapsed=True)
+    f = tree/'nbs'/'index.ipynb'
+    f.write_text(json.dumps(nb))
+    tool('nbdev-clean', '--fname', f, cwd=tree)
+    assert json.loads(f.read_text())['cells'][1]['metadata'] == dict(tags=['parameters'])
+
+def test_readme(tool):
+    "README.md is what the index notebook says"
+    tool(sys.executable, 'tools/readme.py', '--check')
+
+def test_readme_models():
+    "The index notebook was run after the last change of the presets"
+    from unsloth_nb.spec import presets
+    text = (ROOT/'README.md').read_text()
+    assert not [n for n in presets() if f'`{n}`' not in text]
+
+def test_lock(tool):
+    "The lock holds what pyproject.toml asks for, and nothing that it excludes"
+    assert 'fits' in tool(sys.executable, 'tools/lock.py', '--check')
+    cpu = tool(sys.executable, 'tools/lock.py', '--cpu')
+    assert re.search('^torch==', cpu, re.M) and not re.search('^(nvidia|cuda|triton|xformers)', cpu, re.M)
+
+def test_floors(tool):
+    "Imports go down the floors of the house, never up or across"
+    tool('lint-imports', '--no-cache')
+
+def test_docs(tree, tool):
+    "The site renders without a warning, and no link or anchor in it is broken"
+    out = tool(sys.executable, 'tools/docs.py', cwd=tree)
+    print(out)
+    assert ' 0 broken' in out
+    page = (tree/'_docs'/'runs.html').read_text()
+    assert 'id="new_run_dir"' in page and 'Make a new, empty run directory' in page
+
+def test_docs_links(tree):
+    "The link check sees what is broken"
+    sys.path.insert(0, str(ROOT/'tools'))
+    try: from docs import check_links
+    finally: sys.path.pop(0)
+    site = tree/'site'
+    site.mkdir()
+    (site/'a.html').write_text('<h2 id="x">X</h2><a href="#x"></a><a href="b.html#y"></a><a href="c.html"></a><a href="mailto:a@b"></a>')
+    (site/'b.html').write_text('<a href="a.html#x"></a>')
+    pages,n,bad = check_links(site)
+    assert (pages, n) == (2, 4) and len(bad) == 2 and 'no such anchor' in bad[0] and 'no such file' in bad[1]
+
+# Absolute folders of one machine, outside words, addresses and encoded pictures; and hosts of package registries
+PLACES = re.compile(r'(?<![\w.$~}*/+-])/(?:work|root|opt|home|Users)/')
+HOSTS = re.compile(r'\b(?:[\w-]+\.)*(?:pypi|pythonhosted|conda|anaconda|npmjs|crates)\.(?:org|com|io)\b|\bdownload\.pytorch\.')
+
+def test_no_machine():
+    "No file names a place on the machine where it was made, or the host of a package registry"
+    names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    bad = []
+    for n in filter(None, names.split('\0')):
+        if not (ROOT/n).is_file(): continue
+        try: lines = (ROOT/n).read_text().splitlines()
+        except UnicodeDecodeError: continue
+        bad += [f'{n}:{i}: {m[0]}' for i,l in enumerate(lines, 1) for m in [PLACES.search(l) or HOSTS.search(l) or (str(ROOT) in l and re.search(re.escape(str(ROOT)), l))] if m]
+    assert not bad, '\n'.join(bad)
+
+def test_import_time(record_property):
+    "`import unsloth_nb` is quick and loads nothing heavy"
+    code = f'import sys,time; t = time.perf_counter(); import unsloth_nb; t = time.perf_counter()-t; print(t, [m for m in {HEAVY} if m in sys.modules])'
+    times = []
+    for _ in range(5):
+        t,loaded = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(' ', 1)
+        assert loaded.strip() == '[]', loaded
+        times.append(float(t))
+    record_property('import_seconds', min(times))
+    print(f'import unsloth_nb: {min(times):.3f} s, best of 5')
+    assert min(times) < BOUND
