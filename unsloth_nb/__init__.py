@@ -8,14 +8,14 @@ _homes = dict(
     engine='start_engine device_info versions',
     events='make_events',
     runs='Run start_run open_run list_runs',
-    data='Conversation Data DataError load_data',
+    data='Conversation Data DataError held_out load_data',
     formatting='Example Formatter FormatError make_examples',
     planning='Plan make_plan',
     loading='LoadedModel load_model load_tokenizer',
-    training='TrainingError finetune',
+    training='TrainingError finetune train',
     inference='Chat chat generate load_run stream',
     evaluation='Comparison compare evaluate',
-    export='export_run',
+    export='export_run save_artifact',
     jobs='run_job',
 )
 _home = {name:module for module,names in _homes.items() for name in names.split()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'DataError', 'Conversation', 'detect_format', 'check_turns', 'to_conversation', 'find_source', 'read_rows',
-           'split_rows', 'fingerprint_rows', 'Data', 'load_data']
+           'split_rows', 'fingerprint_rows', 'Data', 'load_data', 'held_out']
 
 # %% ../nbs/data.ipynb #67abef4f
 import csv,difflib,hashlib,json,random
@@ -259,3 +259,17 @@ def load_data(job:FinetuneJob)->Data:
     seen = {_key(c) for c in train}
     counts = dict(rows=n, train=len(train), held_out=len(test), not_used=n-len(train)-len(test), duplicates_in_train=len(train)-len(seen), held_out_also_in_train=sum(_key(c) in seen for c in test))
     return Data(train, test, job.dataset, format, reason, counts, fingerprint_rows(train+test), job.dataset_revision)
+
+# %% ../nbs/data.ipynb #e8b9dc25
+def held_out(
+    job:FinetuneJob, # The job that trained
+    dataset:str|None=None, # Another dataset to score on; None: the job's own held-out rows
+    n:int|None=None, # How many rows; None: as many as the job held out
+)->list: # Conversations
+    "Rows to score a trained model on; of another dataset the first ones, in order"
+    n = n or job.test_size
+    if dataset in (None, 'events'): return load_data(job.replace(dataset=dataset or job.dataset, **(dict(test_size=n) if (dataset or job.dataset) == 'events' else {}))).test[:n]
+    other = job.replace(dataset=dataset, dataset_format='auto', dataset_revision=None)
+    rows = read_rows(other)[:n]
+    format,_ = detect_format({k for r in rows for k in r}, dataset)
+    return [to_conversation(r, format, i) for i,r in enumerate(rows)]

@@ -96,16 +96,17 @@ def __repr__(self:Comparison):
     for r in self.samples[:3]: lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
     return '\n'.join(lines)
 
-# %% ../nbs/evaluation.ipynb #d322cb44
+# %% ../nbs/evaluation.ipynb #972886d7
 def compare(
     model:LoadedModel, # Model with its trained adapter
     convs:list[Conversation], # Held-out rows
     run:Run|None=None, # Gets `samples.jsonl`
     base:tuple|None=None, # What `evaluate` said of the base model, when it was asked before training
+    sides=('base', 'tuned'), # Which to ask
     **kw, # As in `evaluate`
 )->Comparison:
     "Base and tuned model on the same rows"
-    sides = dict(base=base or evaluate(model, convs, tuned=False, **kw), tuned=evaluate(model, convs, **kw))
+    sides = {s:base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', **kw) for s in sides}
     rows = [dict(row=c.row, prompt=c.messages[-2]['content'], expected=c.messages[-1]['content'], **{s:a[i].text for s,(_,a) in sides.items() if a}) for i,c in enumerate(convs) if c.messages]
     res = Comparison({s:m for s,(m,_) in sides.items()}, rows)
     if run is not None and rows: run.save_samples(rows)
