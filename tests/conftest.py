@@ -6,7 +6,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(tempfile.mkdtemp(prefix='unsloth_nb_runs_'))
 # The cache stays where the user has it, so that the embedded model is converted once
-os.environ.update(UNSLOTH_NB_RUNS_DIR=str(RUNS), MPLBACKEND='Agg', HF_HUB_OFFLINE='1')
+TOKEN = 'hf_'+'NotARealToken'*2 # Must turn up in no file that a run writes
+os.environ.update(UNSLOTH_NB_RUNS_DIR=str(RUNS), MPLBACKEND='Agg', HF_HUB_OFFLINE='1', HF_TOKEN=TOKEN)
 for k,v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0').items(): os.environ.setdefault(k, v)
 
 def has_cuda():
@@ -41,3 +42,14 @@ def tool():
         if r.returncode: pytest.fail(f"{' '.join(map(str, args))} ended with {r.returncode}\n{r.stdout}{r.stderr}", pytrace=False)
         return r.stdout
     return f
+
+# The smallest honest run of the finetune job
+TINY = dict(max_steps=3, max_rows=24, test_size=4, max_seq_length=256, max_new_tokens=16, gradient_checkpointing=False, learning_rate=1e-3)
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+    "One finished finetune run, by our runner"
+    from unsloth_nb.jobs import run_job
+    run = run_job('finetune', runs_dir=tmp_path_factory.mktemp('runs'), show=False, **TINY)
+    assert run.status == 'finished', run.result
+    return run

@@ -8,28 +8,70 @@ __all__ = ['KEYS', 'SYSTEM', 'make_events']
 # %% ../nbs/events.ipynb #0f5be877
 import json,random,re
 
-# %% ../nbs/events.ipynb #370370a1
+# %% ../nbs/events.ipynb #65dc2020
 def _w(s): return s.split()
 
-_first = dict(train=_w('Maria John Aisha Pavel Keiko Lucas Ingrid Omar Chloe Daniel Priya Mateo Hannah Yusuf Elena Samuel Leila Victor Nadia Oscar Sofia Ben Amara Felix Greta Hugo Irene Jonas Katya Liam Mona Niklas Olga Peter Quinn Rosa Stefan Tara Umar Vera Walter Ximena Yara Zoe Adam Bianca Carlos Dora Emil Farah George Helena Ivan Julia Kofi Lena Marco Nina Otto Paula'),
+_first = dict(train=_w('''
+    Aaron Abigail Adam Adele Adrian Agnes Ahmed Aidan Aisha Alan Albert Alejandro Alex Alfred Ali Alice Alma Alvaro Amara Amelia Amir Ana Andrea Andres Andrew Angela Anita
+    Anna Annika Antonia Ari Ariel Arjun Arlo Arthur Asha Astrid Audrey Axel Barbara Beatrice Bella Ben Benedict Benjamin Bernadette Bernard Bianca Bjorn Blanca Boris Brenda
+    Brian Bridget Bruno Bryan Camille Carlos Caroline Cassandra Catherine Cecilia Cesar Charles Chiara Chloe Christian Cindy Claire Clara Claudia Colin Connor Corinne Craig
+    Cristina Curtis Cyril Dagmar Dalia Damian Daniel Danielle Darius David Deborah Denise Dennis Derek Diana Dmitri Dominic Donald Dora Doris Douglas Duncan Edith Eduardo
+    Edward Edwin Elaine Eleanor Elena Elias Elisa Ella Ellen Elliot Elsa Emil Emily Emma Enrique Eric Erica Ernest Esteban Esther Ethan Eugene Eva Evan Evelyn Fabian Farah
+    Fatima Felicia Felix Fernando Fiona Florence Francesca Francis Frank Frederick Gabriel Gabriela Gavin Gemma George Georgina Gerald Gilbert Giovanni Giulia Gloria Gordon
+    Grace Graciela Gregory Greta Guillermo Gustav Hannah Harold Harriet Haruki Hassan Hector Heidi Helena Henrik Henry Herbert Hilda Hiroshi Hugo Iago Ian Ibrahim Ines Ingrid
+    Irene Irina Iris Isaac Isabel Isabella Ivan Jack Jacob Jamal James Jan Jane Janet Jasmine Javier Jeremy Jerome Jesse Jessica Joan Joel Johanna John Jonas Jonathan Jorge
+    Jose Joseph Joshua Juan Judith Julia Juliet Justin Karim Karl Katarina Kate Kathleen Katya Keiko Keith Kenneth Kevin Kira Kofi Kristin Lars Laura Lauren Lawrence Leila
+    Lena Leo Leonard Leonie Leticia Liam Lina Linda Lorena Lorenzo Louis Louise Luca Lucas Lucia Lucy Luis Lydia Madeleine Magnus Malik Manuel Marcel Marco Margaret Margot
+    Maria Marie Marina Mario Marion Mark Marlon Marta Martha Martin Mary Mateo Mathilde Matilda Matthew Maurice Max Megan Mehmet Melissa Michael Miguel Mikhail Milan Mira
+    Miriam Mohammed Mona Monica Morgan Nadia Nancy Naomi Natalia Nathan Neil Nicolas Nicole Niklas Nikolai Nils Nina Noah Norman Nuria Olga Oliver Olivia Omar Orlando Oscar
+    Otto Owen Pablo Pamela Patricia Patrick Paula Pauline Pavel Pedro Penelope Peter Philip Pierre Priya Quinn Rachel Rafael Ralph Ramon Raul Raymond Rebecca Regina Renata
+    Ricardo Richard Rita Robert Robin Rodrigo Roger Roland Ronald Rosa Rosalind Rupert Ruth Ryan Sabrina Sally Samuel Sandra Santiago Sara Sebastian Selma Sergio Shirley
+    Silvia Simon Sofia Sonia Stefan Stella Stephen Susan Sven Sylvia Tamara Tara Tatiana Terence Teresa Thea Theresa Thiago Thomas Timothy Tina Tom Tracy Trevor Umar Ursula
+    Valeria Vanessa Vanya Vera Veronica Victor Viktor Vincent Viola Virginia Vivian Walter Wendy Wilhelm William Xavier Ximena Yara Yasmin Yuki Yuri Yusuf Yvonne Zara Zoe'''),
     test=_w('Nora Theo Wanda Rashid Freya Anton Mila Diego Sunniva Edgar Petra Caleb Ludmila Tobias Noemi Kwame'))
-_last = dict(train=_w('Lopez Smith Khan Novak Tanaka Meyer Larsen Haddad Dubois Wright Sharma Garcia Fischer Demir Popov Jones Rahimi Lang Petrov Lindgren Rossi Clark Okafor Weber Braun Costa Walsh Berg Orlova Murphy Salem Holm Sokolov Evans Flores Castro Horvat Nair Aziz Kowal Schmidt Ruiz Mansour Baker Cohen Silva Ortiz Balogh Nagy Hassan Young Vasquez Ilic Moreau Mensah Vogel Ricci Farkas Keller Santos'),
+
+# %% ../nbs/events.ipynb #25f6f985
+_last = dict(train=_w('''
+    Abbott Acosta Adams Aguilar Akhtar Allen Alvarez Amin Andersen Anderson Aoki Arnold Aziz Bailey Baker Balogh Banerjee Barnes Barrett Bauer Becker Bell Beltran Bennett
+    Benson Berg Bianchi Bishop Black Blake Boyd Bradley Braun Brooks Brown Bruno Bryant Burke Burns Butler Byrne Calderon Caldwell Campbell Cannon Carlson Carpenter Carroll
+    Carter Castillo Castro Chavez Chen Christensen Clark Cohen Collins Conti Contreras Cook Cooper Costa Craig Crawford Cruz Cunningham Dalton Daniels Davidson Davies Dawson
+    Delgado Demir Diaz Dixon Dominguez Doyle Duarte Dubois Duncan Dunn Edwards Eklund Elliott Ellis Engel Eriksson Espinosa Esposito Evans Farkas Fekete Ferguson Fernandez
+    Ferrari Fischer Fletcher Flores Ford Foster Fowler Franklin Fraser Frost Fuchs Fujita Fuller Gallagher Gallo Garcia Gardner George Gibson Gilbert Gomez Gonzalez Goodman
+    Gordon Graham Grant Gray Greco Green Griffin Guerrero Gupta Gutierrez Haddad Hamilton Hamza Hansen Harris Hart Hartmann Harvey Hasegawa Hayes Heinrich Henderson Hernandez
+    Herrera Higgins Hill Hoang Hoffmann Holm Horn Horvat Hosseini Houston Howard Huber Hudson Hughes Hunt Hunter Ibarra Ilic Inoue Ito Ivanov Iyer Jackson Jacobs James Jansen
+    Jimenez Johnson Jones Jordan Joshi Kaplan Karlsson Kato Keane Keller Kelly Kennedy Khan Kim King Klein Knight Koch Koenig Kovacs Kowal Krause Kruger Kumar Kuznetsov
+    Lambert Lang Larsen Laurent Lawson Leblanc Lee Lehmann Leone Lewandowski Lewis Lin Lindberg Lindgren Lindqvist Lloyd Long Lopez Lorenz Lowe Ludwig Lund Lynch Maldonado
+    Malik Mansour Marino Marshall Martin Martinez Matsuda McCarthy McDonald Medina Mehta Meier Mendez Mensah Mercer Meyer Miller Mills Mitchell Molina Montgomery Moore
+    Morales Moreau Moreno Morgan Mori Morris Mueller Mukherjee Munoz Murphy Nagy Nair Nakano Navarro Nelson Neumann Nguyen Nichols Nielsen Nilsson Norris Novak Oconnor Ogawa
+    Okafor Oliveira Olsen Olson Orlova Ortiz Osborne Owens Pacheco Palmer Parker Patel Pavlov Pearson Pena Perez Perry Peters Petersen Petrov Phillips Popov Porter Powell
+    Preston Price Quinn Rahimi Ramirez Ramos Ray Reid Reyes Reynolds Rhodes Ricci Richards Richter Rios Rivera Roberts Robinson Rodriguez Rojas Roman Romero Rose Ross Rossi
+    Roth Ruiz Russell Ryan Saito Salazar Salem Sanchez Sanders Santos Sato Schmidt Schmitt Schneider Schreiber Schulz Schwartz Scott Serrano Sharma Sharp Shaw Shimizu Silva
+    Silverman Simmons Singh Smith Sokolov Soto Spencer Stein Stevens Stewart Stone Strand Stuart Sullivan Sutton Suzuki Svensson Tanaka Tang Taylor Thomas Thompson Torres
+    Tran Tucker Turner Valdez Vargas Vasquez Vega Vidal Vincent Vogel Wagner Walker Wallace Walsh Walter Wang Ward Warren Watkins Watson Webb Weber Weiss Wells West Wheeler
+    White Williams Wilson Winkler Wolff Wood Woods Wright Wu Yamamoto Yang Yilmaz Young Zhang Zhao Zhou Ziegler Zimmermann'''),
     test=_w('Quist Abara Thorne Zielinski Marchetti Oyelaran Brandt Castellan Ferreira Hollis Ivanova Jensen Katz Lombardi Nakamura Pereira'))
-_place = dict(train=_w('Maple Harbour Oak Sunset River Central Cedar Victoria Castle Garden Willow Lakeside Mill Park Chestnut Station Orchard Bridge Meadow Crown Elm Forest Market Ocean Pine Queen Rose Silver Tower Union Valley Winter Abbey Beacon Canal Dover Eagle Fountain Granite Hazel Ivory Juniper Kings Laurel Marble North Olive Poplar Quarry Raven Summit Temple Upper Violet Western Yellow Amber Bishop Copper Diamond'),
+
+# %% ../nbs/events.ipynb #c1eb710f
+_place = dict(train=_w('''
+    Abbey Acorn Agate Alder Almond Alpine Amber Anchor Angel Antler Apollo Apple Arbor Arcade Archer Arena Argyle Arrow Ashwood Aspen Atlas Aurora Autumn Avenue Badger
+    Balance Bamboo Banner Barley Baron Barrel Basil Bay Beacon Bear Beaver Bell Berry Bishop Blossom Bluebell Bluff Bolton Boulder Bramble Breeze Brick Bridge Bright Bristol
+    Broad Bronze Brook Buffalo Butterfly Button Cactus Cambridge Camden Canal Candle Canyon Captain Caramel Cardinal Carnation Cascade Castle Cathedral Cave Cedar Central
+    Century Chapel Charter Cherry Chestnut Cinnamon Circle Citadel City Cliff Cloud Clover Coast Cobalt Comet Condor Copper Coral Corner Corona Cosmos Cottage Cotton Countess
+    Coyote Crane Cricket Crimson Crossing Crown Crystal Cypress Dahlia Daisy Dawn Delta Derby Desert Diamond Dolphin Dove Dover Dragon Dragonfly Duchess Dune Dusk Eagle East
+    Eastern Echo Eclipse Edison Elder Elk Elm Ember Emerald Empire Enterprise Evergreen Fairview Falls Feather Fenwick Fern Field Fig Firefly Flamingo Fleet Flint Flora
+    Flower Forest Forge Fortune Fountain Fox Franklin Freedom Frost Galaxy Garden Garnet Gate Gazelle Gemini Ginger Glacier Globe Golden Grand Grange Granite Great Green
+    Griffin Grove Gull Hamilton Harbor Harbour Harvest Haven Hawk Hawthorn Hazel Heather Heritage Hermitage Hickory Highland Hill Hillside Holly Honey Horizon Horse Hunter
+    Imperial Indigo Iris Iron Island Ivory Jade Jaguar Jasmine Jasper Jubilee Juniper Jupiter Kensington Keystone Kingfisher Kings Knight Lagoon Lake Lakeside Lancaster
+    Laurel Lavender Lemon Leopard Liberty Lighthouse Lilac Lily Lime Lincoln Lion Little Lodge London Lotus Lunar Lynx Magnet Mango Manor Maple Marble Marigold Mariner
+    Maritime Market Marsh Meadow Melon Mercury Meridian Midland Mill Millstone Mint Mirror Mission Monarch Moon Morning Moss Mountain Mulberry Mustang Myrtle Nectar Neptune
+    Nightingale Noble North Northern Nova Nutmeg Oak Oasis Observatory Ocean Olive Onyx Opal Orange Orbit Orchard Orchid Orion Osprey Otter Oxford Pacific Palace Palm Panther
+    Paradise Park Parrot Pavilion Peach Peacock Pearl Pegasus Pelican Penguin Peony Pepper Phoenix Pilgrim Pine Pioneer Planet Plaza Plum Polar Pond Poplar Port Prairie
+    Premier Primrose Prince Providence Puffin Pyramid Quarry Quartz Queen Rabbit Railway Rainbow Ranger Raven Red Regal Regent Republic Ridge River Riverside Robin Rocky Rose
+    Rosemary Rowan Royal Ruby Saddle Sage Sailor Salmon Sand Saturn Savanna Sea Seagull Sequoia Shadow Shamrock Shell Shepherd Sierra Silver Skyline Snow Solar South Southern
+    Sparkle Sparrow Spirit Spring Spruce Squirrel Stanley Star Starling Station Sterling Stone Storm Strand Sugar Summit Sun Sunrise Sunset Swan Sycamore Tango Tempest Temple
+    Terrace Thorn Thunder Tiger Timber Topaz Tower Trafalgar Trinity Triton Turquoise Turtle Unicorn Union Upper Valley Velvet Venus Verde Victoria Village Vine Violet Violin
+    Vista Volcano Walnut Water Wellington West Western Wheat White Wild Willow Windmill Windsor Winter Wolf Wolverine Woodland Wren Yellow Zenith Zephyr'''),
     test=_w('Birch Compass Falcon Linden Heron Sapphire Thistle Wharf Saffron Magnolia Kestrel Lantern Pebble Tulip Crescent Foxglove'))
-
-# %% ../nbs/events.ipynb #44786b76
-_held_out = {w for d in (_first, _last, _place) for w in d['test']}
-_onset,_vowel,_coda = _w('b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh st t th tr v w y z'),_w('a e i o u ai ea ia oo'),['', '', 'l', 'n', 'r', 's', 'th', 'x', 'mb', 'nd', 'ck']
-
-def _coin(r):
-    "A word that does not exist"
-    w = ''.join(r.choice(_onset)+r.choice(_vowel) for _ in range(r.choice([1, 2, 2, 3])))+r.choice(_coda)
-    return _coin(r) if len(w) < 4 or w.title() in _held_out else w.title()
-
-def _word(r, words, split):
-    "One of the words; in training rows as often a coined one"
-    return _coin(r) if split == 'train' and r.random() < 0.5 else r.choice(words[split])
 
 # %% ../nbs/events.ipynb #13518e13
 _kinds = _w('Court Hall Café Library Clinic Street Hotel Gym Studio Theatre House Museum Lane Office Square Centre')
@@ -38,15 +80,15 @@ _what = ['dentist appointment', 'team meeting', 'piano lesson', 'lunch', 'dinner
 _days = _w('Monday Tuesday Wednesday Thursday Friday Saturday Sunday')
 _months = _w('January February March April May June July August September October November December')
 
-# %% ../nbs/events.ipynb #49d66b9c
+# %% ../nbs/events.ipynb #8ffabc0d
 def _who(r, split):
     "A person: first name, full name, or title and last name"
-    f,l = _word(r, _first, split),_word(r, _last, split)
+    f,l = r.choice(_first[split]),r.choice(_last[split])
     return r.choice([f, f'{f} {l}', f'{f} {l}', f'Dr {l}', f'Professor {l}'])
 
 def _where(r, split):
     "A place: named, a numbered room in one, or an address"
-    p,k = _word(r, _place, split),r.choice(_kinds)
+    p,k = r.choice(_place[split]),r.choice(_kinds)
     room = f'{r.choice(_rooms)} {r.randint(1, 499)}, {p} {k}'
     return r.choice([f'{p} {k}', f'{p} {k}', f'{p} {k}', room, room, f'{r.randint(1, 199)} {p} Street', f'Café {p}'])
 
@@ -61,7 +103,7 @@ def _time(r):
     half = f'{(h-1)%12+1}'
     return r.choice([f'{h}:{m:02}', f'{h}:{m:02}', f"{half} {'am' if h < 12 else 'pm'}", f"{half}:{m:02} {'am' if h < 12 else 'pm'}"])
 
-# %% ../nbs/events.ipynb #84c1d3b4
+# %% ../nbs/events.ipynb #f1bd9920
 _phrasings = dict(train=[
     '{what} with {who} at {where} on {date} at {time}', '{what} with {who}, {where}, {date}, {time}', '{date} {time}: {what} with {who} at {where}',
     'Meet {who} for {what} at {where}, {date} at {time}.', 'Please book {what} with {who} on {date} at {time} in {where}.', 'Reminder: {what}, {who}, {where}, {date}, {time}',
@@ -73,7 +115,11 @@ _phrasings = dict(train=[
     'Heading to {where} for {what} with {who}, {date} {time}', 'Schedule {what} ({who}) for {date} at {time}, {where}.', 'Got a message from {who}: {what}, {where}, {time} on {date}.',
     'Is {date} at {time} fine for {what} with {who} at {where}?', 'My {what} with {who} was moved to {date}, {time}, at {where}.', 'when: {date} {time} / what: {what} / who: {who} / where: {where}',
     'For {what} I will join {who} at {where} on {date} from {time}.', '{time}, {date}. {what}. {who}. {where}.', 'See you at {where}, {date}, {time}, for {what}! Yours, {who}',
-    'There is {what} at {where} with {who} this {date} at {time}', 'Save the date {date}: {what} with {who}, {time}, {where}'],
+    'There is {what} at {where} with {who} this {date} at {time}', 'Save the date {date}: {what} with {who}, {time}, {where}', 'In {where} on {date} there will be {what} with {who} from {time}',
+    'Memo: {what} with {who} in {where}, {time}, {date}', 'To do: {time} on {date}, {what}, {where}, {who}', 'I promised {who} that we would have {what} at {where}, {time}, {date}.',
+    'At {where} I meet {who} for {what}; {date}, {time}', '{who} confirmed {what}, {date}, {time}; the address is {where}.', 'It is settled: {what} together with {who} at {time}, {date}, {where}.',
+    'From {time} on {date}: {what} / {who} / {where}', 'Could you move {what} with {who} to {date}, {time}, at {where}?', '{where} is where {who} and I have {what} on {date}, {time}.',
+    'Hi, {who} here: is {what} still on for {date} at {time}, {where}?', '{what} ({who}, {where}) starts at {time} on {date}.'],
     test=['{who} asked for {what} at {where}; it is on {date} at {time}.', 'Note to self: {date}, {time}, {what} at {where} with {who}', 'I will have {what} with {who} in {where} at {time} on {date}.',
     'Booked! {what}, {date} at {time}, {where}, with {who}', 'Could we do {what} with {who} on {date} at {time}? Meeting point: {where}', '{what} - {who} - {where} - {date} - {time}',
     'Join me and {who} for {what}, {date} {time}, at {where}.', 'At {where} on {date}: {what} with {who}, starting {time}'])

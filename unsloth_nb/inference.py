@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Sampling', 'answering', 'Answer', 'as_messages', 'generate', 'stream', 'Turn', 'Chat', 'load_run', 'chat']
 
-# %% ../nbs/inference.ipynb #2166762a
-import html,json,threading,time
-from contextlib import contextmanager
-from dataclasses import asdict,dataclass,field
+# %% ../nbs/inference.ipynb #9f026b3f
+import html,json,threading
+from contextlib import contextmanager,nullcontext
+from dataclasses import dataclass
 from fastcore.basics import patch
 
 from .engine import quiet
@@ -34,13 +34,23 @@ class Sampling:
         bad = [f"{k}: got {getattr(self, k)}" for k,v in ok.items() if not v]
         if bad: raise SpecError('; '.join(bad)+"; temperature and top_k are at least 0, top_p and min_p at most 1, repetition_penalty above 0")
 
-# %% ../nbs/inference.ipynb #ee9a6819
+# %% ../nbs/inference.ipynb #a3a289b1
 def _generation_config(model, s:Sampling):
     "All sampling parameters, stated, so that none comes from the model's files"
     from transformers import GenerationConfig
     pick = dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p or None) if s.temperature else dict(temperature=1.0, top_p=1.0, top_k=50)
     return GenerationConfig(do_sample=s.temperature > 0, max_new_tokens=s.max_new_tokens, repetition_penalty=s.repetition_penalty, num_beams=1, use_cache=True,
         eos_token_id=model.formatter.stop_ids(), pad_token_id=model.tok.pad_token_id, bos_token_id=model.tok.bos_token_id, **pick)
+
+# %% ../nbs/inference.ipynb #ab28c312
+@contextmanager
+def _contiguous_head(net):
+    "Give the output layer contiguous input, so that its weights are not copied for each row of a batch"
+    head = net.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda mod,args: (args[0].contiguous(), *args[1:])) if head is not None else None
+    try: yield
+    finally:
+        if hook: hook.remove()
 
 @contextmanager
 def answering(model:LoadedModel, tuned:bool=True):
@@ -50,10 +60,7 @@ def answering(model:LoadedModel, tuned:bool=True):
     FastLanguageModel.for_inference(model.model)
     model.tok.padding_side,model.model.config.use_cache = 'left',True
     try:
-        with torch.inference_mode():
-            if tuned: yield model.model
-            else:
-                with model.model.disable_adapter(): yield model.model
+        with torch.inference_mode(), _contiguous_head(model.model), nullcontext() if tuned else model.model.disable_adapter(): yield model.model
     finally: model.tok.padding_side = 'right'
 
 # %% ../nbs/inference.ipynb #95d0772f

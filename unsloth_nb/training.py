@@ -66,19 +66,22 @@ class Progress:
         pic = f'<img alt="loss and learning rate by step" src="data:image/png;base64,{self._png()}">' if n else ''
         return f'<div>step {self.metrics[-1]["step"] if n else 0} of {self.total}</div>{pic}<table><tr>{head}</tr>{body}</table>'
 
-# %% ../nbs/training.ipynb #09ab0a99
+# %% ../nbs/training.ipynb #b6dcaeab
 class Live:
     "Shows `Progress` where it can be seen: updated in place in a notebook, as lines elsewhere"
-    def __init__(self, every=2.0): # Seconds between redraws
-        self.every,self.last,self.out,self.handle = every,0.0,sys.stdout,None
+    def __init__(self, every=2.0): # Seconds between redraws, at least
+        self.every,self.due,self.out,self.handle = every,0.0,sys.stdout,None
         self.notebook = type(_shell()).__name__ == 'ZMQInteractiveShell'
     def show(self, progress, final=False):
-        if not self.notebook:
-            if not final: print(progress, file=self.out, flush=True)
-        elif final or time.time()-self.last >= self.every:
-            self.last = time.time()
-            if self.handle is None: self.handle = _display(progress)
-            else: self.handle.update(progress)
+        if self.notebook: self._draw(progress, final)
+        elif not final: print(progress, file=self.out, flush=True)
+    def _draw(self, progress, final):
+        start = time.perf_counter()
+        if start < self.due and not final: return
+        if self.handle is None: self.handle = _display(progress)
+        else: self.handle.update(progress)
+        now = time.perf_counter()
+        self.due = now+max(self.every, 50*(now-start))
 
 def _shell():
     if 'IPython' not in sys.modules: return None
