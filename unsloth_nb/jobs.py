@@ -67,7 +67,7 @@ def _look(self, final=False):
 
 Watcher.look = _look
 
-# %% ../nbs/jobs.ipynb #c03cc5bb
+# %% ../nbs/jobs.ipynb #2b4e0650
 def _changed(job):
     "Parameters that differ from their defaults"
     default = {f['name']:f['default'] for f in fields(type(job))}
@@ -87,9 +87,9 @@ def _execute(job, name, run):
     import logging,papermill as pm
     logging.getLogger('papermill').setLevel(logging.ERROR)
     with _environment(**{RUN_DIR_VARIABLE:str(run.path), 'HF_HUB_DISABLE_PROGRESS_BARS':'1', 'UNSLOTH_NB_RUNS_DIR':str(run.path.parent)}):
-        pm.execute_notebook(jobs_dir()/f'{name}.ipynb', run.path/'notebook.ipynb', _changed(job), kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False)
+        pm.execute_notebook(jobs_dir()/f'{name}.ipynb', run.path/'notebook.ipynb', _changed(job), kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=ERROR'])
 
-# %% ../nbs/jobs.ipynb #55e8104d
+# %% ../nbs/jobs.ipynb #217f9c11
 def _reason(e)->str:
     "Why an execution ended, in one line"
     kind = type(e).__name__
@@ -101,7 +101,8 @@ def _reason(e)->str:
 def _conclude(run, error):
     "Give the run its result if the notebook did not, and its report"
     if run.result is None: run.fail(_reason(error) if error else 'the notebook ended without finishing its run')
-    write_report(run)
+    try: write_report(run)
+    except Exception as e: run.note(f'report.html could not be written: {type(e).__name__}: {e}')
 
 # %% ../nbs/jobs.ipynb #b7d80992
 def write_report(run:Run)->Path|None: # None when no notebook was written
@@ -181,12 +182,13 @@ def _add_job(name, cls):
 
 for _name,_cls in JOBS.items(): _add_job(_name, _cls)
 
-# %% ../nbs/jobs.ipynb #f6710789
+# %% ../nbs/jobs.ipynb #5fc129b4
 @app.command('plan')
-def plan_command(param:Params, file:ParamsFile=None, preset:PresetName=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
     "Show how a finetune job would run on this machine, and whether it fits."
     from unsloth_nb.data import load_data
-    job = make_job('finetune', preset, file, **read_pairs(FinetuneJob, param))
+    if job != 'finetune': raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
+    job = make_job(job, preset, file, **read_pairs(FinetuneJob, param))
     plan = make_plan(job, load_data(job))
     print(json.dumps(plan.to_dict(), indent=1, default=str) if as_json else plan)
 

@@ -19,7 +19,7 @@ from .planning import Plan
 from .runs import Run,plot_metrics,start_run
 from .spec import FinetuneJob
 
-# %% ../nbs/training.ipynb #5e69ffd0
+# %% ../nbs/training.ipynb #56bdb100
 def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of `SFTConfig`
     "Everything that shapes training, stated in full"
     return dict(output_dir=str(out_dir), seed=job.seed, data_seed=job.seed,
@@ -32,7 +32,7 @@ def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of
         packing=plan.packing, max_length=plan.max_seq_length, padding_free=False, average_tokens_across_devices=False, loss_type='nll',
         dataset_kwargs=dict(skip_prepare_dataset=not plan.packing), remove_unused_columns=False, dataloader_num_workers=0,
         logging_steps=job.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, save_strategy='no', eval_strategy='no',
-        report_to='none', disable_tqdm=True)
+        include_num_input_tokens_seen='non_padding', report_to='none', disable_tqdm=True)
 
 # %% ../nbs/training.ipynb #2ecc0a6a
 def effective_changes(asked:dict, args)->list[dict]:
@@ -108,7 +108,7 @@ def check_weights(model):
     bad = [n for n,p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
     if bad: raise TrainingError(f"{len(bad)} trained tensors hold values that are not finite ({bad[0]}, …), so nothing was saved; lower learning_rate")
 
-# %% ../nbs/training.ipynb #0555cf12
+# %% ../nbs/training.ipynb #1f6c6191
 def _recorder(run, live, total):
     "A trainer callback that writes, shows and checks each logged step"
     from transformers import TrainerCallback
@@ -119,10 +119,9 @@ def _recorder(run, live, total):
             if 'loss' not in logs: return
             now,n = time.perf_counter(),state.global_step-self.step
             m = dict(step=state.global_step, epoch=round(state.epoch, 4), **{k:float(logs[k]) for k in ('loss', 'learning_rate', 'grad_norm') if k in logs}, seconds=(now-self.time)/max(n, 1))
-            if 'num_tokens' in logs:
-                m |= dict(tokens=int(logs['num_tokens']), tokens_per_second=(logs['num_tokens']-self.tokens)/(now-self.time))
-                self.tokens = logs['num_tokens']
-            self.time,self.step = now,state.global_step
+            seen = int(state.num_input_tokens_seen)
+            m |= dict(tokens=seen, tokens_per_second=(seen-self.tokens)/(now-self.time))
+            self.time,self.step,self.tokens = now,state.global_step,seen
             self.metrics.append(m)
             run.log(**m)
             live.show(Progress(self.metrics, total()))
@@ -151,14 +150,14 @@ def peak_memory(device:str)->int: # [bytes]
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/training.ipynb #0f948668
+# %% ../nbs/training.ipynb #2102943d
 def train(
     model:LoadedModel, # Model with its adapter
     examples:Examples, # What it learns from
     job:FinetuneJob, # What to do
     run:Run, # Where it is written down
     live:Live|None=None, # How it is shown
-)->dict: # train_loss, steps, tokens, seconds, tokens_per_second, peak_bytes
+)->dict: # train_loss, steps, rows (packed ones count once), tokens, seconds, tokens_per_second, peak_bytes
     "Train the adapter, step by step on record; raises `TrainingError` when the run breaks"
     from unsloth import FastLanguageModel
     live,plan = live or Live(),model.plan
@@ -173,10 +172,10 @@ def train(
         trainer.add_callback(rec)
         start = time.perf_counter()
         with quiet(): out = trainer.train()
+        secs = time.perf_counter()-start
     if rec.metrics: live.show(Progress(rec.metrics, trainer.state.max_steps), final=True)
     check_weights(model.model)
-    secs = time.perf_counter()-start
-    res = dict(train_loss=out.training_loss, steps=trainer.state.global_step, tokens=rec.metrics[-1].get('tokens'), seconds=secs, peak_bytes=peak_memory(plan.device.kind))
+    res = dict(train_loss=out.training_loss, steps=trainer.state.global_step, rows=len(trainer.train_dataset), tokens=rec.metrics[-1]['tokens'], seconds=secs, tokens_per_second=rec.metrics[-1]['tokens']/secs, peak_bytes=peak_memory(plan.device.kind))
     run.save('plan', plan.to_dict()|dict(changes=changes, measured=res))
     return res
 
