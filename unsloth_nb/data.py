@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'DataError', 'Conversation', 'detect_format', 'check_turns', 'to_conversation', 'find_source', 'read_rows',
-           'split_rows', 'fingerprint_rows', 'Data', 'load_data', 'held_out']
+           'split_rows', 'fingerprint_rows', 'Data', 'conversations', 'load_data', 'held_out']
 
 # %% ../nbs/data.ipynb #67abef4f
 import csv,difflib,hashlib,json,random
@@ -41,7 +41,7 @@ def _repr_markdown_(self:Conversation):
     if self.text is not None: return f"Row {self.row}, text:\n\n{_quoted(self.text)}"
     return f"Row {self.row}\n\n"+'\n\n'.join(f"**{m['role']}**\n\n{_quoted(m['content'])}" for m in self.messages)
 
-# %% ../nbs/data.ipynb #fb94758d
+# %% ../nbs/data.ipynb #55c43b99
 FORMATS = dict(
     messages=('messages', 'a list of turns with role and content'),
     sharegpt=('conversations', 'a list of turns with from and value'),
@@ -57,6 +57,8 @@ def detect_format(
     "The format that these columns show"
     cols = set(columns)
     hits = [f for f,need in _needs.items() if need <= cols]
+    other = sorted(cols & {'chosen', 'rejected', 'label', 'tools'})
+    if hits and other: raise DataError(f"dataset: {source} has {FORMATS[hits[0]][0]}, but also {', '.join(other)}, which supervised fine-tuning would ignore; if that is what you mean, say dataset_format={hits[0]!r}")
     if len(hits) == 1: return hits[0],f"it has {FORMATS[hits[0]][0]}"
     have = ', '.join(map(str, sorted(cols, key=str)))
     if hits: raise DataError(f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: dataset_format={hits[0]!r}")
@@ -124,10 +126,9 @@ def to_conversation(
     openai = isinstance(turns, list) and isinstance(turns[0], dict) and 'role' in turns[0]
     return Conversation(check_turns(_turns(row, 'conversations', i, *(('role', 'content') if openai else ('from', 'value'))), i), row=i)
 
-# %% ../nbs/data.ipynb #da6b3d66
+# %% ../nbs/data.ipynb #f6332d7b
 def _read_json(f):
-    try: d = json.loads(f.read_text(encoding='utf-8'))
-    except ValueError as e: raise DataError(f"dataset: {f} is not JSON: {e}") from None
+    d = json.loads(f.read_text(encoding='utf-8'))
     if not isinstance(d, list): raise DataError(f"dataset: {f} must hold a JSON list of rows, got a {type(d).__name__}")
     return d
 
@@ -136,7 +137,7 @@ def _read_jsonl(f):
     for n,l in enumerate(f.read_text(encoding='utf-8').splitlines(), 1):
         if not l.strip(): continue
         try: out.append(json.loads(l))
-        except ValueError as e: raise DataError(f"dataset: {f}, line {n}: {e}") from None
+        except ValueError as e: raise DataError(f"dataset: {f}, line {n} is not JSON: {e}") from None
     return out
 
 def _read_csv(f):
@@ -150,6 +151,13 @@ def _read_parquet(f):
     return pq.read_table(f).to_pylist()
 
 _readers = {'.json':_read_json, '.jsonl':_read_jsonl, '.csv':_read_csv, '.parquet':_read_parquet}
+
+def _read_file(f):
+    "Rows of one file; what cannot be read is told with the file's name"
+    try: return _readers[f.suffix](f)
+    except DataError: raise
+    except UnicodeDecodeError as e: raise DataError(f"dataset: {f} is not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    except (csv.Error, OSError, ValueError) as e: raise DataError(f"dataset: {f} cannot be read as {f.suffix[1:]}: {e}") from None
 
 # %% ../nbs/data.ipynb #d114c5de
 def find_source(dataset:str)->tuple[str,list[Path]]: # (`events`, `files` or `hub`; the files)
@@ -171,7 +179,7 @@ def find_source(dataset:str)->tuple[str,list[Path]]: # (`events`, `files` or `hu
     hit = difflib.get_close_matches(p.name, [*near, 'events'], 1, 0.5)
     raise DataError(f"dataset: {dataset!r} is not 'events', a file, a folder or a Hub id (owner/name)"+(f"; did you mean {hit[0]!r}?" if hit else ''))
 
-# %% ../nbs/data.ipynb #5cfc11ea
+# %% ../nbs/data.ipynb #bd947b43
 def _read_hub(job):
     "Rows of a Hub dataset"
     from datasets import load_dataset
@@ -182,7 +190,7 @@ def _read_hub(job):
 def read_rows(job)->list[dict]: # Raw rows, in order
     "All rows of a job's dataset"
     kind,files = find_source(job.dataset)
-    rows = _read_hub(job) if kind == 'hub' else [r for f in files for r in _readers[f.suffix](f)]
+    rows = _read_hub(job) if kind == 'hub' else [r for f in files for r in _read_file(f)]
     bad = next((i for i,r in enumerate(rows) if not isinstance(r, dict)), None)
     if bad is not None: raise DataError(f"dataset: {job.dataset}, row {bad}: expected columns, got a {type(rows[bad]).__name__}")
     if not rows: raise DataError(f"dataset: {job.dataset} holds no rows")
@@ -240,11 +248,16 @@ def _repr_markdown_(self:Data):
     rows = [*((k.replace('_', ' '), v) for k,v in c.items()), ('characters per row', f"{p['min']} to {p['max']}, median {p['median']}")]
     return f"**{self.source}**, read as {self.format}: {self.reason}\n\n| | |\n|---|---|\n"+'\n'.join(f'| {k} | {v} |' for k,v in rows)+'\n\n'+self.train[0]._repr_markdown_()
 
-# %% ../nbs/data.ipynb #73bddd25
+# %% ../nbs/data.ipynb #30a00768
+def conversations(rows, format, source)->list[Conversation]:
+    "All rows as conversations; an error names the source and the row"
+    try: return [to_conversation(r, format, i) for i,r in enumerate(rows)]
+    except DataError as e: raise DataError(f"dataset: {source}, {e}") from None
+
 def _events(job):
     "The built-in set: training rows, and held-out rows with names, places and phrasings of their own"
     rows = [make_events(job.max_rows or 1000, job.seed), make_events(job.test_size, job.seed, 'test')]
-    return [[to_conversation(r, 'messages', i) for i,r in enumerate(rs)] for rs in rows]
+    return [conversations(rs, 'messages', 'events') for rs in rows]
 
 def load_data(job:FinetuneJob)->Data:
     "The job's rows as conversations, split and counted"
@@ -254,13 +267,13 @@ def load_data(job:FinetuneJob)->Data:
     else:
         rows = read_rows(job)
         format,reason = detect_format({k for r in rows for k in r}, job.dataset) if job.dataset_format == 'auto' else (job.dataset_format, 'asked for')
-        train,test = split_rows([to_conversation(r, format, i) for i,r in enumerate(rows)], job.test_size, job.seed)
+        train,test = split_rows(conversations(rows, format, job.dataset), job.test_size, job.seed)
         n,train = len(rows),train[:job.max_rows]
     seen = {_key(c) for c in train}
     counts = dict(rows=n, train=len(train), held_out=len(test), not_used=n-len(train)-len(test), duplicates_in_train=len(train)-len(seen), held_out_also_in_train=sum(_key(c) in seen for c in test))
     return Data(train, test, job.dataset, format, reason, counts, fingerprint_rows(train+test), job.dataset_revision)
 
-# %% ../nbs/data.ipynb #e8b9dc25
+# %% ../nbs/data.ipynb #c33206e1
 def held_out(
     job:FinetuneJob, # The job that trained
     dataset:str|None=None, # Another dataset to score on; None: the job's own held-out rows
@@ -272,4 +285,4 @@ def held_out(
     other = job.replace(dataset=dataset, dataset_format='auto', dataset_revision=None)
     rows = read_rows(other)[:n]
     format,_ = detect_format({k for r in rows for k in r}, dataset)
-    return [to_conversation(r, format, i) for i,r in enumerate(rows)]
+    return conversations(rows, format, dataset)

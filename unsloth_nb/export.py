@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['LIMITS', 'ExportError', 'answer_trace', 'certificate', 'check_certificate', 'save_artifact', 'export_run']
 
-# %% ../nbs/export.ipynb #577d96c8
+# %% ../nbs/export.ipynb #d43c58f7
 import gc,os,shutil,tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 
-from .data import Conversation
+from .data import Conversation,held_out
 from .engine import quiet
 from .formatting import make_examples
 from .inference import answering,load_run
 from .loading import LoadedModel
-from .runs import Run,open_run,write_json
-from .spec import SpecError
+from .runs import Run,open_run,start_run,write_json
+from .spec import ExportJob,SpecError
 from .training import save_adapter
 
 # %% ../nbs/export.ipynb #69ab2eda
@@ -43,8 +43,8 @@ def certificate(before, after)->dict: # tokens, agreement (fraction), max_logpro
     diff = torch.cat([(a[1]-b[1]).abs() for a,b in zip(before, after)])
     return dict(rows=len(before), tokens=len(top), agreement=top.float().mean().item(), max_logprob_difference=diff.max().item(), mean_logprob_difference=diff.mean().item())
 
-# %% ../nbs/export.ipynb #d23faa81
-LIMITS = {'adapter':dict(agreement=1.0, mean_logprob_difference=1e-3), 'merged_16bit':dict(agreement=0.98, mean_logprob_difference=0.1), 'merged_16bit from NF4':dict(agreement=0.9, mean_logprob_difference=0.3)}
+# %% ../nbs/export.ipynb #227b1eb4
+LIMITS = {'adapter':dict(agreement=1.0, mean_logprob_difference=1e-3), 'merged_16bit':dict(agreement=0.98, mean_logprob_difference=0.1), 'merged_16bit from NF4':dict(agreement=0.9, mean_logprob_difference=0.5)}
 
 def check_certificate(cert:dict, to:str):
     "Raise `ExportError` when an export differs from its model by more than its kind allows"
@@ -102,17 +102,19 @@ def save_artifact(
         os.rename(stage, home)
     return cert
 
-# %% ../nbs/export.ipynb #b80209c7
+# %% ../nbs/export.ipynb #ec439f70
 def export_run(
-    run, # Finetune run, its name or directory
+    run='latest', # Finetune run, its name or directory
     to:str='merged_16bit', # `adapter` or `merged_16bit`
-    out=None, # Existing folder that gets it; default: the run itself
-    rows:int=4, # Held-out rows to compare on
-)->Path: # Folder of the artefact
+    check_rows:int=4, # Held-out rows to compare on
+)->Run: # The export's own run
     "Write a finished run's model in another form, with its certificate"
-    from unsloth_nb.data import load_data
-    run = open_run(run, kind='finetune')
-    model = load_run(run)
-    out = Path(out) if out else run.path
-    save_artifact(model, out, to, load_data(run.job).test[:rows])
-    return out/to
+    source = open_run(run, kind='finetune')
+    record = start_run(ExportJob(run=source.name, to=to, check_rows=check_rows), source.path.parent)
+    try:
+        with record.stage('loading'): model = load_run(source)
+        with record.stage('saving'): cert = save_artifact(model, record.path, to, held_out(source.job, n=check_rows))
+        return record.finish(certificate=cert, run=source.name)
+    except BaseException as e:
+        record.fail(f'{type(e).__name__}: {e}')
+        raise

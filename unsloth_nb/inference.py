@@ -151,7 +151,7 @@ def stream(
         stop.set()
         thread.join()
 
-# %% ../nbs/inference.ipynb #5d3f3739
+# %% ../nbs/inference.ipynb #a90a83d5
 @dataclass
 class Turn:
     "One question and its answers"
@@ -175,6 +175,7 @@ class Chat:
         self.model,self.sampling,self.turns = model,sampling or Sampling(),[]
         start = [dict(role='system', content=system)] if system else []
         self.histories = {k:list(start) for k in (('base', 'tuned') if compare else ('tuned',))}
+    def __repr__(self): return f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question"
 
 @patch
 def __call__(self:Chat, question:str)->Turn:

@@ -7,25 +7,25 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
            'run_job', 'param_help', 'read_pairs', 'print_result', 'plan_command', 'list_command', 'show_command',
            'talk', 'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #c41e0b58
+# %% ../nbs/jobs.ipynb #912690fe
 import json,os,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from .data import find_source
+from .data import find_source,load_data
 from .loading import check_model
 from .planning import make_plan
 from .runs import RUN_DIR_VARIABLE,Run,RunError,before_after,list_runs,new_run_dir,open_run,read_lines,record_job
 from .spec import JOBS,FinetuneJob,Job,SpecError,fields,jobs_dir,make_job,read_value,settings
 
-# %% ../nbs/jobs.ipynb #045dd3fd
+# %% ../nbs/jobs.ipynb #3beb2722
 def preflight(job:Job, runs_dir=None):
     "Raise `SpecError` for what can be known to fail before anything starts"
     if isinstance(job, FinetuneJob):
         check_model(job)
-        find_source(job.dataset)
+        if find_source(job.dataset)[0] != 'hub': load_data(job)
         return
     run = open_run(job.run, runs_dir, kind='finetune')
     if run.status != 'finished': raise SpecError(f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest")
@@ -182,11 +182,10 @@ def _add_job(name, cls):
 
 for _name,_cls in JOBS.items(): _add_job(_name, _cls)
 
-# %% ../nbs/jobs.ipynb #5fc129b4
+# %% ../nbs/jobs.ipynb #d1089c3f
 @app.command('plan')
 def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
     "Show how a finetune job would run on this machine, and whether it fits."
-    from unsloth_nb.data import load_data
     if job != 'finetune': raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
     job = make_job(job, preset, file, **read_pairs(FinetuneJob, param))
     plan = make_plan(job, load_data(job))

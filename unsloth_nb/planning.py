@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['model_shape', 'linear_shapes', 'parameter_counts', 'memory_estimate', 'Plan', 'longest', 'make_plan']
 
-# %% ../nbs/planning.ipynb #09b33c8d
+# %% ../nbs/planning.ipynb #5b69ebcf
 import json,math
 from dataclasses import asdict,dataclass,field
 from pathlib import Path
 from fastcore.basics import patch
 
 from .engine import Device,device_info
-from .spec import FinetuneJob,ModelRef,resolve_model
+from .spec import FinetuneJob,ModelRef,SpecError,resolve_model
 
 # %% ../nbs/planning.ipynb #0c020560
 _GIB = 2**30
@@ -88,9 +88,10 @@ class Plan:
     def fits(self)->bool|None: return self.peak <= self.device.memory_free if self.memory else None
     def to_dict(self): return asdict(self)|dict(peak_bytes=self.peak, fits=self.fits)
 
-# %% ../nbs/planning.ipynb #e7acffa0
+# %% ../nbs/planning.ipynb #888bea80
 def _dtype(job, dev):
     "Precision of computation, and why"
+    if job.dtype == 'float16' and dev.kind != 'cuda': raise SpecError("dtype: float16 needs a GPU; use 'bfloat16', 'float32' or 'auto'")
     if job.dtype == 'bfloat16' and not dev.bf16: return 'bfloat16','asked for; this device emulates it, slowly'
     if job.dtype != 'auto': return job.dtype,'asked for'
     if dev.bf16: return 'bfloat16','the device computes in it natively'
