@@ -6,6 +6,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'unsloth_nb/data.py'),
                                  'unsloth_nb.data.Conversation.to_dict': ('data.html#conversation.to_dict', 'unsloth_nb/data.py'),
                                  'unsloth_nb.data.Data': ('data.html#data', 'unsloth_nb/data.py'),
+                                 'unsloth_nb.data.Data.__repr__': ('data.html#data.__repr__', 'unsloth_nb/data.py'),
                                  'unsloth_nb.data.Data._repr_markdown_': ('data.html#data._repr_markdown_', 'unsloth_nb/data.py'),
                                  'unsloth_nb.data.Data.profile': ('data.html#data.profile', 'unsloth_nb/data.py'),
                                  'unsloth_nb.data.Data.system': ('data.html#data.system', 'unsloth_nb/data.py'),

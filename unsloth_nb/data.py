@@ -207,7 +207,7 @@ def split_rows(
     out = set(random.Random(seed).sample(range(len(rows)), test_size))
     return [r for i,r in enumerate(rows) if i not in out],[r for i,r in enumerate(rows) if i in out]
 
-# %% ../nbs/data.ipynb #07fa6926
+# %% ../nbs/data.ipynb #5215e1fe
 def _key(c): return json.dumps(c.to_dict(), sort_keys=True, ensure_ascii=False)
 
 def fingerprint_rows(convs)->str: # SHA-256
@@ -216,7 +216,7 @@ def fingerprint_rows(convs)->str: # SHA-256
     for c in convs: h.update(_key(c).encode()+b'\n')
     return h.hexdigest()
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     "What a job trains on and what it holds out"
     train:list # Conversations
@@ -228,6 +228,7 @@ class Data:
     fingerprint:str # SHA-256 of all conversations, in order
     revision:str|None=None # Of a Hub dataset
 
+    def __repr__(self): return f"Data({self.source}, {self.format}: {len(self.train)} rows to train on, {len(self.test)} held out)"
     @property
     def system(self):
         "The system message that all rows share, or None"
