@@ -53,3 +53,23 @@ def finished_run(tmp_path_factory):
     run = run_job('finetune', runs_dir=tmp_path_factory.mktemp('runs'), show=False, **TINY)
     assert run.status == 'finished', run.result
     return run
+
+@pytest.fixture(scope='session')
+def lib():
+    "The library, with Unsloth imported before transformers"
+    from unsloth_nb.engine import start_engine
+    start_engine()
+    import unsloth_nb
+    return unsloth_nb
+
+@pytest.fixture
+def trained(lib, tmp_path):
+    "A function that trains a few seeded steps: (model, run, data)"
+    def f(**kw):
+        job = lib.FinetuneJob(**dict(max_rows=24, test_size=4, max_steps=4, warmup_steps=1, learning_rate=1e-3, max_seq_length=256, gradient_accumulation_steps=2) | kw)
+        data = lib.load_data(job)
+        model = lib.load_model(job, lib.make_plan(job, data))
+        run = lib.start_run(job, tmp_path)
+        lib.train(model, lib.make_examples(data.train, model.formatter, job.max_seq_length), job, run)
+        return model,run,data
+    return f

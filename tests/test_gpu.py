@@ -16,23 +16,6 @@ def figures():
     from unsloth_nb.engine import device_info,versions
     (Path(os.environ['OUT'])/'gpu_tests.json').write_text(json.dumps(dict(date=time.strftime('%Y-%m-%d'), card=device_info().name, versions=versions(), tests=FIGURES), indent=1)+'\n')
 
-@pytest.fixture(scope='module')
-def lib():
-    "The library, with Unsloth imported before transformers"
-    from unsloth_nb.engine import start_engine
-    start_engine()
-    import unsloth_nb
-    return unsloth_nb
-
-def trained(lib, tmp_path, **kw):
-    "A few seeded steps: (model, run, data)"
-    job = lib.FinetuneJob(**dict(max_rows=24, test_size=4, max_steps=3, warmup_steps=1, learning_rate=1e-3, max_seq_length=512) | kw)
-    data = lib.load_data(job)
-    model = lib.load_model(job, lib.make_plan(job, data))
-    run = lib.start_run(job, tmp_path)
-    lib.train(model, lib.make_examples(data.train, model.formatter, job.max_seq_length), job, run)
-    return model,run,data
-
 def test_job(tmp_path):
     "The main job by papermill, adapter and merged model saved with their certificates; nothing asked for was changed"
     from unsloth_nb.jobs import run_job
@@ -45,26 +28,26 @@ def test_job(tmp_path):
     assert m['base']['exact_match'] <= 0.05 and m['tuned']['exact_match'] >= 0.9 and m['tuned']['valid_json'] >= 0.98
     assert plan['device']['kind'] == 'cuda' and plan['optim'] == 'adamw_8bit'
 
-def test_packing(lib, tmp_path):
+def test_packing(trained):
     "Packed or padded, the same rows in one step have the same loss: masks survive packing, and examples do not see each other"
     kw = dict(max_rows=16, max_steps=1, per_device_train_batch_size=16, gradient_accumulation_steps=1, learning_rate=1e-6, gradient_checkpointing=False)
-    (_,padded,_),(_,packed,_) = (trained(lib, tmp_path, packing=p, **kw) for p in (False, True))
+    (_,padded,_),(_,packed,_) = (trained(packing=p, max_seq_length=512, **kw) for p in (False, True))
     a,b = (r.metrics[0]['loss'] for r in (padded, packed))
     rows = [json.loads((r.path/'plan.json').read_text())['measured']['rows'] for r in (padded, packed)]
     FIGURES['packing'] = dict(padded_loss=a, packed_loss=b, rows=rows, changes=json.loads((packed.path/'plan.json').read_text())['changes'])
     assert rows[0] == 16 and rows[1] < 8 and a == pytest.approx(b, rel=0.01)
 
 @pytest.mark.parametrize('four_bit', [False, True], ids=['16bit', 'nf4'])
-def test_exports(lib, tmp_path, four_bit):
+def test_exports(lib, trained, four_bit):
     "Adapter and merged model of a 16-bit and an NF4 base, reloaded and compared"
-    model,run,data = trained(lib, tmp_path, load_in_4bit=four_bit)
+    model,run,data = trained(load_in_4bit=four_bit)
     certs = {to:lib.save_artifact(model, run.path, to, data.test) for to in ('adapter', 'merged_16bit')}
     FIGURES[f"exports_{'nf4' if four_bit else '16bit'}"] = certs
     assert (run.path/'merged_16bit'/'model.safetensors').exists()
 
-def test_answers(lib, tmp_path):
+def test_answers(lib, trained):
     "A batch answers as single prompts do, a stream as a batch, and sampling repeats with its seed"
-    model,_,data = trained(lib, tmp_path, max_steps=1)
+    model,_,data = trained(max_steps=1)
     prompts = [c.messages for c in data.test]
     greedy = lib.Sampling(max_new_tokens=24)
     batch = lib.generate(model, prompts, greedy)

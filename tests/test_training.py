@@ -6,23 +6,6 @@ import pytest
 GOLDEN = Path(__file__).parent/'golden'/'finetune_float32.json'
 TOLERANCE = 2e-3 # Relative; float32 sums differ in their order from processor to processor
 
-@pytest.fixture(scope='module')
-def lib():
-    "The library, with Unsloth imported before transformers"
-    from unsloth_nb.engine import start_engine
-    start_engine()
-    import unsloth_nb
-    return unsloth_nb
-
-def trained(lib, tmp_path, **kw):
-    "A few seeded steps: (model, run)"
-    job = lib.FinetuneJob(**dict(max_rows=24, test_size=2, max_steps=4, warmup_steps=1, learning_rate=1e-3, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_seq_length=256) | kw)
-    data = lib.load_data(job)
-    model = lib.load_model(job, lib.make_plan(job, data))
-    run = lib.start_run(job, tmp_path)
-    lib.train(model, lib.make_examples(data.train, model.formatter, job.max_seq_length), job, run)
-    return model,run
-
 def weights(model):
     "SHA-256 of all trained weights"
     h = hashlib.sha256()
@@ -30,26 +13,26 @@ def weights(model):
         if p.requires_grad: h.update(n.encode()+p.detach().float().numpy().tobytes())
     return h.hexdigest()
 
-def test_golden_trace(lib, tmp_path):
+def test_golden_trace(trained):
     "Loss and gradient norm of seeded steps are those on record; UNSLOTH_NB_GOLDEN=write records them anew"
-    _,run = trained(lib, tmp_path, dtype='float32')
+    _,run,_ = trained(dtype='float32')
     trace = {k:[m[k] for m in run.metrics] for k in ('loss', 'grad_norm')}
     if os.environ.get('UNSLOTH_NB_GOLDEN') == 'write': GOLDEN.write_text(json.dumps(trace, indent=1)+'\n')
     want = json.loads(GOLDEN.read_text())
     assert trace['loss'] == pytest.approx(want['loss'], rel=TOLERANCE)
     assert trace['grad_norm'] == pytest.approx(want['grad_norm'], rel=10*TOLERANCE)
 
-def test_bit_for_bit(lib, tmp_path):
+def test_bit_for_bit(trained):
     "The same seed twice: every loss, every gradient norm and all trained weights are the same bits; another seed differs"
-    runs = [trained(lib, tmp_path, seed=s) for s in (7, 7, 8)]
-    trace = [[(m['loss'], m['grad_norm']) for m in r.metrics] for _,r in runs]
+    runs = [trained(seed=s) for s in (7, 7, 8)]
+    trace = [[(m['loss'], m['grad_norm']) for m in r.metrics] for _,r,_ in runs]
     assert trace[0] == trace[1] != trace[2]
-    sums = [weights(m) for m,_ in runs]
+    sums = [weights(m) for m,_,_ in runs]
     assert sums[0] == sums[1] != sums[2]
 
-def test_accumulation(lib, tmp_path):
+def test_accumulation(trained):
     "4 rows at once, or 2 x 2: the same optimizer step, every token weighing the same"
-    a,b = (trained(lib, tmp_path, dtype='float32', **kw)[1] for kw in (dict(), dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)))
+    a,b = (trained(dtype='float32', **kw)[1] for kw in (dict(), dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)))
     assert [m['loss'] for m in a.metrics] == pytest.approx([m['loss'] for m in b.metrics], rel=1e-3)
 
 def test_max_seq_length_holds(lib, tmp_path):
@@ -60,11 +43,11 @@ def test_max_seq_length_holds(lib, tmp_path):
     assert max(map(len, exs)) == 80 and exs.counts['truncated'] > 0
     assert exs.counts['tokens'] == exs.counts['tokens_kept']+exs.counts['tokens_truncated']+exs.counts['tokens_dropped']
 
-def test_bent_adapter(lib, tmp_path, monkeypatch):
+def test_bent_adapter(trained, monkeypatch):
     "A weight that changes on its way to the disk: the export is refused and nothing is kept"
     from safetensors.torch import load_file,save_file
     from unsloth_nb import export
-    model,run = trained(lib, tmp_path, max_steps=1)
+    model,run,data = trained(max_steps=1)
     honest = export.save_adapter
     def bent(model, folder):
         honest(model, folder)
@@ -72,7 +55,7 @@ def test_bent_adapter(lib, tmp_path, monkeypatch):
         k = next(k for k in w if 'lora_B' in k)
         save_file(w | {k:w[k]+1}, folder/'adapter_model.safetensors')
     monkeypatch.setattr(export, 'save_adapter', bent)
-    with pytest.raises(export.ExportError, match='nothing was kept'): export.save_artifact(model, run.path, 'adapter', lib.held_out(model.job))
+    with pytest.raises(export.ExportError, match='nothing was kept'): export.save_artifact(model, run.path, 'adapter', data.test)
     assert not [p for p in run.path.iterdir() if p.is_dir()]
 
 def test_stream_error(lib, monkeypatch):
@@ -100,3 +83,14 @@ def test_nan_stops(lib, tmp_path):
     run = lib.start_run(job, tmp_path)
     with pytest.raises(TrainingError, match='step 1: loss is nan'): lib.finetune(model, data, job, run=run)
     assert run.metrics[0]['loss'] == 'nan' and not (run.path/'adapter').exists()
+
+def test_continue_from_adapter(lib, trained):
+    "A saved adapter's folder is a model to go on from: the same weights, trained further"
+    from unsloth_nb.training import save_adapter
+    model,run,data = trained(max_steps=2)
+    job = model.job.replace(model=str(save_adapter(model, run.path/'adapter')))
+    again = lib.load_model(job)
+    assert weights(again) == weights(model)
+    more = lib.start_run(job, run.path.parent)
+    lib.train(again, lib.make_examples(data.train, again.formatter, 256), job, more)
+    assert weights(again) != weights(model) and more.metrics[0]['loss'] < run.metrics[0]['loss']

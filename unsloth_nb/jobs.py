@@ -7,13 +7,15 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
            'run_job', 'param_help', 'read_pairs', 'print_result', 'plan_command', 'list_command', 'show_command',
            'talk', 'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #912690fe
+# %% ../nbs/jobs.ipynb #18ab809f
 import json,os,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from fastcore.basics import patch
+
 from .data import find_source,load_data
 from .loading import check_model
 from .planning import make_plan
@@ -31,14 +33,16 @@ def preflight(job:Job, runs_dir=None):
     if run.status != 'finished': raise SpecError(f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest")
     if getattr(job, 'dataset', None): find_source(job.dataset)
 
-# %% ../nbs/jobs.ipynb #bb21d12f
+# %% ../nbs/jobs.ipynb #7677f7d7
 class Watcher(threading.Thread):
     "Prints the progress of a run as the notebook writes it"
     def __init__(self, run:Run, every:float=5.0, out=None): # seconds between two lines of training
         super().__init__(daemon=True)
         self.run_dir,self.every,self.out,self.start_time,self.over = run,every,out or sys.stdout,time.time(),threading.Event()
-        self.seen,self.step,self.last,self.total = 0,0,0.0,getattr(run.job, 'max_steps', None)
-    def say(self, text): print(f'[{time.time()-self.start_time:5.0f}s] {text}', file=self.out, flush=True)
+        self.seen,self.step,self.last,self.stage,self.total = 0,0,time.time(),None,getattr(run.job, 'max_steps', None)
+    def say(self, text):
+        self.last = time.time()
+        print(f'[{self.last-self.start_time:5.0f}s] {text}', file=self.out, flush=True)
     def run(self):
         while not self.over.wait(0.5): self.look()
         self.look(final=True)
@@ -54,18 +58,20 @@ def _step_line(m, total):
     left = f", about {(total-m['step'])*m['seconds']:.0f} s left" if total else f" (epoch {m['epoch']:.2f})"
     return f"step {m['step']}{f'/{total}' if total else ''}: loss {m['loss']:.4f}, {m['seconds']:.1f} s a step{left}"
 
-# %% ../nbs/jobs.ipynb #5a41782f
-def _look(self, final=False):
+# %% ../nbs/jobs.ipynb #e5604a1c
+@patch
+def look(self:Watcher, final=False):
     "Print what is new"
     lines = read_lines(self.run_dir.path/'progress.jsonl')
-    for l in lines[self.seen:]: self.say(_stage_line(l))
-    self.seen = len(lines)
+    for l in lines[self.seen:]:
+        self.say(_stage_line(l))
+        if 'stage' in l: self.stage = (l['stage'], l['time']) if l['state'] == 'started' else None
+    self.seen,quiet = len(lines),time.time()-self.last
     steps = self.run_dir.metrics
-    if steps and steps[-1]['step'] > self.step and (final or time.time()-self.last >= self.every):
-        self.step,self.last = steps[-1]['step'],time.time()
+    if steps and steps[-1]['step'] > self.step and (final or quiet >= self.every):
+        self.step = steps[-1]['step']
         self.say(_step_line(steps[-1], self.total))
-
-Watcher.look = _look
+    elif quiet >= 15 and self.stage: self.say(f'{self.stage[0]} … {time.time()-self.stage[1]:.0f} s')
 
 # %% ../nbs/jobs.ipynb #2b4e0650
 def _changed(job):

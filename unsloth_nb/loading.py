@@ -172,7 +172,15 @@ def _base_job(folder, job):
     if not name: raise SpecError(f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json")
     return job.replace(model=name),{}
 
-# %% ../nbs/loading.ipynb #5a27928e
+# %% ../nbs/loading.ipynb #0d75f2e4
+def _check_adapter(folder, job):
+    "The adapter must be what the job says: its rank and layers are fixed by now"
+    has = read_json(Path(folder)/'adapter_config.json')
+    pairs = dict(r=job.r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout, target_modules=sorted(job.target_modules))
+    got = {k:sorted(has[k]) if isinstance(has.get(k), list) else has.get(k, v) for k,v in pairs.items()}
+    bad = [f"{k}: the adapter {folder} has {got[k]}, the job says {v}; set {k}={got[k]!r}" for k,v in pairs.items() if not isinstance(got[k], str) and got[k] != v]
+    if bad: raise SpecError('\n'.join(bad))
+
 def _view(folder, base, tmp):
     "The adapter's files under `tmp`, pointing to where its model is on this machine"
     for f in Path(folder).iterdir():
@@ -187,6 +195,7 @@ def load_adapter(
 )->LoadedModel:
     "A saved adapter on the model that it was trained on, trainable"
     start_engine()
+    _check_adapter(folder, job)
     base_job,base = _base_job(folder, job)
     src,plan = locate(base_job),plan or make_plan(base_job)
     if base.get('weights') and base['weights'] != base_fingerprint(src.path):
