@@ -91,7 +91,7 @@ def quiet():
         _release(buf)
         engine_log.extend(l for l in buf.getvalue().replace('\r', '\n').splitlines() if l.strip())
 
-# %% ../nbs/engine.ipynb #5bf10bcf
+# %% ../nbs/engine.ipynb #62fd565d
 def _import_unsloth():
     "Import Unsloth with its output captured"
     import torch
@@ -99,6 +99,9 @@ def _import_unsloth():
     try:
         with quiet(): import unsloth
     except Exception as e: raise EngineError(f"Unsloth does not import: {type(e).__name__}: {e}") from e
+    from datasets.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+    for off in (disable_progress_bars, disable_progress_bar): off() # They are widgets, which an executed notebook keeps for ever
 
 # %% ../nbs/engine.ipynb #eca3be97
 def start_engine()->Device:
