@@ -34,6 +34,13 @@ def test_parameters_tag(tree, tool):
     tool('nbdev-clean', '--fname', f, cwd=tree)
     assert json.loads(f.read_text())['cells'][1]['metadata'] == dict(tags=['parameters'])
 
+def test_first_cell():
+    "The first cell is a title and a promise alone: nbdev makes front matter of it and drops the rest from the page"
+    for p in (ROOT/'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' in p.parts: continue
+        cells = json.loads(p.read_text())['cells']
+        assert re.fullmatch(r'# [^\n]+(\n\n> [^\n]+)?', ''.join(cells[0]['source'])) and cells[1]['cell_type'] == 'markdown', p.name
+
 def test_readme(tool):
     "README.md is what the index notebook says"
     tool(sys.executable, 'tools/readme.py', '--check')
@@ -61,6 +68,7 @@ def test_docs(tree, tool):
     assert ' 0 broken' in out
     page = (tree/'_docs'/'runs.html').read_text()
     assert 'id="new_run_dir"' in page and 'Make a new, empty run directory' in page
+    assert 'three questions come back' in page
 
 def test_docs_links(tree):
     "The link check sees what is broken"

@@ -41,7 +41,7 @@ def effective_changes(asked:dict, args)->list[dict]:
     pairs = [(k, v, val(getattr(args, k, v))) for k,v in asked.items() if k not in ('output_dir', 'report_to', 'dataset_kwargs')]
     return [dict(parameter=k, requested=v, effective=e, why='changed by the training backend') for k,v,e in pairs if v != e]
 
-# %% ../nbs/training.ipynb #6bbb799b
+# %% ../nbs/training.ipynb #f667aa7a
 _COLUMNS = dict(step='d', loss='.4f', learning_rate='.2e', grad_norm='.3f', tokens_per_second='.0f', seconds='.1f')
 
 def _fmt(m, k): return format(m[k], _COLUMNS[k]) if isinstance(m.get(k), (int, float)) else str(m.get(k, ''))
@@ -61,8 +61,9 @@ class Progress:
     def _repr_html_(self):
         n = len(self.metrics)
         rows = self.metrics if n <= 12 else [self.metrics[i*(n-1)//11] for i in range(12)]
-        head = ''.join(f'<th>{k.replace("_", " ")}</th>' for k in _COLUMNS)
-        body = ''.join('<tr>'+''.join(f'<td>{html.escape(_fmt(m, k))}</td>' for k in _COLUMNS)+'</tr>' for m in rows)
+        pad = ' style="padding:0 .6em;text-align:right"'
+        head = ''.join(f'<th{pad}>{k.replace("_", " ")}</th>' for k in _COLUMNS)
+        body = ''.join('<tr>'+''.join(f'<td{pad}>{html.escape(_fmt(m, k))}</td>' for k in _COLUMNS)+'</tr>' for m in rows)
         pic = f'<img alt="loss and learning rate by step" src="data:image/png;base64,{self._png()}">' if n else ''
         return f'<div>step {self.metrics[-1]["step"] if n else 0} of {self.total}</div>{pic}<table><tr>{head}</tr>{body}</table>'
 
