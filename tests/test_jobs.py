@@ -93,6 +93,18 @@ def test_refused_run(tmp_path):
         r = cli('run', name, '--runs-dir', tmp_path)
         assert r.returncode == 2 and 'no finetune run' in r.stderr
 
+@pytest.mark.parametrize('template,rows', [
+    ('auto', [dict(text=f'Line {i} of a text for continued pretraining.') for i in range(12)]),
+    ('alpaca', [dict(instruction='Double it.', input=str(i), output=str(2*i)) for i in range(12)]),
+], ids=['text', 'alpaca'])
+def test_other_data(tmp_path, template, rows):
+    "Plain text and the Alpaca prompt go all the way, to artefacts with their certificates"
+    (tmp_path/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    run = run_job('finetune', runs_dir=tmp_path/'runs', show=False, **TINY | dict(dataset=str(tmp_path/'rows.jsonl'), max_rows=None, template=template, max_steps=1, save='merged_16bit'))
+    assert run.status == 'finished', run.result
+    assert run.result['metrics']['tuned']['loss'] > 0 and {'adapter', 'merged_16bit'} == set(run.result['artifacts'])
+    assert ('exact_match' in run.result['metrics']['tuned']) == (template == 'alpaca')
+
 def test_failing_job(tmp_path):
     "A failed job leaves its notebook, its report and the reason; exit code 1"
     f = tmp_path/'long.jsonl'

@@ -187,6 +187,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'unsloth_nb/loading.py'),
                                     'unsloth_nb.loading.LoadedModel.formatter': ( 'loading.html#loadedmodel.formatter',
                                                                                   'unsloth_nb/loading.py'),
+                                    'unsloth_nb.loading.LoadedModel.formatter_for': ( 'loading.html#loadedmodel.formatter_for',
+                                                                                      'unsloth_nb/loading.py'),
                                     'unsloth_nb.loading.LoadedModel.parameters': ( 'loading.html#loadedmodel.parameters',
                                                                                    'unsloth_nb/loading.py'),
                                     'unsloth_nb.loading.LoadedModel.save_base': ( 'loading.html#loadedmodel.save_base',

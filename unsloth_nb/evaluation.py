@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['response_loss', 'exact_match', 'valid_json', 'default_scorers', 'evaluate', 'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #8ac02739
+# %% ../nbs/evaluation.ipynb #53f9bf2e
 import html,json,math
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 
 from .data import Conversation
 from .engine import quiet
-from .formatting import Formatter,make_examples
+from .formatting import make_examples
 from .inference import Sampling,answering,generate
 from .loading import LoadedModel
 from .runs import Run,before_after
@@ -52,7 +52,7 @@ def default_scorers(expected:list[str])->dict: # Name to function
     "Exact match, and valid JSON where every expected answer is a JSON object"
     return dict(exact_match=exact_match)|(dict(valid_json=valid_json) if all(valid_json('', e) for e in expected) else {})
 
-# %% ../nbs/evaluation.ipynb #a293ffdc
+# %% ../nbs/evaluation.ipynb #43c2f579
 def evaluate(
     model:LoadedModel, # Model
     convs:list[Conversation], # Held-out rows
@@ -63,7 +63,7 @@ def evaluate(
     examples=None, # The same rows as examples, when they exist already
 )->tuple[dict,list]: # (metrics, answers)
     "Held-out loss, perplexity and the mean of each score"
-    fmt = Formatter(model.tok, model.job.template, model.job.loss_on, text=convs[0].text is not None)
+    fmt = model.formatter_for(convs)
     exs = examples or make_examples(convs, fmt, model.plan.max_seq_length, 'truncate')
     metrics = response_loss(model, exs, tuned, batch_size)
     if fmt.template == 'raw': return metrics|dict(rows=len(convs)),[]

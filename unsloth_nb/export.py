@@ -80,7 +80,7 @@ def _reloaded_merged(model, folder):
         del net
         gc.collect()
 
-# %% ../nbs/export.ipynb #c82f7afe
+# %% ../nbs/export.ipynb #ead10044
 def _write_merged(model, folder):
     "Merge and write in 16 bits, through Unsloth"
     if model.plan.load_in_4bit and model.plan.device.kind != 'cuda':
@@ -96,7 +96,7 @@ def save_artifact(
     "Write an artefact, reload it, compare it, and only then put it in place"
     home = Path(parent)/to
     if home.exists(): raise FileExistsError(f"{home} exists already; nothing is overwritten")
-    exs = make_examples(convs, model.formatter, model.plan.max_seq_length, 'truncate')
+    exs = make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate')
     with tempfile.TemporaryDirectory(prefix='.saving-', dir=parent, ignore_cleanup_errors=True) as tmp:
         stage = Path(tmp)/to
         save_adapter(model, stage) if to == 'adapter' else _write_merged(model, stage)

@@ -102,12 +102,17 @@ def load_tokenizer(job:FinetuneJob):
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return tok
 
-# %% ../nbs/loading.ipynb #ac41c425
+# %% ../nbs/loading.ipynb #f2579c7b
 class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
     def __init__(self, model, tok, source, plan, job): self.model,self.tok,self.source,self.plan,self.job = model,tok,source,plan,job
     @cached_property
-    def formatter(self): return Formatter(self.tok, 'auto' if self.job.template == 'raw' else self.job.template, self.job.loss_on)
+    def formatter(self):
+        "Writes prompts as they were trained"
+        return Formatter(self.tok, 'auto' if self.job.template == 'raw' else self.job.template, self.job.loss_on)
+    def formatter_for(self, convs):
+        "The formatter for these rows: conversations, or plain text"
+        return Formatter(self.tok, self.job.template, self.job.loss_on, text=True) if convs[0].text is not None else self.formatter
     @property
     def parameters(self)->tuple[int,int]: # (trained, all)
         "Parameter counts; packed 4-bit weights count as what they stand for"

@@ -6,14 +6,14 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'TrainingError', 'check_step', 'check_weights',
            'peak_memory', 'train', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #eae83d4d
+# %% ../nbs/training.ipynb #dad96541
 import base64,html,io,math,os,shutil,sys,tempfile,time
 from pathlib import Path
 from fastcore.basics import patch
 
 from .data import Data
 from .engine import quiet
-from .formatting import Examples,Formatter,make_examples
+from .formatting import Examples,make_examples
 from .loading import LoadedModel
 from .planning import Plan
 from .runs import Run,plot_metrics,start_run
@@ -199,7 +199,7 @@ def save_adapter(
     finally: shutil.rmtree(stage, ignore_errors=True)
     return folder
 
-# %% ../nbs/training.ipynb #9f2e75a7
+# %% ../nbs/training.ipynb #ca88e6db
 def finetune(
     model:LoadedModel, # From `load_model`
     data, # Data, or Examples
@@ -214,8 +214,7 @@ def finetune(
     try:
         if not isinstance(data, Examples):
             run.save('data', data)
-            fmt = Formatter(model.tok, job.template, job.loss_on, text=data.train[0].text is not None)
-            with run.stage('formatting'): data = make_examples(data.train, fmt, job.max_seq_length, job.over_length)
+            with run.stage('formatting'): data = make_examples(data.train, model.formatter_for(data.train), job.max_seq_length, job.over_length)
         with run.stage('training'): res = train(model, data, job, run)
         save_adapter(model, run.path/'adapter')
         return run.finish(training=res) if own else run
