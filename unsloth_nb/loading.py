@@ -177,7 +177,7 @@ def _base_job(folder, job):
     if not name: raise SpecError(f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json")
     return job.replace(model=name),{}
 
-# %% ../nbs/loading.ipynb #0d75f2e4
+# %% ../nbs/loading.ipynb #7039708d
 def _check_adapter(folder, job):
     "The adapter must be what the job says: its rank and layers are fixed by now"
     has = read_json(Path(folder)/'adapter_config.json')
@@ -208,5 +208,6 @@ def load_adapter(
     with tempfile.TemporaryDirectory() as tmp:
         view = Source(_view(folder, src.path, tmp), src.ref, None, src.remote_code)
         model,tok = _from_pretrained(view, plan)
+    tok.name_or_path = str(folder)
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return LoadedModel(model, tok, src, plan, base_job)
