@@ -87,6 +87,14 @@ def test_refused(tmp_path, args, message):
     assert r.returncode == 2 and message in r.stderr, r.stderr
     assert not (tmp_path/'runs').exists() and 'Traceback' not in r.stderr
 
+@pytest.mark.parametrize('files,message', [(['readme.txt'], 'holds neither config.json nor adapter_config.json'), (['config.json', 'pytorch_model.bin'], 'pickled ones are not loaded')])
+def test_refused_folder(tmp_path, files, message):
+    "A folder that is no model, or one of pickled weights"
+    (tmp_path/'m').mkdir()
+    for f in files: (tmp_path/'m'/f).write_text('{}')
+    r = cli('run', 'finetune', '--runs-dir', tmp_path/'runs', '-p', f'model={tmp_path}/m')
+    assert r.returncode == 2 and message in r.stderr and not (tmp_path/'runs').exists()
+
 def test_refused_run(tmp_path):
     "Export and evaluate need a finished run"
     for name in ('export', 'evaluate'):

@@ -55,7 +55,7 @@ def embedded_model()->Path: # Folder with safetensors and tokenizer
             if not (home/'config.json').exists(): raise
     return home
 
-# %% ../nbs/loading.ipynb #d9f472c4
+# %% ../nbs/loading.ipynb #6d3a01cb
 @dataclass(frozen=True)
 class Source:
     "What the libraries load"
@@ -74,6 +74,8 @@ def check_model(job:FinetuneJob)->ModelRef:
     ref = resolve_model(job.model, job.allow_remote_code)
     if ref.kind == 'local' and not any((Path(ref.id)/f).exists() for f in ('config.json', 'adapter_config.json')):
         raise SpecError(f"model: folder {job.model!r} holds neither config.json nor adapter_config.json, so it is no model; give the folder that holds one of them")
+    if ref.kind == 'local' and not any(Path(ref.id).glob('*.safetensors')):
+        raise SpecError(f"model: folder {job.model!r} holds no .safetensors weights, and pickled ones are not loaded, since they can run code; save the model again as safetensors")
     if ref.kind == 'hub' and not _cached(ref.id, job.revision): check_hub(f"model {ref.id!r}")
     return ref
 
