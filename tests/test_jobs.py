@@ -5,7 +5,7 @@ import nbformat,papermill,pytest
 from conftest import TINY
 from unsloth_nb.jobs import run_job
 from unsloth_nb.runs import Run,read_json
-from unsloth_nb.spec import JOBS,SpecError,jobs_dir,parameters_cell
+from unsloth_nb.spec import JOBS,jobs_dir,parameters_cell
 
 CLI = str(Path(sys.executable).parent/'unsloth-nb')
 
@@ -127,7 +127,7 @@ def test_killed_kernel(tmp_path):
     "A kernel killed while it trains: the run has failed, its metrics stay, no adapter is left"
     import psutil
     def kill():
-        while not (runs := [p for p in tmp_path.iterdir() if Run(p).metrics]): time.sleep(0.2)
+        while not any(Run(p).metrics for p in tmp_path.iterdir()): time.sleep(0.2)
         for c in psutil.Process().children(recursive=True):
             if 'ipykernel_launcher' in ' '.join(c.cmdline()): c.send_signal(signal.SIGKILL)
     threading.Thread(target=kill, daemon=True).start()

@@ -1,5 +1,5 @@
 "The main job: the embedded model learns the built-in set on a CPU, as `make run` does it."
-import os,subprocess,sys
+import subprocess,sys
 from pathlib import Path
 import pytest
 from unsloth_nb.runs import Run

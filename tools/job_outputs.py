@@ -5,7 +5,6 @@
 Only a run with default parameters fits: what the page shows must be what the page's parameters give."""
 
 import sys
-from pathlib import Path
 
 import nbformat
 

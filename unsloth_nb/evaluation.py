@@ -52,7 +52,7 @@ def default_scorers(expected:list[str])->dict: # Name to function
     "Exact match, and valid JSON where every expected answer is a JSON object"
     return dict(exact_match=exact_match)|(dict(valid_json=valid_json) if all(valid_json('', e) for e in expected) else {})
 
-# %% ../nbs/evaluation.ipynb #43c2f579
+# %% ../nbs/evaluation.ipynb #ba934d40
 def evaluate(
     model:LoadedModel, # Model
     convs:list[Conversation], # Held-out rows
@@ -60,12 +60,11 @@ def evaluate(
     tuned:bool=True, # False: the base model
     max_new_tokens:int=96, # [tokens]
     batch_size:int=16, # Rows at once
-    examples=None, # The same rows as examples, when they exist already
 )->tuple[dict,list]: # (metrics, answers)
     "Held-out loss, perplexity and the mean of each score"
     fmt = model.formatter_for(convs)
-    exs = examples or make_examples(convs, fmt, model.plan.max_seq_length, 'truncate')
-    metrics = response_loss(model, exs, tuned, batch_size)
+    exs = make_examples(convs, fmt, model.plan.max_seq_length, 'truncate')
+    metrics = response_loss(model, exs, tuned, batch_size)|dict(loss_rows_cut=exs.counts['truncated']+exs.counts['dropped_nothing_trained'])
     if fmt.template == 'raw': return metrics|dict(rows=len(convs)),[]
     answers = generate(model, [c.messages for c in convs], Sampling(max_new_tokens=max_new_tokens), tuned, batch_size)
     expected = [c.messages[-1]['content'] for c in convs]

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['TIE', 'LIMITS', 'ExportError', 'answer_trace', 'certificate', 'check_certificate', 'save_artifact', 'export_run']
 
-# %% ../nbs/export.ipynb #d43c58f7
-import gc,os,shutil,tempfile
+# %% ../nbs/export.ipynb #b971775f
+import gc,os,tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from fastcore.basics import patch
 
 from .data import Conversation,held_out
 from .engine import quiet

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sampling', 'answering', 'Answer', 'as_messages', 'generate', 'stream', 'Turn', 'Chat', 'load_run', 'chat']
 
-# %% ../nbs/inference.ipynb #9f026b3f
+# %% ../nbs/inference.ipynb #b3f4a8de
 import html,json,threading
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from fastcore.basics import patch
 from .engine import quiet
 from .loading import LoadedModel,load_adapter
 from .planning import make_plan
-from .runs import Run,open_run
-from .spec import FinetuneJob,SpecError
+from .runs import open_run
+from .spec import SpecError
 
 # %% ../nbs/inference.ipynb #fc444f53
 @dataclass(frozen=True)

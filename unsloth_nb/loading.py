@@ -6,8 +6,8 @@
 __all__ = ['BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel', 'load_model',
            'base_fingerprint', 'load_adapter']
 
-# %% ../nbs/loading.ipynb #eb261c67
-import importlib.metadata,importlib.util,json,os,tempfile
+# %% ../nbs/loading.ipynb #fa978a1d
+import importlib.metadata,importlib.util,os,tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -6,12 +6,10 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'TrainingError', 'check_step', 'check_weights',
            'peak_memory', 'train', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #dad96541
+# %% ../nbs/training.ipynb #427d510b
 import base64,html,io,math,os,shutil,sys,tempfile,time
 from pathlib import Path
-from fastcore.basics import patch
 
-from .data import Data
 from .engine import quiet
 from .formatting import Examples,make_examples
 from .loading import LoadedModel
