@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['response_loss', 'exact_match', 'valid_json', 'default_scorers', 'evaluate', 'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #53f9bf2e
+# %% ../nbs/evaluation.ipynb #c304c996
 import html,json,math
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 
-from .data import Conversation
+from .conversations import Conversation
 from .engine import quiet
-from .formatting import make_examples
+from .examples import make_examples
 from .inference import Sampling,answering,generate
 from .loading import LoadedModel
 from .runs import Run,before_after
@@ -52,10 +52,10 @@ def default_scorers(expected:list[str])->dict: # Name to function
     "Exact match, and valid JSON where every expected answer is a JSON object"
     return dict(exact_match=exact_match)|(dict(valid_json=valid_json) if all(valid_json('', e) for e in expected) else {})
 
-# %% ../nbs/evaluation.ipynb #ba934d40
+# %% ../nbs/evaluation.ipynb #128dede5
 def evaluate(
     model:LoadedModel, # Model
-    convs:list[Conversation], # Held-out rows
+    convs, # Held-out conversations
     scorers:dict|None=None, # Name to function (expected, answer) to number; default: exact match, valid JSON
     tuned:bool=True, # False: the base model
     max_new_tokens:int=96, # [tokens]
@@ -64,10 +64,10 @@ def evaluate(
     "Held-out loss, perplexity and the mean of each score"
     fmt = model.formatter_for(convs)
     exs = make_examples(convs, fmt, model.plan.max_seq_length, 'truncate')
-    metrics = response_loss(model, exs, tuned, batch_size)|dict(loss_rows_cut=exs.counts['truncated']+exs.counts['dropped_nothing_trained'])
+    metrics = response_loss(model, exs, tuned, batch_size)|dict(loss_rows_cut=exs.rows.noted.get('examples_truncated', 0)+exs.rows.left_out['nothing_trained'])
     if fmt.template == 'raw': return metrics|dict(rows=len(convs)),[]
-    answers = generate(model, [c.messages for c in convs], Sampling(max_new_tokens=max_new_tokens), tuned, batch_size)
-    expected = [c.messages[-1]['content'] for c in convs]
+    answers = generate(model, convs, Sampling(max_new_tokens=max_new_tokens), tuned, batch_size)
+    expected = [fmt.answer(c) for c in convs]
     scorers = default_scorers(expected) if scorers is None else scorers
     scores = {k:sum(float(f(e, a.text)) for e,a in zip(expected, answers))/len(convs) for k,f in scorers.items()}
     return scores|metrics|dict(rows=len(convs), cut_off=sum(not a.stopped for a in answers)),answers
@@ -95,10 +95,10 @@ def __repr__(self:Comparison):
     for r in self.samples[:3]: lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
     return '\n'.join(lines)
 
-# %% ../nbs/evaluation.ipynb #972886d7
+# %% ../nbs/evaluation.ipynb #0739e099
 def compare(
     model:LoadedModel, # Model with its trained adapter
-    convs:list[Conversation], # Held-out rows
+    convs, # Held-out conversations
     run:Run|None=None, # Gets `samples.jsonl`
     base:tuple|None=None, # What `evaluate` said of the base model, when it was asked before training
     sides=('base', 'tuned'), # Which to ask
@@ -106,7 +106,7 @@ def compare(
 )->Comparison:
     "Base and tuned model on the same rows"
     sides = {s:base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', **kw) for s in sides}
-    rows = [dict(row=c.row, prompt=c.messages[-2]['content'], expected=c.messages[-1]['content'], **{s:a[i].text for s,(_,a) in sides.items() if a}) for i,c in enumerate(convs) if c.messages]
+    rows = [dict(row=c.row, prompt=c.messages[-2]['content'], expected=model.formatter_for(convs).answer(c), **{s:a[i].text for s,(_,a) in sides.items() if a}) for i,c in enumerate(convs) if c.messages]
     res = Comparison({s:m for s,(m,_) in sides.items()}, rows)
     if run is not None and rows: run.save_samples(rows)
     return res

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TIE', 'LIMITS', 'ExportError', 'answer_trace', 'certificate', 'check_certificate', 'save_artifact', 'export_run']
 
-# %% ../nbs/export.ipynb #b971775f
+# %% ../nbs/export.ipynb #5a81ee3b
 import gc,os,tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .data import Conversation,held_out
+from .data import held_out
 from .engine import quiet
-from .formatting import make_examples
+from .examples import make_examples
 from .inference import answering,load_run
 from .loading import LoadedModel
 from .runs import Run,open_run,start_run,write_json
@@ -79,7 +79,7 @@ def _reloaded_merged(model, folder):
         del net
         gc.collect()
 
-# %% ../nbs/export.ipynb #ead10044
+# %% ../nbs/export.ipynb #e2720ba8
 def _write_merged(model, folder):
     "Merge and write in 16 bits, through Unsloth"
     if model.plan.load_in_4bit and model.plan.device.kind != 'cuda':
@@ -90,7 +90,7 @@ def save_artifact(
     model:LoadedModel, # Trained model
     parent, # Where the folder goes: a run's directory
     to:str, # `adapter` or `merged_16bit`
-    convs:list[Conversation], # Held-out rows to compare on
+    convs, # Held-out conversations to compare on
 )->dict: # The certificate
     "Write an artefact, reload it, compare it, and only then put it in place"
     home = Path(parent)/to

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Sampling', 'answering', 'Answer', 'as_messages', 'generate', 'stream', 'Turn', 'Chat', 'load_run', 'chat']
 
-# %% ../nbs/inference.ipynb #b3f4a8de
+# %% ../nbs/inference.ipynb #00d5fd44
 import html,json,threading
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
 from fastcore.basics import patch
 
+from .conversations import Conversation
 from .engine import quiet
 from .loading import LoadedModel,load_adapter
 from .planning import make_plan
@@ -78,18 +79,19 @@ def _answer(model, ids, stops)->Answer:
     kept = ids if n is None else ids[:n]
     return Answer(model.tok.decode(kept, skip_special_tokens=True), len(kept)+(n is not None), n is not None)
 
-# %% ../nbs/inference.ipynb #732c4814
+# %% ../nbs/inference.ipynb #98e2beef
 def as_messages(prompt, system:str|None=None)->list[dict]:
-    "A text or messages as messages"
+    "A text, messages or a conversation as what a formatter asks with"
+    if isinstance(prompt, Conversation): return prompt
     if not isinstance(prompt, str):
         bad = next((m for m in prompt or [prompt] if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str))), None)
         if bad is not None: raise SpecError(f"prompt: expected a text, or messages with role and content, got {bad!r}")
         return prompt
     return ([dict(role='system', content=system)] if system else [])+[dict(role='user', content=prompt)]
 
-def _encode(model, texts):
+def _encode(model, ids):
     "A left-padded batch on the model's device"
-    return model.tok(texts, return_tensors='pt', padding=True, add_special_tokens=False).to(model.model.device)
+    return model.tok.pad([dict(input_ids=t, attention_mask=[1]*len(t)) for t in ids], return_tensors='pt').to(model.model.device)
 
 def _seeded(s):
     import torch
@@ -106,18 +108,18 @@ def generate(
     "An Answer for a prompt, or a list of them for a list"
     if isinstance(prompts, str): return generate(model, [prompts], sampling, tuned, batch_size, system)[0]
     s = sampling or Sampling()
-    texts = [model.formatter.prompt(as_messages(p, system)) for p in prompts]
-    order,out,config,stops = sorted(range(len(texts)), key=lambda i: len(texts[i])),{},_generation_config(model, s),set(model.formatter.stop_ids())
+    ids = [model.formatter.prompt_ids(as_messages(p, system)) for p in prompts]
+    order,out,config,stops = sorted(range(len(ids)), key=lambda i: len(ids[i])),{},_generation_config(model, s),set(model.formatter.stop_ids())
     _seeded(s)
     with answering(model, tuned) as net, quiet():
         for at in range(0, len(order), batch_size):
             part = order[at:at+batch_size]
-            x = _encode(model, [texts[i] for i in part])
+            x = _encode(model, [ids[i] for i in part])
             y = net.generate(**x, generation_config=config)[:,x['input_ids'].shape[1]:].tolist()
-            out |= {i:_answer(model, ids, stops) for i,ids in zip(part, y)}
-    return [out[i] for i in range(len(texts))]
+            out |= {i:_answer(model, new, stops) for i,new in zip(part, y)}
+    return [out[i] for i in range(len(ids))]
 
-# %% ../nbs/inference.ipynb #8d49b19a
+# %% ../nbs/inference.ipynb #aa7fa517
 def _streamer(model, config, x, tuned, stop):
     "Generate in a thread; returns the stream of text and a list that receives an error"
     from transformers import StoppingCriteriaList,TextIteratorStreamer
@@ -142,7 +144,7 @@ def stream(
     s,stop = sampling or Sampling(),threading.Event()
     _seeded(s)
     model.tok.padding_side = 'left'
-    pieces,failed,thread = _streamer(model, _generation_config(model, s), _encode(model, [model.formatter.prompt(as_messages(prompt, system))]), tuned, stop)
+    pieces,failed,thread = _streamer(model, _generation_config(model, s), _encode(model, [model.formatter.prompt_ids(as_messages(prompt, system))]), tuned, stop)
     try:
         for p in pieces:
             if p: yield p

@@ -7,7 +7,7 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
            'run_job', 'param_help', 'read_pairs', 'print_result', 'plan_command', 'list_command', 'show_command',
            'talk', 'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #18ab809f
+# %% ../nbs/jobs.ipynb #e1407819
 import json,os,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +16,19 @@ from typing import Annotated
 import typer
 from fastcore.basics import patch
 
-from .data import find_source,load_data
+from .data import load_data
+from .sources import find_source
 from .loading import check_model
 from .planning import make_plan
 from .runs import RUN_DIR_VARIABLE,Run,RunError,before_after,list_runs,new_run_dir,open_run,read_lines,record_job
 from .spec import JOBS,FinetuneJob,Job,SpecError,fields,jobs_dir,make_job,read_value,settings
 
-# %% ../nbs/jobs.ipynb #3beb2722
+# %% ../nbs/jobs.ipynb #286bb4de
 def preflight(job:Job, runs_dir=None):
     "Raise `SpecError` for what can be known to fail before anything starts"
     if isinstance(job, FinetuneJob):
         check_model(job)
-        if find_source(job.dataset)[0] != 'hub': load_data(job)
+        if find_source(job.dataset, job.dataset_split).kind != 'hub': load_data(job).check_supervised()
         return
     run = open_run(job.run, runs_dir, kind='finetune')
     if run.status != 'finished': raise SpecError(f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest")

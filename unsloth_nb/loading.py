@@ -6,7 +6,7 @@
 __all__ = ['BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel', 'load_model',
            'base_fingerprint', 'load_adapter']
 
-# %% ../nbs/loading.ipynb #fa978a1d
+# %% ../nbs/loading.ipynb #26efe98a
 import importlib.metadata,importlib.util,os,tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from .formatting import Formatter
 from .planning import Plan,make_plan
 from .runs import read_json,sha256,write_json
 from .spec import FinetuneJob,ModelRef,SpecError,resolve_model,settings
+from .templates import use_template
 
 # %% ../nbs/loading.ipynb #98a1f7c4
 def _gguf_file()->Path:
@@ -85,7 +86,7 @@ def locate(job:FinetuneJob)->Source:
     if ref.kind == 'embedded': return Source(str(embedded_model()), ref)
     return Source(ref.id, ref, *((job.revision, job.allow_remote_code == ref.id) if ref.kind == 'hub' else ()))
 
-# %% ../nbs/loading.ipynb #da4f1b89
+# %% ../nbs/loading.ipynb #bf0ec1e3
 def _guard(what, e):
     "One line for a load that failed"
     first = str(e).strip().splitlines()[0] if str(e).strip() else ''
@@ -100,21 +101,24 @@ def load_tokenizer(job:FinetuneJob):
     "The tokenizer of a job's model"
     src = locate(job)
     start_engine()
-    tok = _tokenizer(src, job.max_seq_length)
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
-    return tok
+    return _ready(_tokenizer(src, job.max_seq_length), job)
 
-# %% ../nbs/loading.ipynb #f2579c7b
+def _ready(tok, job):
+    "A tokenizer with a padding token, and with the template that the job names"
+    if tok.pad_token is None: tok.pad_token = tok.eos_token
+    return tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
+
+# %% ../nbs/loading.ipynb #f395b166
 class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
     def __init__(self, model, tok, source, plan, job): self.model,self.tok,self.source,self.plan,self.job = model,tok,source,plan,job
     @cached_property
     def formatter(self):
         "Writes prompts as they were trained"
-        return Formatter(self.tok, 'auto' if self.job.template == 'raw' else self.job.template, self.job.loss_on)
+        return Formatter(self.tok, 'auto' if self.job.template == 'raw' else self.job.template, self.job.loss_on, special_tokens=self.job.special_tokens)
     def formatter_for(self, convs):
         "The formatter for these rows: conversations, or plain text"
-        return Formatter(self.tok, self.job.template, self.job.loss_on, text=True) if convs[0].text is not None else self.formatter
+        return Formatter.for_job(self.job, self.tok, text=True) if convs[0].text is not None else self.formatter
     @property
     def parameters(self)->tuple[int,int]: # (trained, all)
         "Parameter counts; packed 4-bit weights count as what they stand for"
@@ -138,7 +142,7 @@ def _from_pretrained(src, plan):
             load_in_4bit=plan.load_in_4bit, use_gradient_checkpointing=plan.gradient_checkpointing, trust_remote_code=src.remote_code)
     except (OSError, ValueError) as e: raise _guard(f"model: {src.path}", e) from e
 
-# %% ../nbs/loading.ipynb #a7213810
+# %% ../nbs/loading.ipynb #aba11bc5
 def _add_adapter(model, job, plan):
     "A fresh LoRA adapter in float32, seeded by the job"
     from unsloth import FastLanguageModel
@@ -156,8 +160,7 @@ def load_model(
     plan = plan or make_plan(job)
     if (Path(src.path)/'adapter_config.json').exists(): return load_adapter(src.path, job, plan)
     model,tok = _from_pretrained(src, plan)
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
-    return LoadedModel(_add_adapter(model, job, plan), tok, src, plan, job)
+    return LoadedModel(_add_adapter(model, job, plan), _ready(tok, job), src, plan, job)
 
 # %% ../nbs/loading.ipynb #5bf0f48f
 BASE_FILE = 'base.json'

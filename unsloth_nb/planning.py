@@ -123,12 +123,12 @@ def _batch(job, dev, peak, ckpt):
     b = next((b for b in range(step, 0, -1) if step % b == 0 and peak(b, ckpt) <= 0.9*dev.memory_free), 1)
     return b,step//b,f'an optimizer step of {step} rows, as many at once as fit'
 
-# %% ../nbs/planning.ipynb #348145df
+# %% ../nbs/planning.ipynb #f410ffe2
 def longest(rows, limit:int)->int: # [tokens]
     "Length of the longest example: exact for Examples, 3 characters a token for conversations, else the limit"
     if rows is None: return limit
     if hasattr(rows, 'train'): return min(limit, math.ceil(rows.profile()['max']/3)+64)
-    return max(map(len, rows))
+    return int(rows.lengths.max()) if hasattr(rows, 'lengths') else max(map(len, rows))
 
 def _changes(job, dev, ckpt):
     "What this device does not do as written, and what happens instead"

@@ -6,18 +6,19 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'TrainingError', 'check_step', 'check_weights',
            'peak_memory', 'train', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #427d510b
+# %% ../nbs/training.ipynb #fee349b4
 import base64,html,io,math,os,shutil,sys,tempfile,time
 from pathlib import Path
 
 from .engine import quiet
-from .formatting import Examples,make_examples
+from .batching import pack
+from .examples import Examples,make_examples
 from .loading import LoadedModel
 from .planning import Plan
 from .runs import Run,plot_metrics,start_run
 from .spec import FinetuneJob
 
-# %% ../nbs/training.ipynb #56bdb100
+# %% ../nbs/training.ipynb #dd591c98
 def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of `SFTConfig`
     "Everything that shapes training, stated in full"
     return dict(output_dir=str(out_dir), seed=job.seed, data_seed=job.seed,
@@ -28,7 +29,7 @@ def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of
         adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, label_smoothing_factor=0.0, neftune_noise_alpha=None,
         bf16=plan.dtype == 'bfloat16', fp16=plan.dtype == 'float16', gradient_checkpointing=bool(plan.gradient_checkpointing),
         packing=plan.packing, max_length=plan.max_seq_length, padding_free=False, average_tokens_across_devices=False, loss_type='nll',
-        dataset_kwargs=dict(skip_prepare_dataset=not plan.packing), remove_unused_columns=False, dataloader_num_workers=0,
+        dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='group_by_length' if job.group_by_length else 'random', remove_unused_columns=False, dataloader_num_workers=0,
         logging_steps=job.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, save_strategy='no', eval_strategy='no',
         include_num_input_tokens_seen='non_padding', report_to='none', disable_tqdm=True)
 
@@ -127,18 +128,25 @@ def _recorder(run, live, total):
             check_step(m)
     return Recorder()
 
-# %% ../nbs/training.ipynb #4747696a
-def _dataset(examples):
-    "Token ids and labels as a dataset"
+# %% ../nbs/training.ipynb #b91f1965
+def _packed(examples, limit):
+    "Examples put end to end in rows of at most `limit` tokens, with the length of each"
+    for row in pack(examples.lengths, limit):
+        got = [examples[i] for i in row]
+        yield dict(input_ids=[t for e in got for t in e.input_ids], labels=[t for e in got for t in e.labels], seq_lengths=[len(e) for e in got])
+
+def _dataset(examples, packed_to=None):
+    "Token ids and labels as a dataset, packed where a length is given"
     from datasets import Dataset
-    return Dataset.from_list([dict(input_ids=e.input_ids, labels=e.labels, attention_mask=[1]*len(e)) for e in examples])
+    if packed_to: return Dataset.from_list(list(_packed(examples, packed_to)))
+    return Dataset(examples.table(), fingerprint=f'examples-{id(examples)}')
 
 def _trainer(model, examples, args):
     "TRL's trainer with our rows and no printing of its own"
     from transformers import DataCollatorForSeq2Seq,PrinterCallback
     from trl import SFTConfig,SFTTrainer
     collator = None if args['packing'] else DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100)
-    t = SFTTrainer(model=model.model, processing_class=model.tok, train_dataset=_dataset(examples), args=SFTConfig(**args), data_collator=collator)
+    t = SFTTrainer(model=model.model, processing_class=model.tok, train_dataset=_dataset(examples, args['max_length'] if args['packing'] else None), args=SFTConfig(**args), data_collator=collator)
     t.remove_callback(PrinterCallback)
     return t
 
@@ -197,7 +205,7 @@ def save_adapter(
     finally: shutil.rmtree(stage, ignore_errors=True)
     return folder
 
-# %% ../nbs/training.ipynb #ca88e6db
+# %% ../nbs/training.ipynb #123a80ee
 def finetune(
     model:LoadedModel, # From `load_model`
     data, # Data, or Examples
@@ -212,7 +220,7 @@ def finetune(
     try:
         if not isinstance(data, Examples):
             run.save('data', data)
-            with run.stage('formatting'): data = make_examples(data.train, model.formatter_for(data.train), job.max_seq_length, job.over_length)
+            with run.stage('formatting'): data = make_examples(data.train, model.formatter_for(data.train), job.max_seq_length, job.over_length, job.max_dropped)
         with run.stage('training'): res = train(model, data, job, run)
         save_adapter(model, run.path/'adapter')
         return run.finish(training=res) if own else run
