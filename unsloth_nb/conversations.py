@@ -108,7 +108,7 @@ def _parsed(v, where, what='JSON'):
     try: return json.loads(v)
     except ValueError as e: raise DataError(f"{where} is not {what}: {e}") from None
 
-# %% ../nbs/conversations.ipynb #086bda1d
+# %% ../nbs/conversations.ipynb #b05155d2
 def _tools(row, i):
     "The functions of a row, in OpenAI's wrapping; None when there are none"
     where = f"row {i}: column 'tools'"
@@ -126,7 +126,7 @@ def _call(v, where):
     v = _parsed(v, where)
     f = v.get('function', v) if isinstance(v, dict) else None
     if not isinstance(f, dict) or not isinstance(f.get('name'), str): raise DataError(f"{where}: a tool call needs a name and arguments, got {json.dumps(v, ensure_ascii=False, default=str)[:80]}")
-    args = _parsed(f.get('arguments', {}), f"{where}, arguments of {f['name']}")
+    args = _parsed(f.get('arguments') or {}, f"{where}, arguments of {f['name']}")
     if not isinstance(args, dict): raise DataError(f"{where}, arguments of {f['name']}: expected an object, got a {type(args).__name__}")
     return {k:v[k] for k in ('id',) if v.get(k)}|dict(type='function', function=dict(name=f['name'], arguments=args))
 
@@ -151,7 +151,7 @@ def _weight(v, where):
     if v not in (0, 1): raise DataError(f"{where}: weight is {v!r}; expected 0 (not trained) or 1")
     return int(v)
 
-# %% ../nbs/conversations.ipynb #1da63903
+# %% ../nbs/conversations.ipynb #ad26c572
 ROLES = dict(system='system', developer='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant', chatgpt='assistant',
     tool='tool', observation='tool', function_response='tool', ipython='tool', function_call='assistant', tool_call='assistant')
 
@@ -160,7 +160,7 @@ def _message(t, where, names):
     role_key,text_key,roles = names
     if not isinstance(t, dict) or role_key not in t or (text_key not in t and not t.get('tool_calls')): raise DataError(f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}")
     role,v = t[role_key],t.get(text_key)
-    if role not in roles: raise DataError(f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:user")
+    if not isinstance(role, str) or role not in roles: raise DataError(f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:user")
     if role in ('function_call', 'tool_call'): return dict(role='assistant', content='', tool_calls=_calls(v, where))
     if v is None and t.get('tool_calls'): v = ''
     content,reasoning,calls = _parts(v, where) if isinstance(v, list) else (v, '', [])
@@ -228,7 +228,7 @@ def _start(self:Reading, row, i):
     if col: return sys+self._side(row, col, i, 'user')
     return sys+[dict(role='user', content=_instruction(row, i, self.keep_empty))] if row.get('instruction') is not None else None
 
-# %% ../nbs/conversations.ipynb #df3e5931
+# %% ../nbs/conversations.ipynb #11d9008b
 def _instruction(row, i, keep_empty=False):
     ins,inp = _text(row, 'instruction', i, keep_empty),_text(row, 'input', i, empty=True)
     return f'{ins}\n\n{inp}' if inp.strip() else ins
@@ -253,15 +253,16 @@ def _unpaired(self:Reading, row, i):
     v = row.get('label')
     v = v.strip().lower() if isinstance(v, str) else v
     if isinstance(v, float) or not isinstance(v, (bool, int, str)) or v not in _yes: raise DataError(f"row {i}: column 'label' holds {v!r}, expected true (good) or false (bad)")
-    inner = next(f for f in ('messages', 'sharegpt', 'prompt_completion') if row.get(FORMATS[f][0][0]) is not None)
+    inner = next((f for f in ('messages', 'sharegpt', 'prompt_completion') if row.get(FORMATS[f][0][0]) is not None), None)
+    if inner is None: raise DataError(f"row {i}: has neither messages, conversations nor a prompt; fill one of these columns or remove the row")
     return dict(label=_yes[v], inner=inner)
 
-# %% ../nbs/conversations.ipynb #e545680a
+# %% ../nbs/conversations.ipynb #7e4692e3
 @patch
 def _alpaca(self:Reading, row, i):
     ins,inp,out = _text(row, 'instruction', i, self.keep_empty),_text(row, 'input', i, empty=True),_text(row, 'output', i, self.keep_empty)
     sys,past = _text(row, 'system', i, empty=True),row.get('history') or []
-    if not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past): raise DataError(f"row {i}: column 'history' must be a list of pairs, question and answer")
+    if not isinstance(past, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past): raise DataError(f"row {i}: column 'history' must be a list of pairs, question and answer")
     turns = [dict(role=r, content=c) for p in past for r,c in zip(('user', 'assistant'), p)]
     msgs = [*([dict(role='system', content=sys)] if sys else []), *turns, dict(role='user', content=_instruction(row, i, self.keep_empty)), dict(role='assistant', content=out)]
     return Conversation(check_turns(msgs, i, self.keep_empty), fields=dict(instruction=ins, input=inp if inp.strip() else ''), row=i)
@@ -289,28 +290,29 @@ def to_conversation(
     "One row as a conversation"
     return Reading(format).conversation(row, i)
 
-# %% ../nbs/conversations.ipynb #e87c67d0
-_control,_surrogate = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]'),re.compile('[\ud800-\udfff]')
+# %% ../nbs/conversations.ipynb #8e70ada0
+_control,_surrogate = re.compile('[\x00-\x08\x0e-\x1f\x7f]'),re.compile('[\ud800-\udfff]')
 
 def strings(v):
     "Every string in a value of dicts and lists"
     if isinstance(v, str): yield v
-    elif isinstance(v, dict): yield from (s for x in v.values() for s in strings(x))
+    elif isinstance(v, dict): yield from (s for k,x in v.items() for y in (k, x) for s in strings(y))
     elif isinstance(v, list): yield from (s for x in v for s in strings(x))
 
 def replaced(v, f):
     "The same value with `f` on every string"
     if isinstance(v, str): return f(v)
-    if isinstance(v, dict): return {k:replaced(x, f) for k,x in v.items()}
+    if isinstance(v, dict): return {replaced(k, f):replaced(x, f) for k,x in v.items()}
     return [replaced(x, f) for x in v] if isinstance(v, list) else v
 
 def check_characters(conv:Conversation):
     "Raise `DataError` for lone surrogates and control characters"
-    for n,m in enumerate(conv.messages+(conv.rejected or []) if conv.text is None else [conv.text], 1):
-        for s in strings(m):
+    parts = [('', conv.text)] if conv.text is not None else [*((f', turn {n}', m) for n,m in enumerate(conv.messages+(conv.rejected or []), 1)), (', tools', conv.tools)]
+    for place,part in parts:
+        for s in strings(part):
             bad = _surrogate.search(s) or _control.search(s)
             if bad is None: continue
-            where = f"row {conv.row}"+('' if conv.text is not None else f", turn {n}")+f": character {bad.start()} is U+{ord(bad[0]):04X}, "
+            where = f"row {conv.row}{place}: character {bad.start()} is U+{ord(bad[0]):04X}, "
             if bad[0] >= '\ud800': raise DataError(where+'half a surrogate pair, which is no text; write the data again as UTF-8')
             raise DataError(where+"a control character; remove it, or say control_characters='remove'", 'control_characters')
 

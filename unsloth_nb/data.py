@@ -23,14 +23,14 @@ from .ledger import Faults,Ledger
 from .sources import DataError,Source,Spool,find_source
 from .spec import FinetuneJob,nearest
 
-# %% ../nbs/data.ipynb #c06dc907
-def _key(conv)->bytes: return json.dumps(conv.to_dict(), sort_keys=True, ensure_ascii=False).encode()
+# %% ../nbs/data.ipynb #617e6776
+def _key(conv)->bytes: return json.dumps(conv.to_dict(), ensure_ascii=False).encode()
 
 def _hash(b)->int: return int.from_bytes(hashlib.blake2b(b, digest_size=8).digest(), 'little')
 
 def _question(conv)->bytes:
     "What is asked, for finding the same question with another answer"
-    return _key(conv) if conv.text is not None else json.dumps(conv.messages[:-1], sort_keys=True, ensure_ascii=False).encode()
+    return _key(conv) if conv.text is not None else json.dumps(conv.messages[:-1], ensure_ascii=False).encode()
 
 def _system(conv): return conv.messages[0]['content'] if conv.messages and conv.messages[0]['role'] == 'system' else None
 
@@ -68,12 +68,12 @@ def fingerprint_rows(*parts)->str: # SHA-256
         for i in convs.index: h.update(convs.store.raw(int(i))[0]+b'\n')
     return h.hexdigest()
 
-# %% ../nbs/data.ipynb #7055b159
+# %% ../nbs/data.ipynb #33e4812c
 def _peek(rows, n=1000):
-    "The columns of the first rows, and all rows again"
+    "The columns of the first rows, whether there are any, and all rows again"
     from itertools import chain,islice
     head = list(islice(rows, n))
-    return list(dict.fromkeys(k for r,_,_ in head if isinstance(r, dict) for k in r)),chain(head, rows)
+    return list(dict.fromkeys(k for r,_,_ in head if isinstance(r, dict) for k in r)),bool(head),chain(head, rows)
 
 def _reading(job, cols, name):
     "How to read rows with these columns, why, and which columns stay unused"
@@ -89,7 +89,7 @@ def _reading(job, cols, name):
     unused = sorted(str(c) for c in known if c not in {*FORMATS[f][0], *EXTRA[f]})
     return Reading(f, job.dataset_columns, job.dataset_roles, job.empty == 'keep'),why,unused
 
-# %% ../nbs/data.ipynb #526bb99c
+# %% ../nbs/data.ipynb #3db75c2b
 def _convert(reading, row, i, job):
     "A row as a checked conversation"
     if isinstance(row, DataError): raise DataError(f"row {i}: {row}")
@@ -102,8 +102,8 @@ def _convert(reading, row, i, job):
 
 def collect(src:Source, job, store:Store, where=None)->dict: # rows, index, faults, left, noted, format, reason, unused
     "Read a source into the store under the job's policies"
-    cols,rows = _peek(src.rows())
-    if not cols and next(rows := iter(rows), None) is None: raise DataError(f"dataset: {src.name} holds no rows")
+    cols,some,rows = _peek(src.rows())
+    if not some: raise DataError(f"dataset: {src.name} holds no rows")
     faults,left,noted,first = Faults(),Counter(),Counter(),len(store)
     reading,why,unused = _reading(job, cols, src.name) if cols else (Reading('text'), 'no row could be read', [])
     n = -1
@@ -249,59 +249,68 @@ def _repr_markdown_(self:Data):
 @patch
 def __str__(self:Data): return '\n'.join([f"{self.source}, read as {self.format}: {self.reason}", '', str(self.ledger), '', *self.facts()])
 
-# %% ../nbs/data.ipynb #0c95b0db
+# %% ../nbs/data.ipynb #573df145
 LEFT_OUT = ('malformed', 'empty', 'control_characters', 'filtered', 'not_preferred', 'not_in_mix', 'duplicates', 'near_duplicates', 'overlap', 'not_used') # Reasons
+
+def _source(job, test=False):
+    "The one source that a job's dataset is"
+    src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
+    if src.kind == 'mix': raise DataError(f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; name its sources")
+    if src.kind == 'events': return Source('events', 'python', object=make_events(*((job.test_size, job.seed, 'test') if test else (job.max_rows or 1000, job.seed))))
+    return src
 
 def _parts(job, rows):
     "The sources of a job, each with the job that reads it and its weight"
     if rows is not None: return [(Source(f'a {type(rows).__name__} in memory', 'python', object=rows), job, None)]
     src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
-    if src.kind == 'mix': return [(find_source(j.dataset, j.dataset_split, j.dataset_revision), j, w) for j,w in read_mix(src.files[0], job)]
-    if src.kind == 'events': return [(Source('events', 'python', object=make_events(job.max_rows or 1000, job.seed)), job, None)]
-    return [(src, job, None)]
+    return [(_source(j), j, w) for j,w in read_mix(src.files[0], job)] if src.kind == 'mix' else [(_source(job), job, None)]
 
 def _test_rows(job, rows, where):
     "Held-out rows from a source of their own; None when they come out of the training rows"
-    events = rows is None and job.dataset == 'events' and job.test_dataset is None
-    if not events and job.test_dataset is None: return None
-    j = job if events else job.replace(dataset=job.test_dataset)
-    src = Source('events', 'python', object=make_events(job.test_size, job.seed, 'test')) if events else find_source(j.dataset, j.dataset_split, j.dataset_revision)
-    store = Store()
-    got = collect(src, j, store, where)
+    name = job.test_dataset or ('events' if rows is None and job.dataset == 'events' else None)
+    if name is None: return None
+    j,store = job.replace(dataset=name),Store()
+    got = collect(_source(j, test=True), j, store, where)
     return Conversations(store, got['index'][:job.test_size]),got
 
-# %% ../nbs/data.ipynb #249142ad
-def _first(convs, mask): return convs[int(np.flatnonzero(mask)[0])].row
+# %% ../nbs/data.ipynb #75a3341e
+def _rows(convs, mask, n=5):
+    "The numbers of the first rows of a mask, as text"
+    at = np.flatnonzero(mask)
+    return ', '.join(str(convs[int(i)].row) for i in at[:n])+(', …' if len(at) > n else '')
 
 def _without_duplicates(convs, job, books):
     "Apply the policy for rows that are equal, or nearly"
     for name,find in dict(duplicates=lambda c: duplicate_rows(c.column('key')), near_duplicates=lambda c: near_duplicate_rows(c, job.near_duplicates) if job.near_duplicates else np.zeros(len(c), bool)).items():
         copy = find(convs)
         if not copy.any(): continue
-        if job.duplicates == 'error': raise DataError(f"duplicates: row {_first(convs, copy)} is {'equal to' if name == 'duplicates' else 'much like'} an earlier row, and {int(copy.sum())-1:,} more are; say duplicates='drop' or 'keep'", 'duplicate')
+        like = 'equal to' if name == 'duplicates' else 'much like'
+        if job.duplicates == 'error': raise DataError(f"duplicates: {copy.sum():,} rows are {like} an earlier one: rows {_rows(convs, copy)}; say duplicates='drop' or 'keep'", 'duplicates')
         if job.duplicates == 'drop': books['left'][name] += int(copy.sum()); convs = Conversations(convs.store, convs.index[~copy])
-        else: books['noted'][name] += int(copy.sum())
+        else: books['noted'][name] += int(copy.sum()); books['warnings'].append(f'{copy.sum():,} rows are {like} an earlier one and are kept: rows {_rows(convs, copy)}')
     return convs
 
 def _without_overlap(train, test, job, books):
     "Apply the policy for training rows that are held out as well"
     both = np.isin(train.column('key'), test.column('key'))
-    books['noted']['questions_held_out_as_well'] += int(np.isin(train.column('question'), test.column('question')).sum())
+    asked = np.isin(train.column('question'), test.column('question'))
+    books['noted']['questions_held_out_as_well'] += int(asked.sum())
+    if asked.any(): books['warnings'].append(f'{asked.sum():,} questions to train on are held out as well: rows {_rows(train, asked)}')
     if not both.any(): return train
-    if job.overlap == 'error': raise DataError(f"overlap: training row {_first(train, both)} is held out as well, and {int(both.sum())-1:,} more are, so the comparison would flatter the model; say overlap='drop' to leave them out of training", 'overlap')
+    if job.overlap == 'error': raise DataError(f"overlap: {both.sum():,} training rows are held out as well, so the comparison would flatter the model: rows {_rows(train, both)}; say overlap='drop' to leave them out of training", 'overlap')
     if job.overlap == 'keep': books['noted']['overlap'] += int(both.sum()); return train
     books['left']['overlap'] += int(both.sum())
     return Conversations(train.store, train.index[~both])
 
-# %% ../nbs/data.ipynb #7391198e
-def _read_parts(job, rows, where):
+# %% ../nbs/data.ipynb #c78b140f
+def _read_parts(job, rows, where, wanted):
     "All sources of a job, mixed: conversations and the books of each"
     store,parts = Store(),_parts(job, rows)
     got = [collect(s, j, store, where) for s,j,_ in parts]
     formats = list(dict.fromkeys(g['format'] for g in got))
-    kinds = {f if 'preference' in f or f == 'text' else 'messages' for f in formats}
-    if len(kinds) > 1 and not job.train_on_preferred: raise DataError(f"dataset: the mix holds {' and '.join(formats)}, which cannot be trained together; take one kind of data")
-    taken = mix_rows([g['index'] for g in got], [w for _,_,w in parts], job.seed, job.max_rows and job.max_rows+job.test_size)
+    kinds = {f if f == 'text' or ('preference' in f and not job.train_on_preferred) else 'messages' for f in formats}
+    if len(kinds) > 1: raise DataError(f"dataset: the mix holds {' and '.join(formats)}, which cannot be trained together; take one kind of data")
+    taken = mix_rows([g['index'] for g in got], [w for _,_,w in parts], job.seed, wanted)
     for g,t in zip(got, taken): g['left']['not_in_mix'] += len(g['index'])-len(t)
     return Conversations(store, np.concatenate(taken)),got,formats
 
@@ -309,7 +318,7 @@ def _reason(got, formats):
     "How the sources were read, in a line"
     return (formats[0],got[0]['reason']) if len(got) == 1 else ('+'.join(formats),'; '.join(f"{g['name']}: {g['reason']}" for g in got))
 
-# %% ../nbs/data.ipynb #ede2190f
+# %% ../nbs/data.ipynb #3000fcf4
 def load_data(
     job:FinetuneJob, # What to read, and what to do about rows that are not as they should be
     rows=None, # Rows in memory instead of `job.dataset`: a datasets.Dataset, a DataFrame, an Arrow table, a list of dicts
@@ -317,8 +326,9 @@ def load_data(
     split:bool=True, # Hold out rows? False: all of them are in `train`
 )->Data:
     "The job's rows as conversations, checked, compared, split and counted; raises `DataError`"
-    train,got,formats = _read_parts(job, rows, where)
     other = _test_rows(job, rows, where) if split else None
+    wanted = job.max_rows and job.max_rows+(job.test_size if split and not other else 0)
+    train,got,formats = _read_parts(job, rows, where, wanted)
     books = dict(left=Counter(dict.fromkeys(LEFT_OUT, 0)), noted=Counter(), warnings=[])
     for g in [*got, *([other[1]] if other else [])]:
         books['left'].update(g['faults'].counts); books['left'].update(g['left']); books['noted'].update(g['noted']); books['warnings'] += [f'left out: {l}' for l in g['faults'].lines()]

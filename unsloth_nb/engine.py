@@ -14,12 +14,11 @@ from fastcore.basics import patch
 
 from .spec import SpecError,settings
 
-# %% ../nbs/engine.ipynb #7bdfe013
+# %% ../nbs/engine.ipynb #b1bc06a5
 _env = dict(
     OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0', # A busy machine must not slow training 20-fold
     UNSLOTH_DISABLE_STATISTICS='1', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1', # Nothing phones home
     UNSLOTH_AUTO_INSTALL='0', # No system packages installed unasked
-    TOKENIZERS_PARALLELISM='false', # Forked workers must not dead-lock
 )
 
 def set_environment()->dict: # What is in force

@@ -18,11 +18,11 @@ from .ledger import Faults,Ledger
 from .sources import Spool
 from .templates import FormatError
 
-# %% ../nbs/examples.ipynb #7b08f046
+# %% ../nbs/examples.ipynb #1f3a776c
 class Examples(Sequence):
     "Examples of one dataset, with the books of its rows and tokens"
     def __init__(self, formatter, items=(), rows=None, tokens=None): # Examples; Ledgers of rows and of tokens
-        self.formatter,self.rows,self.tokens,self.warnings = formatter,rows,tokens,[]
+        self.formatter,self.rows,self.tokens,self.warnings,self.limit,self.original = formatter,rows,tokens,[],None,array('Q')
         self._ids,self._mask,self._ends,self._row = Spool(),Spool(),array('Q', [0]),array('q')
         for e in items: self.add(e)
     def add(self, e):
@@ -81,7 +81,7 @@ def _fit(ex, limit, policy, text, book):
     book['examples_truncated'] += 1
     return [cut(0)]
 
-# %% ../nbs/examples.ipynb #17afe0eb
+# %% ../nbs/examples.ipynb #cbcfbc25
 def _chunks(seq, n):
     part = []
     for x in seq:
@@ -94,6 +94,7 @@ def _take(res, got, formatter, limit, policy, book, tokens):
     formatter.check(got)
     fitted,lost = [],None
     for ex in got:
+        res.original.append(len(ex))
         try: parts = _fit(ex, limit, policy, formatter.template == 'raw', book)
         except FormatError as e:
             if policy == 'error' or e.reason == 'split': raise
@@ -105,7 +106,7 @@ def _take(res, got, formatter, limit, policy, book, tokens):
     if not fitted: raise lost
     book['rows_in_several_examples'] += len(fitted) > 1
 
-# %% ../nbs/examples.ipynb #41697965
+# %% ../nbs/examples.ipynb #32d6d6db
 def make_examples(
     convs, # Conversations
     formatter:Formatter, # Template and tokenizer
@@ -115,6 +116,7 @@ def make_examples(
 )->Examples:
     "Every conversation as examples, with nothing lost uncounted; raises `FormatError`"
     res,faults,n = Examples(formatter),Faults(),0
+    res.limit = max_seq_length
     book,tokens = Counter(),Counter(dict.fromkeys(('came', 'kept', 'trained', 'cut', 'dropped'), 0))
     for part in _chunks(convs, 256):
         for conv,got in zip(part, formatter.examples(part)):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['IGNORE', 'Example', 'encode_pieces', 'Formatter', 'token_texts', 'visible', 'show_example']
 
-# %% ../nbs/formatting.ipynb #002b755d
+# %% ../nbs/formatting.ipynb #bfb947c2
 import html
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 import numpy as np
 
-from .conversations import Conversation,replaced
+from .conversations import Conversation,replaced,strings
 from .templates import Chat,FormatError,alpaca_prompt,chat_pieces,check_shown,render,role_spans,shows,special_pattern,special_tokens,use_template
 
 # %% ../nbs/formatting.ipynb #9f672b34
@@ -145,18 +145,20 @@ def renderings(self:Formatter, conv:Conversation)->list[list[tuple[str,bool]]]: 
         if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}: res = [self._with_roles(conv, ps) for ps in res]
     return [[(t, True) for t,_ in ps] for ps in res] if self.loss_on == 'everything' else res
 
-# %% ../nbs/formatting.ipynb #a3c2fdde
+# %% ../nbs/formatting.ipynb #14138d63
 @patch
 def _literal(self:Formatter, conv):
     "The conversation with each control token replaced by a private character, and what these stand for"
     ends = (self.tok.bos_token, self.tok.eos_token) if self.template == 'raw' else ()
-    found,turns = {},[conv.text] if conv.text is not None else [s for m in conv.messages for s in (m['content'], m.get('reasoning_content', ''))]
+    found,turns = {},list(strings([conv.text, conv.messages, conv.tools]))
     if not any(self.special.search(t) for t in turns): return conv,{}
+    free = (chr(c) for c in range(0xF0000, 0xFFFFE) if not any(chr(c) in t for t in turns))
     def swap(m):
         if m[0] in ends: return m[0]
         if self.policy in ('error', 'drop'): raise FormatError(f"row {conv.row}: the text holds {m[0]!r}, which the tokenizer reads as a control token; remove it, or say special_tokens='escape' to have it read as plain text", 'special_tokens')
-        return m[0] if self.policy == 'keep' else found.setdefault(m[0], chr(0xF0000+len(found)))
-    new = Conversation(**{k:v if k in ('row', 'tools', 'rejected', 'label') else replaced(v, lambda s: self.special.sub(swap, s)) for k,v in vars(conv).items()})
+        if self.policy == 'escape' and m[0] not in found: found[m[0]] = next(free)
+        return found.get(m[0], m[0])
+    new = Conversation(**{k:v if k in ('row', 'rejected', 'label') else replaced(v, lambda s: self.special.sub(swap, s)) for k,v in vars(conv).items()})
     return new,{c:t for t,c in found.items()}
 
 @patch

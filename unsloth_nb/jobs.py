@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'preflight', 'Watcher', 'write_report',
-           'run_job', 'param_help', 'read_pairs', 'print_result', 'plan_command', 'list_command', 'show_command',
-           'talk', 'chat_command', 'main']
+           'run_job', 'param_help', 'read_pairs', 'print_result', 'plan_command', 'inspect_data', 'print_data',
+           'data_command', 'list_command', 'show_command', 'talk', 'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #e1407819
+# %% ../nbs/jobs.ipynb #6833ac3b
 import json,os,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +17,15 @@ import typer
 from fastcore.basics import patch
 
 from .data import load_data
+from .examples import make_examples
+from .formatting import Formatter
 from .sources import find_source
-from .loading import check_model
+from .loading import check_model,load_tokenizer
 from .planning import make_plan
+from .profiling import profile_examples
 from .runs import RUN_DIR_VARIABLE,Run,RunError,before_after,list_runs,new_run_dir,open_run,read_lines,record_job
 from .spec import JOBS,FinetuneJob,Job,SpecError,fields,jobs_dir,make_job,read_value,settings
+from .templates import FormatError
 
 # %% ../nbs/jobs.ipynb #286bb4de
 def preflight(job:Job, runs_dir=None):
@@ -189,7 +193,7 @@ def _add_job(name, cls):
 
 for _name,_cls in JOBS.items(): _add_job(_name, _cls)
 
-# %% ../nbs/jobs.ipynb #d1089c3f
+# %% ../nbs/jobs.ipynb #bb1d0b71
 @app.command('plan')
 def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
     "Show how a finetune job would run on this machine, and whether it fits."
@@ -198,6 +202,42 @@ def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; 
     plan = make_plan(job, load_data(job))
     print(json.dumps(plan.to_dict(), indent=1, default=str) if as_json else plan)
 
+# %% ../nbs/jobs.ipynb #bb3781ea
+def inspect_data(
+    job:FinetuneJob, # Dataset, template, length and policies
+    engine:bool=True, # False: without Unsloth, in seconds; only for a process that loads no model afterwards
+)->tuple: # (Data, Examples, Profile, the FormatError of rows that are too long or None)
+    "A dataset as a job would see it, all rows, none held out"
+    data,problem = load_data(job, split=False),None
+    if not data.supervised: data = load_data(job.replace(train_on_preferred=True), split=False)
+    formatter = Formatter.for_job(job, load_tokenizer(job, engine or job.template not in ('auto', 'chat', 'alpaca', 'raw')), text=data.train[0].text is not None)
+    make = lambda policy: make_examples(data.train, formatter, job.max_seq_length, policy, job.max_dropped)
+    try: examples = make(job.over_length)
+    except FormatError as e:
+        if e.reason not in ('too_long', 'over_filtered'): raise
+        examples,problem = make('keep'),e
+    return data,examples,profile_examples(examples, data.train, 2 if job.per_device_train_batch_size == 'auto' else job.per_device_train_batch_size, job.seed),problem
+
+def print_data(data, examples, profile, show):
+    "The report of `data`, as text"
+    note = "\nnote: preference data; a finetune job refuses it unless train_on_preferred=true, and what follows is about the better answers\n" if 'preference' in data.format else ''
+    print(data, note, f"template {examples.formatter.template}: {examples.formatter.reason}; loss on {examples.formatter.loss_on}", '', examples.rows, examples.tokens, *(f'warning: {w}' for w in examples.warnings), '', profile, sep='\n')
+    for ex in examples[:show]: print('', ex, sep='\n')
+
+# %% ../nbs/jobs.ipynb #c611a976
+@app.command('data')
+def data_command(source:Annotated[str, typer.Argument(help="A file, a folder, a mix (.yaml), a Hub id or 'events'.")], param:Params, file:ParamsFile=None,
+    format:Annotated[str|None, typer.Option(help='How rows are read; default: detected.')]=None, template:Annotated[str|None, typer.Option(help="Template by name; default: the model's own.")]=None,
+    max_seq_length:Annotated[str|None, typer.Option(help='Longest example [tokens].')]=None, show:Annotated[int, typer.Option(help='Print the tokens of this many examples.')]=0,
+    as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+    "Show a dataset as a finetune job would see it: format, rows, tokens, lengths, warnings."
+    given = {k:v for k,v in dict(dataset_format=format, template=template, max_seq_length=max_seq_length).items() if v is not None}
+    data,examples,profile,problem = inspect_data(make_job('finetune', None, file, **read_pairs(FinetuneJob, param)|given|dict(dataset=source)), engine=False)
+    if as_json: print(json.dumps(dict(data=data.to_dict(), examples=examples.to_dict(), profile=profile.to_dict(), shown=[str(e) for e in examples[:show]], error=str(problem) if problem else None), indent=1, ensure_ascii=False))
+    else: print_data(data, examples, profile, show)
+    if problem: raise problem
+
+# %% ../nbs/jobs.ipynb #d03c1961
 @runs_app.command('list')
 def list_command(runs_dir:RunsDir=None):
     "List all runs, oldest first."

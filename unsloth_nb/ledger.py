@@ -12,7 +12,7 @@ from fastcore.basics import patch
 
 from .sources import DataError
 
-# %% ../nbs/ledger.ipynb #0c5e3552
+# %% ../nbs/ledger.ipynb #ff66a9e4
 @dataclass(frozen=True)
 class Ledger:
     "What came into a stage and what became of it; raises `AssertionError` when the numbers do not add up"
@@ -24,7 +24,7 @@ class Ledger:
 
     def __post_init__(self):
         gone = sum(self.kept.values())+sum(self.left_out.values())
-        assert self.came == gone, f"{self.unit}: {self.came} came in, {gone} are accounted for ({self.kept}, {self.left_out})"
+        if self.came != gone: raise AssertionError(f"{self.unit}: {self.came} came in, {gone} are accounted for ({self.kept}, {self.left_out})")
     @property
     def kept_total(self)->int: return sum(self.kept.values())
     def to_dict(self): return dict(unit=self.unit, came=self.came, kept=dict(self.kept), left_out=dict(self.left_out), noted=dict(self.noted))

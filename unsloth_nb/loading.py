@@ -86,7 +86,7 @@ def locate(job:FinetuneJob)->Source:
     if ref.kind == 'embedded': return Source(str(embedded_model()), ref)
     return Source(ref.id, ref, *((job.revision, job.allow_remote_code == ref.id) if ref.kind == 'hub' else ()))
 
-# %% ../nbs/loading.ipynb #bf0ec1e3
+# %% ../nbs/loading.ipynb #d15bbe40
 def _guard(what, e):
     "One line for a load that failed"
     first = str(e).strip().splitlines()[0] if str(e).strip() else ''
@@ -97,10 +97,13 @@ def _tokenizer(src, limit):
     try: return AutoTokenizer.from_pretrained(src.path, revision=src.revision, trust_remote_code=src.remote_code, model_max_length=limit)
     except (OSError, ValueError) as e: raise _guard(f"model: the tokenizer of {src.path}", e) from e
 
-def load_tokenizer(job:FinetuneJob):
+def load_tokenizer(
+    job:FinetuneJob, # For its model and template
+    engine:bool=True, # False: without Unsloth, in seconds; only for a process that loads no model afterwards
+):
     "The tokenizer of a job's model"
     src = locate(job)
-    start_engine()
+    if engine: start_engine()
     return _ready(_tokenizer(src, job.max_seq_length), job)
 
 def _ready(tok, job):
