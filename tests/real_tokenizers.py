@@ -2,6 +2,7 @@
 import base64,copy,importlib.util
 from functools import lru_cache
 from pathlib import Path
+from unsloth_nb.conformance import family_tokens,put_bos,template_names
 
 def package_file(package, *parts):
     "A file that an installed package ships, found without importing the package"
@@ -40,12 +41,6 @@ def _wrap(backend, adds_bos=False, **special):
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
     if adds_bos: put_bos(tok)
     return tok
-
-def put_bos(tok):
-    "Make `tok` begin every text with its start token where special tokens are asked for"
-    from tokenizers.processors import ByteLevel,Sequence,TemplateProcessing
-    bos = tok.bos_token
-    tok.backend_tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, tok.bos_token_id)])])
 
 def _tiktoken(name, normalizer=None, **kw):
     "From a file in tiktoken's format"
@@ -134,30 +129,8 @@ def reference(name):
     import sentencepiece
     return sentencepiece.SentencePieceProcessor(model_file=f).encode
 
-_LLAMA2 = dict(bos='<s>', eos='</s>', pad='<unk>', adds_bos=True)
-_GEMMA = dict(bos='<bos>', eos='<eos>', pad='<pad>', more='<start_of_turn> <end_of_turn>', adds_bos=True)
-_GEMMA4 = dict(bos='<bos>', eos='<turn|>', pad='<pad>', adds_bos=True,
-    more='<|turn> <|think|> <|channel> <channel|> <|tool> <tool|> <|tool_call> <tool_call|> <|tool_response> <tool_response|> <|"|> <|image|> <|audio|> <|video|>')
-EMBEDDED = { # Families whose tokenizer no package ships: the special tokens that go onto the embedded model's
-    'unsloth':_LLAMA2, 'llama':_LLAMA2, 'vicuna':_LLAMA2, 'vicuna_old':_LLAMA2, 'alpaca':_LLAMA2|dict(pad='[PAD]'),
-    'gemma':_GEMMA, 'gemma-3':_GEMMA, 'gemma-3n':_GEMMA, 'gemma_chatml':_GEMMA|dict(eos='<|im_end|>', more='<|im_start|>'), 'gemma-4':_GEMMA4, 'gemma-4-thinking':_GEMMA4,
-    'phi-3':dict(bos='<s>', eos='<|endoftext|>', pad='<unk>', more='<|system|> <|user|> <|assistant|> <|end|>'),
-    'phi-4':dict(bos='<|endoftext|>', eos='<|im_end|>', pad='<|dummy_85|>', more='<|im_start|> <|im_sep|>'),
-    'gpt-oss':dict(bos='<|startoftext|>', eos='<|return|>', pad='<|endoftext|>', more='<|start|> <|message|> <|channel|> <|constrain|> <|end|> <|call|>'),
-    'lfm-2':dict(bos='<|startoftext|>', eos='<|im_end|>', pad='<|pad|>', more='<|im_start|>', adds_bos=True),
-    'yi-chat':dict(bos='<|startoftext|>', eos='<|im_end|>', pad='<unk>', more='<|im_start|> <|endoftext|>')}
 OWN = {'mistral':'mistral_v1', 'zephyr':'mistral_v1', 'starling':'mistral_v1', 'llama-3':'llama3', 'llama-3.1':'llama3',
     'qwen-2.5':'qwen25', 'qwen-3':'qwen3', 'qwen3-instruct':'qwen3', 'qwen3-thinking':'qwen3'}
-
-@lru_cache
-def distinct_templates():
-    "Canonical name to all the names that Unsloth gives to the same template and stop word"
-    from unsloth_nb.engine import start_engine
-    start_engine()
-    from unsloth.chat_templates import CHAT_TEMPLATES
-    res = {}
-    for name,(jinja,stop,*_) in CHAT_TEMPLATES.items(): res.setdefault((jinja, repr(stop)), []).append(name)
-    return {names[0]:names for names in res.values()}
 
 @lru_cache
 def embedded():
@@ -172,21 +145,16 @@ def _bare(tok):
     tok.chat_template = None
     return tok
 
-def _dressed(bos, eos, pad, more='', adds_bos=False):
-    "The embedded model's tokenizer with a family's special tokens"
-    tok = _bare(embedded())
-    tok.add_special_tokens(dict(bos_token=bos, eos_token=eos, pad_token=pad, extra_special_tokens=more.split()), replace_extra_special_tokens=False)
-    if adds_bos: put_bos(tok)
-    return tok
-
+@lru_cache
 def family_tokenizer(name):
-    "The tokenizer for a template: (tokenizer, 'real' or 'embedded with special tokens', note); a copy, without a chat template"
-    canonical = next((c for c,names in distinct_templates().items() if name in names), None)
+    "The tokenizer for a template: (tokenizer, 'real' or 'embedded with special tokens', note), without a chat template; not to be written into"
+    canonical = next((c for c,names in template_names().items() if name in names), None)
     if canonical is None: raise KeyError(f"{name!r} is no template of Unsloth")
-    if canonical == 'chatml': return _bare(embedded()),'real',"the embedded model's own tokenizer, which speaks ChatML"
-    if canonical in EMBEDDED: return _dressed(**EMBEDDED[canonical]),'embedded with special tokens','no package ships the tokenizer of this family'
-    real = OWN[canonical]
+    if name != canonical: return family_tokenizer(canonical)
+    if name == 'chatml': return _bare(embedded()),'real',"the embedded model's own tokenizer, which speaks ChatML"
+    if name not in OWN: return family_tokens(embedded(), name),'embedded with special tokens','no package ships the tokenizer of this family'
+    real = OWN[name]
     tok = _bare(REAL[real]())
-    if canonical != 'starling': return tok,'real',f"{'/'.join(FILES[real])}: {REAL[real].__doc__}"
+    if name != 'starling': return tok,'real',f"{'/'.join(FILES[real])}: {REAL[real].__doc__}"
     tok.add_special_tokens(dict(eos_token='<|end_of_turn|>', pad_token='<|pad_0|>'))
     return tok,'real','Mistral 7B v0.1 with the two tokens that OpenChat added, 32000 and 32001'

@@ -1,6 +1,6 @@
 """What every chat template of Unsloth must write, set down by hand from what the model families document.
 
-Nothing here is computed from a template. Three conversations are written out for each of the 26 distinct templates. The first draft was written before
+Nothing here is computed from a template. Three conversations are written out for each of the 26 distinct templates, under the names that jobs use. The first draft was written before
 any rendering was looked at; where Unsloth then proved to write something else than the family documents, the text is Unsloth's and `peculiar` says what differs.
 
 bos        text that begins a conversation, '' where the template writes none
@@ -77,7 +77,7 @@ ORACLE = {
     prompt="<s>A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the human's questions.\n"
         '### Human: What is 2+2?\n### Assistant:'),
 
-'alpaca': dict(bos='<s>', end='</s>', answers=['4.</s>', '6.</s>'],
+'alpaca-turns': dict(bos='<s>', end='</s>', answers=['4.</s>', '6.</s>'],
     two_turns='<s>Below are some instructions that describe some tasks. Write responses that appropriately complete each request.\n\n'
         '### Instruction:\nWhat is 2+2?\n\n### Response:\n4.</s>\n\n### Instruction:\nAnd 3+3?\n\n### Response:\n6.</s>\n\n',
     system='<s>Be brief.\n\n### Instruction:\nWhat is 2+2?\n\n### Response:\n4.</s>\n\n',

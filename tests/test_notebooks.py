@@ -6,7 +6,7 @@ from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'tutorials').glob('*.ipynb')])
 FLAGS = list(get_config(ROOT).tst_flags)
 
 CHILD = """

@@ -40,8 +40,8 @@ def test_max_seq_length_holds(lib, tmp_path):
     job = lib.FinetuneJob(max_rows=24, test_size=2, max_seq_length=80, over_length='truncate')
     data = lib.load_data(job)
     exs = lib.make_examples(data.train, lib.Formatter(lib.load_tokenizer(job)), job.max_seq_length, job.over_length)
-    assert max(map(len, exs)) == 80 and exs.counts['truncated'] > 0
-    assert exs.counts['tokens'] == exs.counts['tokens_kept']+exs.counts['tokens_truncated']+exs.counts['tokens_dropped']
+    assert max(exs.lengths) == 80 and exs.rows.noted['examples_truncated'] > 0 and exs.tokens.left_out['cut'] > 0
+    assert exs.tokens.kept_total == sum(exs.lengths)
 
 def test_bent_adapter(trained, monkeypatch):
     "A weight that changes on its way to the disk: the export is refused and nothing is kept"
@@ -94,3 +94,20 @@ def test_continue_from_adapter(lib, trained):
     more = lib.start_run(job, run.path.parent)
     lib.train(again, lib.make_examples(data.train, again.formatter, 256), job, more)
     assert weights(again) != weights(model) and more.metrics[0]['loss'] < run.metrics[0]['loss']
+
+def test_group_by_length(lib, tmp_path):
+    "Length grouping reaches the trainer: the same rows are computed with less padding"
+    job = lib.FinetuneJob(max_rows=24, test_size=2, max_steps=None, num_train_epochs=1, max_seq_length=512, per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False)
+    rows = [dict(prompt=f'Repeat {i}.', completion='word '*(1+30*(i % 2))) for i in range(26)]
+    data,computed = lib.load_data(job, rows),{}
+    for grouped in (False, True):
+        j = job.replace(group_by_length=grouped)
+        model = lib.load_model(j, lib.make_plan(j, data))
+        computed[grouped] = 0
+        def count(mod, args, kw): computed[grouped] += kw['input_ids'].numel()
+        model.model.register_forward_pre_hook(count, with_kwargs=True)
+        run = lib.start_run(j, tmp_path)
+        lib.train(model, lib.make_examples(data.train, model.formatter, j.max_seq_length), j, run)
+        assert not any(c['parameter'] == 'train_sampling_strategy' for c in json.loads((run.path/'plan.json').read_text())['changes'])
+    tokens = sum(lib.make_examples(data.train, model.formatter, 512).lengths)
+    assert tokens <= computed[True] < computed[False]

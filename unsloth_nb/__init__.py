@@ -24,7 +24,7 @@ _homes = dict(
     inference='Chat Sampling chat generate load_run stream',
     evaluation='Comparison compare evaluate',
     export='export_run save_artifact',
-    jobs='run_job',
+    jobs='inspect_data run_job',
 )
 _home = {name:module for module,names in _homes.items() for name in names.split()}
 __all__ = sorted(_home)

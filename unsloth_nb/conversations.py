@@ -73,7 +73,7 @@ def _suggest(cols):
         if len(hit) == len(FORMATS[f][0]): return f"say dataset_columns={','.join(f'{k}:{v}' for k,v in hit.items())}"
     return 'say which is which with dataset_columns=standard:yours, or rename the columns'
 
-# %% ../nbs/conversations.ipynb #98a78c80
+# %% ../nbs/conversations.ipynb #3daf6d94
 def detect_format(
     columns, # Column names of the rows
     source:str='the data', # For the message
@@ -88,7 +88,7 @@ def detect_format(
     if len(hits) == 1: return hits[0],f"it has {' and '.join(FORMATS[hits[0]][0])}"
     have = ', '.join(map(str, sorted(cols, key=str)))
     if hits: raise DataError(f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: dataset_format={hits[0]!r}")
-    raise DataError(f"dataset: {source} has columns {have}, which fit no known format ({'; '.join(f'{f}: {w}' for f,(_,w) in FORMATS.items())}); {_suggest(cols)}")
+    raise DataError(f"dataset: {source} has columns {have}, which fit no known format; {_suggest(cols)}. Known are {'; '.join(f'{f}: {w}' for f,(_,w) in FORMATS.items())}")
 
 # %% ../nbs/conversations.ipynb #65c91a60
 def _empty(where): return DataError(f"{where} is empty; fill it or remove the row, or say empty='drop'", 'empty')

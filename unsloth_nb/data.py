@@ -6,7 +6,7 @@
 __all__ = ['LEFT_OUT', 'Store', 'Conversations', 'fingerprint_rows', 'collect', 'duplicate_rows', 'near_duplicate_rows',
            'split_rows', 'read_mix', 'mix_rows', 'Data', 'load_data', 'held_out']
 
-# %% ../nbs/data.ipynb #6f4d1aea
+# %% ../nbs/data.ipynb #8d00f56e
 import hashlib,json,random
 from array import array
 from collections import Counter
@@ -19,7 +19,7 @@ import yaml
 
 from .conversations import EXTRA,FORMATS,Conversation,Reading,check_characters,detect_format,strings,without_control
 from .events import make_events
-from .ledger import Faults,Ledger
+from .ledger import Faults,Ledger,count_rows
 from .sources import DataError,Source,Spool,find_source
 from .spec import FinetuneJob,nearest
 
@@ -273,7 +273,7 @@ def _test_rows(job, rows, where):
     got = collect(_source(j, test=True), j, store, where)
     return Conversations(store, got['index'][:job.test_size]),got
 
-# %% ../nbs/data.ipynb #75a3341e
+# %% ../nbs/data.ipynb #4885b40d
 def _rows(convs, mask, n=5):
     "The numbers of the first rows of a mask, as text"
     at = np.flatnonzero(mask)
@@ -285,9 +285,9 @@ def _without_duplicates(convs, job, books):
         copy = find(convs)
         if not copy.any(): continue
         like = 'equal to' if name == 'duplicates' else 'much like'
-        if job.duplicates == 'error': raise DataError(f"duplicates: {copy.sum():,} rows are {like} an earlier one: rows {_rows(convs, copy)}; say duplicates='drop' or 'keep'", 'duplicates')
+        if job.duplicates == 'error': raise DataError(f"duplicates: {count_rows(copy.sum())} {like} an earlier one: {_rows(convs, copy)}; say duplicates='drop' or 'keep'", 'duplicates')
         if job.duplicates == 'drop': books['left'][name] += int(copy.sum()); convs = Conversations(convs.store, convs.index[~copy])
-        else: books['noted'][name] += int(copy.sum()); books['warnings'].append(f'{copy.sum():,} rows are {like} an earlier one and are kept: rows {_rows(convs, copy)}')
+        else: books['noted'][name] += int(copy.sum()); books['warnings'].append(f'{count_rows(copy.sum())} {like} an earlier one, kept: {_rows(convs, copy)}')
     return convs
 
 def _without_overlap(train, test, job, books):
@@ -295,30 +295,32 @@ def _without_overlap(train, test, job, books):
     both = np.isin(train.column('key'), test.column('key'))
     asked = np.isin(train.column('question'), test.column('question'))
     books['noted']['questions_held_out_as_well'] += int(asked.sum())
-    if asked.any(): books['warnings'].append(f'{asked.sum():,} questions to train on are held out as well: rows {_rows(train, asked)}')
+    if asked.any(): books['warnings'].append(f'{count_rows(asked.sum())} to train on with a question that is held out as well: {_rows(train, asked)}')
     if not both.any(): return train
-    if job.overlap == 'error': raise DataError(f"overlap: {both.sum():,} training rows are held out as well, so the comparison would flatter the model: rows {_rows(train, both)}; say overlap='drop' to leave them out of training", 'overlap')
+    if job.overlap == 'error': raise DataError(f"overlap: {count_rows(both.sum())} to train on held out as well, so the comparison would flatter the model: {_rows(train, both)}; say overlap='drop' to leave them out of training", 'overlap')
     if job.overlap == 'keep': books['noted']['overlap'] += int(both.sum()); return train
     books['left']['overlap'] += int(both.sum())
     return Conversations(train.store, train.index[~both])
 
-# %% ../nbs/data.ipynb #c78b140f
-def _read_parts(job, rows, where, wanted):
+# %% ../nbs/data.ipynb #259bc824
+def _read_parts(job, rows, where, wanted, books):
     "All sources of a job, mixed: conversations and the books of each"
     store,parts = Store(),_parts(job, rows)
     got = [collect(s, j, store, where) for s,j,_ in parts]
     formats = list(dict.fromkeys(g['format'] for g in got))
     kinds = {f if f == 'text' or ('preference' in f and not job.train_on_preferred) else 'messages' for f in formats}
     if len(kinds) > 1: raise DataError(f"dataset: the mix holds {' and '.join(formats)}, which cannot be trained together; take one kind of data")
-    taken = mix_rows([g['index'] for g in got], [w for _,_,w in parts], job.seed, wanted)
-    for g,t in zip(got, taken): g['left']['not_in_mix'] += len(g['index'])-len(t)
+    kept = _without_duplicates(Conversations(store, np.concatenate([g['index'] for g in got])), job, books).index
+    own = [g['index'][np.isin(g['index'], kept)] for g in got]
+    taken = mix_rows(own, [w for _,_,w in parts], job.seed, wanted)
+    books['left']['not_in_mix'] += len(kept)-sum(map(len, taken))
     return Conversations(store, np.concatenate(taken)),got,formats
 
 def _reason(got, formats):
     "How the sources were read, in a line"
     return (formats[0],got[0]['reason']) if len(got) == 1 else ('+'.join(formats),'; '.join(f"{g['name']}: {g['reason']}" for g in got))
 
-# %% ../nbs/data.ipynb #3000fcf4
+# %% ../nbs/data.ipynb #cd78f8bf
 def load_data(
     job:FinetuneJob, # What to read, and what to do about rows that are not as they should be
     rows=None, # Rows in memory instead of `job.dataset`: a datasets.Dataset, a DataFrame, an Arrow table, a list of dicts
@@ -328,11 +330,10 @@ def load_data(
     "The job's rows as conversations, checked, compared, split and counted; raises `DataError`"
     other = _test_rows(job, rows, where) if split else None
     wanted = job.max_rows and job.max_rows+(job.test_size if split and not other else 0)
-    train,got,formats = _read_parts(job, rows, where, wanted)
     books = dict(left=Counter(dict.fromkeys(LEFT_OUT, 0)), noted=Counter(), warnings=[])
+    train,got,formats = _read_parts(job, rows, where, wanted, books)
     for g in [*got, *([other[1]] if other else [])]:
-        books['left'].update(g['faults'].counts); books['left'].update(g['left']); books['noted'].update(g['noted']); books['warnings'] += [f'left out: {l}' for l in g['faults'].lines()]
-    train = _without_duplicates(train, job, books)
+        books['left'].update(g['faults'].counts); books['left'].update(g['left']); books['noted'].update(g['noted']); books['warnings'] += g['faults'].notes()
     if other: test = other[0]
     elif split: train,test = (Conversations(train.store, train.index[i]) for i in split_rows(train.column('key'), job.test_size, job.seed))
     else: test = train[:0]

@@ -106,7 +106,7 @@ def _take(res, got, formatter, limit, policy, book, tokens):
     if not fitted: raise lost
     book['rows_in_several_examples'] += len(fitted) > 1
 
-# %% ../nbs/examples.ipynb #32d6d6db
+# %% ../nbs/examples.ipynb #396bfbff
 def make_examples(
     convs, # Conversations
     formatter:Formatter, # Template and tokenizer
@@ -131,7 +131,7 @@ def make_examples(
     left = {k:faults.counts[k] for k in ('too_long', 'nothing_trained', 'special_tokens')}
     res.rows = Ledger('rows', n, dict(kept=n-sum(left.values())), left, dict(examples=len(res))|dict(book))
     res.tokens = Ledger('tokens', tokens['came'], dict(trained=tokens['trained'], context=tokens['kept']-tokens['trained']), dict(cut=tokens['cut'], dropped=tokens['dropped']))
-    res.warnings = [f'left out: {l}' for l in faults.lines()]+formatter.notes()
+    res.warnings = [*faults.notes(), *formatter.notes()]
     return res
 
 # %% ../nbs/examples.ipynb #be2e1e5e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIE', 'LIMITS', 'ExportError', 'answer_trace', 'certificate', 'check_certificate', 'save_artifact', 'export_run']
 
-# %% ../nbs/export.ipynb #5a81ee3b
+# %% ../nbs/export.ipynb #7d71d8aa
 import gc,os,tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from .engine import quiet
 from .examples import make_examples
 from .inference import answering,load_run
 from .loading import LoadedModel
-from .runs import Run,open_run,start_run,write_json
+from .runs import Run,open_run,read_json,start_run,write_json
 from .spec import ExportJob,SpecError
 from .training import save_adapter
 
@@ -79,12 +79,14 @@ def _reloaded_merged(model, folder):
         del net
         gc.collect()
 
-# %% ../nbs/export.ipynb #e2720ba8
+# %% ../nbs/export.ipynb #8e16cba9
 def _write_merged(model, folder):
     "Merge and write in 16 bits, through Unsloth"
     if model.plan.load_in_4bit and model.plan.device.kind != 'cuda':
         raise SpecError("to: merged_16bit from 4-bit weights needs a GPU; export the adapter, or train with load_in_4bit=false")
     with quiet(): model.model.save_pretrained_merged(str(folder), model.tok, save_method='merged_16bit')
+    config = folder/'generation_config.json' # Other programs must stop where ours does
+    write_json(config, (read_json(config) or {})|dict(eos_token_id=model.formatter.stop_ids(), pad_token_id=model.tok.pad_token_id))
 
 def save_artifact(
     model:LoadedModel, # Trained model

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORE', 'Example', 'encode_pieces', 'Formatter', 'token_texts', 'visible', 'show_example']
 
-# %% ../nbs/formatting.ipynb #bfb947c2
-import html
+# %% ../nbs/formatting.ipynb #313849c1
+import html,re
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 import numpy as np
@@ -31,7 +31,7 @@ class Example:
     def trained(self): return sum(self.mask)
     def __len__(self): return len(self.input_ids)
 
-# %% ../nbs/formatting.ipynb #cd7fcf39
+# %% ../nbs/formatting.ipynb #295b319d
 def _in_parts(tok, pieces, literal):
     "Ids and mask with every piece tokenized by itself; `literal` maps characters to texts that are no control tokens"
     ids,mask = [],[]
@@ -39,12 +39,8 @@ def _in_parts(tok, pieces, literal):
         new = tok(text, add_special_tokens=False, **kw)['input_ids'] if text else []
         ids.extend(new); mask.extend([trained]*len(new))
     for text,trained in pieces:
-        for c in literal:
-            while c in text:
-                head,_,text = text.partition(c)
-                put(head, trained)
-                put(literal[c], trained, split_special_tokens=True)
-        put(text, trained)
+        for part in re.split(f"([{''.join(literal)}])", text) if literal else [text]:
+            put(literal.get(part, part), trained, **(dict(split_special_tokens=True) if part in literal else {}))
     return ids,mask
 
 def _masked(tok, pieces, enc):
@@ -229,7 +225,7 @@ def stop_ids(self:Formatter)->list[int]: # Token ids
     if self.seen['calls']: t,_,e = self.chat.answer(call, 1); ends.append(list(self.special.finditer(t[:e]))[-1][0])
     return sorted({self.tok.eos_token_id, *(self.tok.convert_tokens_to_ids(t) for t in ends)})
 
-# %% ../nbs/formatting.ipynb #a471f9c8
+# %% ../nbs/formatting.ipynb #9860a913
 @patch
 def notes(self:Formatter)->list[str]:
     "What is worth knowing of the tokenizer and the template"
@@ -237,8 +233,8 @@ def notes(self:Formatter)->list[str]:
     if tok.pad_token_id == tok.eos_token_id: res.append(f"the padding token is the end token {tok.eos_token!r}; it stays trained where it ends an answer, since the mask comes from the text")
     if self.chat:
         text = render(tok, [dict(role='user', content='QUESTION')])
-        words = self.special.sub(' ', text.partition('QUESTION')[0]).split()
-        if len(words) > 4: res.append(f"the template begins every conversation without a system message with: {' '.join(words)[:120]}")
+        own = ' '.join(l.strip() for l in self.special.sub('\n', text.partition('QUESTION')[0]).splitlines() if l.strip() and l.strip() not in ('system', 'user'))
+        if len(own.split()) > 4: res.append(f"the template begins every conversation without a system message with: {own[:120]}")
         if self.adds_bos and not text.startswith(tok.bos_token): res.append(f"the tokenizer puts {tok.bos_token!r} in front of a text, but the template does not; examples are as the template has them")
     return res
 

@@ -16,16 +16,17 @@ from .batching import Batching,batching_report
 from .examples import Examples
 from .templates import FormatError,role_spans
 
-# %% ../nbs/profiling.ipynb #d41c72d4
+# %% ../nbs/profiling.ipynb #69ec63cb
 PERCENTILES = (50, 90, 95, 99, 100)
 
 def suggest_length(lengths)->tuple[int,str]: # ([tokens], why)
     "A `max_seq_length` for examples of these lengths"
-    p99,top = (int(np.percentile(lengths, p, method='inverted_cdf')) for p in (99, 100))
+    p = 99 if len(lengths) >= 500 else 95
+    most,top = (int(np.percentile(lengths, q, method='inverted_cdf')) for q in (p, 100))
     up = lambda n: 64*math.ceil(n/64)
-    if top <= max(1.5*p99, 512): return up(top),f'the longest example has {top:,} tokens'
-    over = int((np.asarray(lengths) > up(p99)).sum())
-    return up(p99),f'99% of the examples have at most {p99:,} tokens; {over:,} are longer, up to {top:,}'
+    if top <= max(1.5*most, 512): return up(top),f'the longest example has {top:,} tokens'
+    over = int((np.asarray(lengths) > up(most)).sum())
+    return up(most),f'{p}% of the examples have at most {most:,} tokens; {over:,} are longer, up to {top:,}'
 
 # %% ../nbs/profiling.ipynb #fc1a60d2
 def role_shares(
@@ -82,13 +83,13 @@ def profile_examples(
         examples.tokens.kept['trained']/kept, roles, limit, int((n > limit).sum()), int(np.maximum(n-limit, 0).sum()), *suggest_length(n),
         batching_report(examples.lengths, batch_size, max(limit, int(examples.lengths.max())), seed), min(200, len(convs)) if roles else 0)
 
-# %% ../nbs/profiling.ipynb #276af14f
+# %% ../nbs/profiling.ipynb #442d4c71
 @patch
 def facts(self:Profile)->list[str]:
     "The profile in lines"
     pct = ', '.join(f'{v:,} ({"longest" if p == 100 else f"{p}%"})' for p,v in self.percentiles.items())
     over = f"{self.over:,} of {self.examples:,} are longer than max_seq_length={self.max_seq_length:,}, by {self.tokens_over:,} tokens ({self.tokens_over/self.tokens:.1%} of all)" if self.over else f"all {self.examples:,} fit max_seq_length={self.max_seq_length:,}"
-    roles = [f"tokens by role, on {self.sampled} rows: "+', '.join(f'{k} {v:.1%}' for k,v in self.roles.items())] if self.roles else []
+    roles = [f"tokens by role before anything is cut, on {self.sampled} rows: "+', '.join(f'{k} {v:.1%}' for k,v in self.roles.items())] if self.roles else []
     return [f'tokens per example up to: {pct}', over, f'suggested max_seq_length: {self.suggested:,}, since {self.why}', f'{self.trained_share:.1%} of the tokens are trained', *roles]
 
 @patch

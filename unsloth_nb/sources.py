@@ -37,12 +37,13 @@ def _open(f):
 
 def _text(f, **kw): return io.TextIOWrapper(_open(f), encoding='utf-8-sig', **kw)
 
-# %% ../nbs/sources.ipynb #406b231e
+# %% ../nbs/sources.ipynb #1a52bd1a
 def _json_line(l, n):
     "The value of a line, or an error in its place"
     try: return json.loads(l.decode('utf-8-sig' if n == 1 else 'utf-8'))
     except UnicodeDecodeError as e: return DataError(f"line {n} is not UTF-8 text (byte {e.start}); save the file as UTF-8")
-    except (ValueError, RecursionError) as e: return DataError(f"line {n} is not JSON: {e}")
+    except json.JSONDecodeError as e: return DataError(f"line {n} is not JSON: {e.msg} (column {e.colno})")
+    except RecursionError: return DataError(f"line {n} is nested too deeply for JSON")
 
 def _read_jsonl(f):
     with _open(f) as h:

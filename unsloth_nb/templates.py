@@ -6,8 +6,9 @@
 __all__ = ['ALPACA', 'ALPACA_INPUT', 'FormatError', 'alpaca_prompt', 'render', 'special_tokens', 'special_pattern', 'answer_end',
            'Chat', 'chat_pieces', 'use_template', 'shows', 'check_shown', 'role_spans']
 
-# %% ../nbs/templates.ipynb #2c384b59
-import copy,re
+# %% ../nbs/templates.ipynb #ebaea5b0
+import copy,re,tempfile
+from contextlib import chdir
 
 from .conversations import Conversation
 from .engine import quiet,start_engine
@@ -111,14 +112,14 @@ def chat_pieces(
     if all(whole.startswith(t[:e]) for t,_,e in got): return [_cut(whole, [(s, e) for _,s,e in got])]
     return [_cut(t, [(s, e)]) for t,s,e in got]
 
-# %% ../nbs/templates.ipynb #13a95381
+# %% ../nbs/templates.ipynb #85789d82
 def _unsloth_name(name): return 'alpaca' if name == 'alpaca-turns' else name
 
 def _with(tok, name, rename):
-    "A copy of the tokenizer as Unsloth makes it for a template"
+    "A copy of the tokenizer as Unsloth makes it for a template; what it writes on the way goes to a temporary folder"
     from unsloth.chat_templates import get_chat_template
     try:
-        with quiet(): new = get_chat_template(copy.deepcopy(tok), _unsloth_name(name), map_eos_token=rename)
+        with quiet(), tempfile.TemporaryDirectory() as tmp, chdir(tmp): new = get_chat_template(copy.deepcopy(tok), _unsloth_name(name), map_eos_token=rename)
     except RuntimeError as e: raise FormatError(f"template: {name!r} cannot be given to this tokenizer: {e}") from e
     if rename: new.name_or_path,new.model_max_length = tok.name_or_path,tok.model_max_length
     return new
