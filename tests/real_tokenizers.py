@@ -139,6 +139,14 @@ def embedded():
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(embedded_model())
 
+@lru_cache
+def bytes_only():
+    "A tokenizer whose tokens are bytes; so small that copies cost nothing"
+    from tokenizers import Tokenizer,decoders,models,pre_tokenizers
+    backend = Tokenizer(models.BPE(vocab={c:i for i,c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    backend.pre_tokenizer,backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False),decoders.ByteLevel()
+    return _wrap(backend)
+
 def _bare(tok):
     "A copy without a chat template"
     tok = copy.deepcopy(tok)
@@ -154,7 +162,7 @@ def family_tokenizer(name):
     if name == 'chatml': return _bare(embedded()),'real',"the embedded model's own tokenizer, which speaks ChatML"
     if name not in OWN: return family_tokens(embedded(), name),'embedded with special tokens','no package ships the tokenizer of this family'
     real = OWN[name]
-    tok = _bare(REAL[real]())
-    if name != 'starling': return tok,'real',f"{'/'.join(FILES[real])}: {REAL[real].__doc__}"
+    if name != 'starling': return REAL[real](),'real',f"{'/'.join(FILES[real])}: {REAL[real].__doc__}"
+    tok = copy.deepcopy(REAL[real]())
     tok.add_special_tokens(dict(eos_token='<|end_of_turn|>', pad_token='<|pad_0|>'))
     return tok,'real','Mistral 7B v0.1 with the two tokens that OpenChat added, 32000 and 32001'

@@ -39,13 +39,8 @@ CALLS = {'chain', 'last_call', 'several_calls', 'beside_call', 'thoughtful_call'
 # What each template refuses. A template that begins to drop something in silence is caught, and so is a check that refuses too much.
 REFUSED = dict.fromkeys(CANONICAL, {'tool_call', 'reasoning', *CALLS})|{
     'llama-3.1': {'reasoning', 'several_calls', 'beside_call', 'thoughtful_call'}, 'gemma-4': {'reasoning', 'beside_call', 'thoughtful_call'}, 'qwen-2.5': {'reasoning', 'thoughtful_call'},
-    'gpt-oss': {'several_calls', 'beside_call'}, 'qwen-3': set(), 'qwen3-instruct': set(), 'qwen3-thinking': set(),
+    'gpt-oss': {'several_calls', 'beside_call', 'thoughtful_call'}, 'qwen-3': set(), 'qwen3-instruct': set(), 'qwen3-thinking': set(),
     'gemma-4-thinking': {*cases(), *MORE}} # The prompt is not how the training text begins
-
-# Faults of formatting and templates that are known; `test_known_fault` fails as soon as one is mended, and then leaves this list
-KNOWN = {(n, 'blanks') for n in 'unsloth chatml alpaca-turns gemma_chatml phi-3 llama-3.1 qwen-2.5 qwen3-instruct lfm-2 yi-chat'.split()} \
-    | {(n, 'empty_answer') for n in 'llama-3 llama-3.1 phi-3 phi-4 gpt-oss'.split()} | {(n, 'special_tokens') for n in 'zephyr mistral starling'.split()} \
-    | {('unsloth', 'multi_turn'), ('unsloth', 'brackets'), ('mistral', 'brackets')}
 
 @lru_cache
 def verdict(name):
@@ -66,14 +61,14 @@ def test_names():
 def test_trains_what_it_should(name):
     "Exactly the answers, to the token; what cannot be expressed is refused, and nothing else"
     wrong,refused = verdict(name)
-    assert {k:v for k,v in wrong.items() if (name, k) not in KNOWN} == {}
+    assert wrong == {}
     assert set(refused) == REFUSED[name]
 
 def test_oracle(name):
     "The text and the trained parts are those that were written down by hand"
     fmt,o = formatter(name),oracle.ORACLE[name]
     assert fmt.prompt(oracle.TWO_TURNS[:1]) == oracle.expected(name, 'prompt')
-    if name == 'gemma-4-thinking': return pytest.raises(FormatError, fmt.renderings, Conversation(oracle.TWO_TURNS))
+    if 'multi_turn' in REFUSED[name]: return
     for part in ('two_turns', 'system'):
         drawn = fmt.renderings(Conversation(oracle.CONVERSATIONS[part]))
         assert ''.join(t for t,_ in drawn[-1]) == oracle.expected(name, part)
@@ -81,25 +76,22 @@ def test_oracle(name):
     first,last = o['answers'] # Where the last answer is drawn otherwise than the ones before it, each is drawn as the last one of its own example
     assert trained == ([[first, last]] if first.replace('4.', '6.') == last else [[last.replace('6.', '4.')], [last]])
 
-@pytest.mark.parametrize('alias', [n for n in NAMES if n not in CANONICAL])
-def test_alias(alias):
-    "Another name of a template is the same template"
-    canonical = next(c for c,ns in template_names().items() if alias in ns)
-    tok = family_tokens(real.embedded(), alias)
-    assert conformance(tok, alias).findings == embedded_verdict(canonical).findings
-
-@lru_cache
-def embedded_verdict(name): return conformance(family_tokens(real.embedded(), name), name)
+@pytest.mark.parametrize('any_name', NAMES)
+def test_every_name(any_name):
+    "All names, the aliases included, on a tokenizer of bytes with the family's control tokens"
+    canonical = next(c for c,ns in template_names().items() if any_name in ns)
+    res = conformance(family_tokens(real.bytes_only(), any_name), any_name)
+    assert res.wrong == {} and set(res.refused) == REFUSED[canonical] & set(cases())
 
 @pytest.mark.parametrize('tokenizer,template', [('mistral_v3', 'mistral'), ('mistral_tekken', 'mistral'), ('deepseek', 'vicuna')])
 def test_other_tokenizers(tokenizer, template):
     "Real tokenizers of other families, with templates that take the tokenizer's own start and end tokens"
     res = conformance(real.REAL[tokenizer](), template)
-    assert set(res.refused) == {'tool_call', 'reasoning'} and {k for k in res.wrong if (template, k) not in KNOWN} == set()
+    assert set(res.refused) == {'tool_call', 'reasoning'} and res.wrong == {}
 
-@pytest.mark.xfail(strict=True, reason='known fault of formatting or templates')
-@pytest.mark.parametrize('template,case', sorted(KNOWN))
-def test_known_fault(template, case): assert case not in verdict(template)[0]
+def test_blank_line_before_answer():
+    "A prompt that ends with two line breaks, on a tokenizer that cuts blanks as GPT-2 does: they are one token in the prompt and two in the example"
+    assert conformance(family_tokens(real.embedded(), 'llama-3'), 'llama-3').wrong == {}
 
 # A suite that cannot fail is worth nothing
 def _doubled(e): return replace(e, input_ids=[e.tok.bos_token_id, *e.input_ids], mask=[False, *e.mask])
@@ -111,7 +103,7 @@ def _cut_off(e):
     n = len(e)-1-e.mask[::-1].index(True)
     return replace(e, input_ids=e.input_ids[:n], mask=e.mask[:n])
 MUTANTS = dict(late=(lambda e: replace(e, mask=[False, *e.mask[:-1]]), 'trains'), early=(lambda e: replace(e, mask=[*e.mask[1:], False]), 'training does not begin where the prompt ends'),
-    endless=(_endless, 'on which generation does not stop'), cut_off=(_cut_off, 'spell another text'), doubled=(_doubled, 'start token twice'),
+    endless=(_endless, 'on which generation does not stop'), cut_off=(_cut_off, 'spell another text'), doubled=(_doubled, 'start token twice|<bos>.* as a control token'),
     everything=(lambda e: replace(e, mask=[True]*len(e)), 'trains text of the user'), nothing=(lambda e: replace(e, mask=[False]*len(e)), r'trains \[\]'),
     longer=(lambda e: replace(e, input_ids=[*e.input_ids, e.input_ids[-1]], mask=[*e.mask, False]), 'spell another text'))
 
@@ -121,8 +113,8 @@ def mutant(name, **methods):
     fmt.__class__ = type('Mutant', (Formatter,), methods)
     return fmt
 
-@pytest.mark.parametrize('template', ['gemma-3', 'llama-3.1', 'starling'])
 @pytest.mark.parametrize('kind', MUTANTS)
+@pytest.mark.parametrize('template', ['gemma-3', 'gemma-4', 'starling'])
 def test_mutants(template, kind):
     "A formatter that does one thing wrong is found out on every conversation"
     change,why = MUTANTS[kind]

@@ -27,6 +27,10 @@ def test_job(tmp_path):
     FIGURES['job'] = dict(seconds=round(time.time()-start, 1), stages=run.seconds(), base=m['base'], tuned=m['tuned'], certificates=m['certificates'], changes=plan['changes'], measured=plan['measured'])
     assert m['base']['exact_match'] <= 0.05 and m['tuned']['exact_match'] >= 0.9 and m['tuned']['valid_json'] >= 0.98
     assert plan['device']['kind'] == 'cuda' and plan['optim'] == 'adamw_8bit'
+    from unsloth_nb import evaluate,held_out,load_run
+    again,_ = evaluate(load_run(run), held_out(run.job, n=32))
+    FIGURES['job']['adapter_loaded_again'] = again
+    assert again['exact_match'] >= 0.9
 
 def test_packing(trained):
     "Packed or padded, the same rows in one step have the same loss: masks survive packing, and examples do not see each other"
@@ -36,6 +40,20 @@ def test_packing(trained):
     rows = [json.loads((r.path/'plan.json').read_text())['measured']['rows'] for r in (padded, packed)]
     FIGURES['packing'] = dict(padded_loss=a, packed_loss=b, rows=rows, changes=json.loads((packed.path/'plan.json').read_text())['changes'])
     assert rows[0] == 16 and rows[1] < 8 and a == pytest.approx(b, rel=0.01)
+
+def test_packed_apart(lib, tmp_path):
+    "Conversations packed in one row do not see each other: the same row beside other neighbours has the same loss"
+    short = [dict(messages=[dict(role=r, content=f'{w} {i}') for r,w in (('user', 'Say'), ('assistant', 'I say'), ('user', 'And again'), ('assistant', 'Again I say'))]) for i in range(8)]
+    losses = {}
+    for packing in (False, True):
+        job = lib.FinetuneJob(test_size=1, max_steps=1, max_seq_length=1024, packing=packing, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-6, warmup_steps=0, gradient_checkpointing=False)
+        data = lib.load_data(job, short+[dict(messages=[dict(role='user', content='Repeat'), dict(role='assistant', content='word '*200)])])
+        model = lib.load_model(job, lib.make_plan(job, data))
+        run = lib.start_run(job, tmp_path)
+        lib.train(model, lib.make_examples(data.train, model.formatter, 1024), job, run)
+        losses[packing] = run.metrics[0]['loss']
+    FIGURES['packed_apart'] = losses
+    assert losses[True] == pytest.approx(losses[False], rel=0.01)
 
 @pytest.mark.parametrize('four_bit', [False, True], ids=['16bit', 'nf4'])
 def test_exports(lib, trained, four_bit):

@@ -6,8 +6,8 @@
 __all__ = ['FORMATS', 'EXTRA', 'ROLES', 'Conversation', 'detect_format', 'check_turns', 'Reading', 'to_conversation', 'strings',
            'replaced', 'check_characters', 'without_control']
 
-# %% ../nbs/conversations.ipynb #f461118a
-import json,re
+# %% ../nbs/conversations.ipynb #f7db262d
+import difflib,json,re
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 
@@ -90,16 +90,16 @@ def detect_format(
     if hits: raise DataError(f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: dataset_format={hits[0]!r}")
     raise DataError(f"dataset: {source} has columns {have}, which fit no known format; {_suggest(cols)}. Known are {'; '.join(f'{f}: {w}' for f,(_,w) in FORMATS.items())}")
 
-# %% ../nbs/conversations.ipynb #65c91a60
+# %% ../nbs/conversations.ipynb #9191b9c4
 def _empty(where): return DataError(f"{where} is empty; fill it or remove the row, or say empty='drop'", 'empty')
 
-def _text(row, col, i, empty=False):
+def _text(row, col, i, empty=False, optional=False):
     "The text in a column of row `i`"
     v = row.get(col)
-    if v is None and empty: return ''
+    if v is None and optional: return ''
     if v is None: raise DataError(f"row {i}: column {col!r} is missing or null; fill it or remove the row")
     if not isinstance(v, str): raise DataError(f"row {i}: column {col!r} holds a {type(v).__name__}, expected text")
-    if not v.strip() and not empty: raise _empty(f"row {i}: column {col!r}")
+    if not v.strip() and not (empty or optional): raise _empty(f"row {i}: column {col!r}")
     return v
 
 def _parsed(v, where, what='JSON'):
@@ -151,7 +151,7 @@ def _weight(v, where):
     if v not in (0, 1): raise DataError(f"{where}: weight is {v!r}; expected 0 (not trained) or 1")
     return int(v)
 
-# %% ../nbs/conversations.ipynb #ad26c572
+# %% ../nbs/conversations.ipynb #fe65e602
 ROLES = dict(system='system', developer='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant', chatgpt='assistant',
     tool='tool', observation='tool', function_response='tool', ipython='tool', function_call='assistant', tool_call='assistant')
 
@@ -160,7 +160,7 @@ def _message(t, where, names):
     role_key,text_key,roles = names
     if not isinstance(t, dict) or role_key not in t or (text_key not in t and not t.get('tool_calls')): raise DataError(f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}")
     role,v = t[role_key],t.get(text_key)
-    if not isinstance(role, str) or role not in roles: raise DataError(f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:user")
+    if not isinstance(role, str) or role not in roles: raise DataError(f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}")
     if role in ('function_call', 'tool_call'): return dict(role='assistant', content='', tool_calls=_calls(v, where))
     if v is None and t.get('tool_calls'): v = ''
     content,reasoning,calls = _parts(v, where) if isinstance(v, list) else (v, '', [])
@@ -199,7 +199,7 @@ def check_turns(
         if not keep_empty and m['role'] in ('user', 'assistant') and not m['content'].strip() and not m.get('tool_calls'): raise _empty(f"row {i}, turn {n}: the {'answer' if m['role'] == 'assistant' else 'question'}")
     return messages
 
-# %% ../nbs/conversations.ipynb #59dc076b
+# %% ../nbs/conversations.ipynb #b02929ad
 @dataclass(frozen=True)
 class Reading:
     "How rows are read"
@@ -222,15 +222,15 @@ def _side(self:Reading, row, col, i, role):
 @patch
 def _start(self:Reading, row, i):
     "The messages before the answers of preference data; None when there are none"
-    sys = _text(row, 'system', i, empty=True)
+    sys = _text(row, 'system', i, optional=True)
     sys = [dict(role='system', content=sys)] if sys else []
     col = next((c for c in ('prompt', 'messages', 'conversations') if row.get(c) is not None), None)
     if col: return sys+self._side(row, col, i, 'user')
     return sys+[dict(role='user', content=_instruction(row, i, self.keep_empty))] if row.get('instruction') is not None else None
 
-# %% ../nbs/conversations.ipynb #11d9008b
+# %% ../nbs/conversations.ipynb #24f96930
 def _instruction(row, i, keep_empty=False):
-    ins,inp = _text(row, 'instruction', i, keep_empty),_text(row, 'input', i, empty=True)
+    ins,inp = _text(row, 'instruction', i, keep_empty),_text(row, 'input', i, optional=True)
     return f'{ins}\n\n{inp}' if inp.strip() else ins
 
 @patch
@@ -257,11 +257,11 @@ def _unpaired(self:Reading, row, i):
     if inner is None: raise DataError(f"row {i}: has neither messages, conversations nor a prompt; fill one of these columns or remove the row")
     return dict(label=_yes[v], inner=inner)
 
-# %% ../nbs/conversations.ipynb #7e4692e3
+# %% ../nbs/conversations.ipynb #ed6a8207
 @patch
 def _alpaca(self:Reading, row, i):
-    ins,inp,out = _text(row, 'instruction', i, self.keep_empty),_text(row, 'input', i, empty=True),_text(row, 'output', i, self.keep_empty)
-    sys,past = _text(row, 'system', i, empty=True),row.get('history') or []
+    ins,inp,out = _text(row, 'instruction', i, self.keep_empty),_text(row, 'input', i, optional=True),_text(row, 'output', i, self.keep_empty)
+    sys,past = _text(row, 'system', i, optional=True),row.get('history') or []
     if not isinstance(past, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past): raise DataError(f"row {i}: column 'history' must be a list of pairs, question and answer")
     turns = [dict(role=r, content=c) for p in past for r,c in zip(('user', 'assistant'), p)]
     msgs = [*([dict(role='system', content=sys)] if sys else []), *turns, dict(role='user', content=_instruction(row, i, self.keep_empty)), dict(role='assistant', content=out)]
@@ -278,7 +278,7 @@ def conversation(self:Reading, row:dict, i:int=0)->Conversation:
     if f == 'unpaired_preference': label,f = self._unpaired(row, i).values()
     if f == 'prompt_completion': msgs = self._side(row, 'prompt', i, 'user')+self._side(row, 'completion', i, 'assistant')
     else: msgs = _turns(row, FORMATS[f][0][0], i, self.all_roles)
-    sys = _text(row, 'system', i, empty=True)
+    sys = _text(row, 'system', i, optional=True)
     if sys and msgs[0]['role'] != 'system': msgs = [dict(role='system', content=sys), *msgs]
     return Conversation(check_turns(msgs, i, self.keep_empty), tools=_tools(row, i), label=label, row=i)
 

@@ -320,7 +320,7 @@ def _reason(got, formats):
     "How the sources were read, in a line"
     return (formats[0],got[0]['reason']) if len(got) == 1 else ('+'.join(formats),'; '.join(f"{g['name']}: {g['reason']}" for g in got))
 
-# %% ../nbs/data.ipynb #cd78f8bf
+# %% ../nbs/data.ipynb #f432ab60
 def load_data(
     job:FinetuneJob, # What to read, and what to do about rows that are not as they should be
     rows=None, # Rows in memory instead of `job.dataset`: a datasets.Dataset, a DataFrame, an Arrow table, a list of dicts
@@ -334,14 +334,18 @@ def load_data(
     train,got,formats = _read_parts(job, rows, where, wanted, books)
     for g in [*got, *([other[1]] if other else [])]:
         books['left'].update(g['faults'].counts); books['left'].update(g['left']); books['noted'].update(g['noted']); books['warnings'] += g['faults'].notes()
+    _check_left(train, got, books)
     if other: test = other[0]
     elif split: train,test = (Conversations(train.store, train.index[i]) for i in split_rows(train.column('key'), job.test_size, job.seed))
     else: test = train[:0]
     train = _without_overlap(train, test, job, books)
     used = train[:job.max_rows]
     books['left']['not_used'] += len(train)-len(used)+(len(other[1]['index'])-len(test) if other else 0)
-    if not len(used): raise DataError(f"dataset: no row of {got[0]['name']} is left to train on ({', '.join(f'{k}: {v}' for k,v in books['left'].items() if v)})")
+    _check_left(used, got, books)
     return _data(job, used, test, got, formats, books, sum(g['rows'] for g in [*got, *([other[1]] if other else [])]))
+
+def _check_left(train, got, books):
+    if not len(train): raise DataError(f"dataset: no row of {got[0]['name']} is left to train on ({', '.join(f'{k}: {v}' for k,v in books['left'].items() if v)})")
 
 def _data(job, train, test, got, formats, books, came):
     fmt,why = _reason(got, formats)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Examples', 'make_examples', 'length_profile']
 
-# %% ../nbs/examples.ipynb #61101b12
+# %% ../nbs/examples.ipynb #306b0022
 import html
 from array import array
 from collections import Counter
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 import numpy as np
 
 from .formatting import IGNORE,Example,Formatter
-from .ledger import Faults,Ledger
+from .ledger import Faults,Ledger,count_rows
 from .sources import Spool
 from .templates import FormatError
 
@@ -81,7 +81,7 @@ def _fit(ex, limit, policy, text, book):
     book['examples_truncated'] += 1
     return [cut(0)]
 
-# %% ../nbs/examples.ipynb #cbcfbc25
+# %% ../nbs/examples.ipynb #11b26228
 def _chunks(seq, n):
     part = []
     for x in seq:
@@ -103,10 +103,11 @@ def _take(res, got, formatter, limit, policy, book, tokens):
         tokens.update(came=len(ex), kept=kept, cut=len(ex)-kept if parts else 0, dropped=0 if parts else len(ex), trained=sum(p.trained for p in parts))
         fitted += parts
     for p in fitted: res.add(p)
+    if formatter.unknown is not None and any(formatter.unknown in p.input_ids for p in fitted): book['rows_with_unknown_tokens'] += 1
     if not fitted: raise lost
     book['rows_in_several_examples'] += len(fitted) > 1
 
-# %% ../nbs/examples.ipynb #396bfbff
+# %% ../nbs/examples.ipynb #e8602353
 def make_examples(
     convs, # Conversations
     formatter:Formatter, # Template and tokenizer
@@ -131,7 +132,8 @@ def make_examples(
     left = {k:faults.counts[k] for k in ('too_long', 'nothing_trained', 'special_tokens')}
     res.rows = Ledger('rows', n, dict(kept=n-sum(left.values())), left, dict(examples=len(res))|dict(book))
     res.tokens = Ledger('tokens', tokens['came'], dict(trained=tokens['trained'], context=tokens['kept']-tokens['trained']), dict(cut=tokens['cut'], dropped=tokens['dropped']))
-    res.warnings = [*faults.notes(), *formatter.notes()]
+    unknown = book['rows_with_unknown_tokens']
+    res.warnings = [*faults.notes(), *([f'{count_rows(unknown)} with characters that the tokenizer reads as its unknown token {formatter.tok.unk_token!r}'] if unknown else []), *formatter.notes()]
     return res
 
 # %% ../nbs/examples.ipynb #be2e1e5e

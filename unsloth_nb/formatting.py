@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['IGNORE', 'Example', 'encode_pieces', 'Formatter', 'token_texts', 'visible', 'show_example']
 
-# %% ../nbs/formatting.ipynb #313849c1
+# %% ../nbs/formatting.ipynb #d9f4afce
 import html,re
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 import numpy as np
 
 from .conversations import Conversation,replaced,strings
-from .templates import Chat,FormatError,alpaca_prompt,chat_pieces,check_shown,render,role_spans,shows,special_pattern,special_tokens,use_template
+from .templates import Chat,FormatError,alpaca_prompt,chat_pieces,check_shown,cut_text,render,role_spans,shows,special_pattern,special_tokens,use_template
 
 # %% ../nbs/formatting.ipynb #9f672b34
 IGNORE = -100 # Label that PyTorch's cross entropy leaves out
@@ -31,24 +31,19 @@ class Example:
     def trained(self): return sum(self.mask)
     def __len__(self): return len(self.input_ids)
 
-# %% ../nbs/formatting.ipynb #295b319d
-def _in_parts(tok, pieces, literal):
-    "Ids and mask with every piece tokenized by itself; `literal` maps characters to texts that are no control tokens"
-    ids,mask = [],[]
-    def put(text, trained, **kw):
-        new = tok(text, add_special_tokens=False, **kw)['input_ids'] if text else []
-        ids.extend(new); mask.extend([trained]*len(new))
-    for text,trained in pieces:
-        for part in re.split(f"([{''.join(literal)}])", text) if literal else [text]:
-            put(literal.get(part, part), trained, **(dict(split_special_tokens=True) if part in literal else {}))
-    return ids,mask
+# %% ../nbs/formatting.ipynb #93b423ec
+def _lead(tok):
+    "What keeps the tokenizer from putting a blank before a text, and how many tokens that is"
+    ids = lambda s: tok(s, add_special_tokens=False)['input_ids']
+    return ('\n',len(ids('\n'))) if tok.decode(ids('x')*2) != 'xx' else ('',0)
 
-def _masked(tok, pieces, enc):
-    "Ids and mask of a text in pieces, from its encoding"
-    at = np.array(enc.offsets, np.int64).reshape(-1, 2)
-    ends,flags = np.cumsum([len(t) for t,_ in pieces]),np.array([m for _,m in pieces]+[False])
-    first,last = flags[np.searchsorted(ends, at[:,0], 'right')],flags[np.searchsorted(ends, np.maximum(at[:,0], at[:,1]-1), 'right')]
-    return (enc.ids,first.tolist()) if (first == last).all() else _in_parts(tok, pieces, {})
+def _batch(tok, strings, literal):
+    "Ids of strings; control tokens in them are letters where `literal`"
+    backend = tok.backend_tokenizer
+    backend.no_truncation(); backend.no_padding()
+    backend.encode_special_tokens = literal
+    try: return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
+    finally: backend.encode_special_tokens = False
 
 def encode_pieces(
     tok, # Fast tokenizer
@@ -56,14 +51,20 @@ def encode_pieces(
     literal:dict|None=None, # Characters that stand for texts to be read literally
 )->list[tuple[list,list]]: # (ids, mask) for each
     "Token ids and masks of texts in pieces; no special token is added"
-    texts = [[p for p in ps if p[0]] for ps in texts]
-    if literal: return [_in_parts(tok, ps, literal) for ps in texts]
-    if not tok.is_fast: raise FormatError(f"the tokenizer of {tok.name_or_path} is a slow one, which does not say where its tokens stand in the text; save it as a fast tokenizer (tokenizer.json)")
-    backend = tok.backend_tokenizer
-    backend.no_truncation(); backend.no_padding()
-    return [_masked(tok, ps, e) for ps,e in zip(texts, backend.encode_batch([''.join(t for t,_ in ps) for ps in texts], add_special_tokens=False))]
+    if not tok.is_fast: raise FormatError(f"the tokenizer of {tok.name_or_path} is a slow one; save it as a fast tokenizer (tokenizer.json)")
+    literal,(lead,n) = literal or {},_lead(tok)
+    cut = (lambda t: re.split(f"([{''.join(literal)}])", t)) if literal else (lambda t: [t])
+    parts = [(j, s, m) for j,ps in enumerate(texts) for t,m in ps for s in cut(t) if s]
+    inside = [k > 0 and parts[k-1][0] == j and parts[k-1][1] != tok.bos_token for k,(j,_,_) in enumerate(parts)]
+    strings = [(lead if i else '')+literal.get(s, s) for i,(_,s,_) in zip(inside, parts)]
+    ids,lit = [None]*len(parts),[s in literal for _,s,_ in parts]
+    for on in {*lit}:
+        for k,got in zip([k for k,l in enumerate(lit) if l == on], _batch(tok, [s for s,l in zip(strings, lit) if l == on], on)): ids[k] = got[n if inside[k] else 0:]
+    out = [([], []) for _ in texts]
+    for (j,_,m),got in zip(parts, ids): out[j][0].extend(got); out[j][1].extend([m]*len(got))
+    return out
 
-# %% ../nbs/formatting.ipynb #1ca83ecb
+# %% ../nbs/formatting.ipynb #a6379cd4
 class Formatter:
     "Turns conversations into examples, and prompts into text, with one template"
     def __init__(self,
@@ -78,6 +79,7 @@ class Formatter:
         if template not in ('auto', 'chat', 'alpaca', 'raw'): tok = use_template(tok, template)
         self.tok,self.loss_on,self.special,self.policy = tok,loss_on,special_pattern(tok),special_tokens
         self.adds_bos = tok.bos_token_id is not None and tok('x')['input_ids'][:1] == [tok.bos_token_id]
+        self.unknown = tok.unk_token_id if tok.unk_token_id not in (None, tok.bos_token_id, tok.eos_token_id) else None # A token for what has none
         self.chat = Chat(tok) if self.template == 'chat' else None
         self.seen = shows(tok) if self.chat else None
 
@@ -189,7 +191,7 @@ def check(self:Formatter, examples):
         if not ex.trained: raise FormatError(f"row {ex.row}: nothing in it is trained (loss_on={self.loss_on!r}); give it an answer with weight 1, or remove the row", 'nothing_trained')
         if bos is not None and bos != self.tok.eos_token_id and ex.input_ids[:2] == [bos, bos]: raise FormatError(f"row {ex.row}: begins with the start token {self.tok.bos_token!r} twice; remove it from the data or the template")
 
-# %% ../nbs/formatting.ipynb #0b00e529
+# %% ../nbs/formatting.ipynb #515399e9
 def _asked(x):
     "A conversation that waits for an answer, from messages or a whole conversation"
     conv = x if isinstance(x, Conversation) else Conversation(x)
@@ -204,10 +206,18 @@ def prompt(self:Formatter, x)->str: # Ends where the answer begins
     return (self.tok.bos_token if self.adds_bos else '')+alpaca_prompt(conv)
 
 @patch
+def _prompt_pieces(self:Formatter, conv):
+    "The prompt, cut where the training text is"
+    if not self.chat: return [(self.tok.bos_token if self.adds_bos else '', False), (alpaca_prompt(conv), False)]
+    text = self.prompt(conv)
+    got = [self.chat.answer(conv, k) for k in self._answers(conv)] if self.loss_on != 'last_response' else []
+    return [(t, False) for t,_ in cut_text(text, [(s, e) for _,s,e in got] if all(text.startswith(t[:e]) for t,_,e in got) else [])]
+
+@patch
 def prompt_ids(self:Formatter, x)->list[int]:
     "The prompt as token ids, control tokens in content treated as in training"
     conv,literal = self._literal(_asked(x))
-    return encode_pieces(self.tok, [[(self.prompt(conv), False)]], literal)[0][0]
+    return encode_pieces(self.tok, [self._prompt_pieces(conv)], literal)[0][0]
 
 @patch
 def answer(self:Formatter, conv:Conversation)->str: # Without special tokens

@@ -37,20 +37,20 @@ def _open(f):
 
 def _text(f, **kw): return io.TextIOWrapper(_open(f), encoding='utf-8-sig', **kw)
 
-# %% ../nbs/sources.ipynb #1a52bd1a
+# %% ../nbs/sources.ipynb #1b9f61fa
 def _json_line(l, n):
     "The value of a line, or an error in its place"
     try: return json.loads(l.decode('utf-8-sig' if n == 1 else 'utf-8'))
     except UnicodeDecodeError as e: return DataError(f"line {n} is not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except json.JSONDecodeError as e: return DataError(f"line {n} is not JSON: {e.msg} (column {e.colno})")
-    except RecursionError: return DataError(f"line {n} is nested too deeply for JSON")
+    except (ValueError, RecursionError) as e: return DataError(f"line {n} is not JSON: {e}")
 
 def _read_jsonl(f):
     with _open(f) as h:
         for n,l in enumerate(h, 1):
             if l.strip(): yield _json_line(l, n)
 
-# %% ../nbs/sources.ipynb #f5a2f13d
+# %% ../nbs/sources.ipynb #df68c623
 class _Json:
     "JSON values out of a text that is read in blocks"
     parse,blanks = json.JSONDecoder().raw_decode,re.compile(r'[ \t\r\n]*')
@@ -75,7 +75,7 @@ def value(self:_Json):
     while True:
         try:
             v,end = self.parse(self.buf, self.at)
-            if end < len(self.buf): self.at = end; return v
+            if end < len(self.buf) and self.buf[end] not in '.eE': self.at = end; return v # A number may go on
             problem = None
         except json.JSONDecodeError as e:
             if e.pos < len(self.buf)-64 and not e.msg.startswith('Unterminated string'): raise
@@ -86,7 +86,7 @@ def value(self:_Json):
             return v
         size *= 2
 
-# %% ../nbs/sources.ipynb #26028f78
+# %% ../nbs/sources.ipynb #55d87d6b
 def _is_lines(f):
     "Does a file begin with two JSON objects, one behind the other?"
     with _text(f) as h:
@@ -102,16 +102,18 @@ def _read_json(f):
         j = _Json(h)
         if (first := j.peek()) != '[': raise DataError(f"dataset: {f} must hold a JSON list of rows, got a {'dict' if first == '{' else 'single value' if first else 'file that is empty'}; put the rows into a list at the top")
         j.at += 1
-        more = j.peek() != ']'
-        while more:
-            j.peek()
-            yield j.value()
-            if j.peek() not in (',', ']') or not j.buf: j.fail("Expecting ',' or ']'")
-            more = j.buf[j.at] == ','
-            if more: j.at += 1
-        if j.peek() != ']': j.fail("Expecting ']'")
-        j.at += 1
-        if j.peek(): j.fail('Extra data')
+        n,more = 0,j.peek() != ']'
+        try:
+            while more:
+                j.peek()
+                yield j.value()
+                if j.peek() not in (',', ']') or not j.buf: j.fail("Expecting ',' or ']'")
+                more,n = j.buf[j.at] == ',',n+1
+                if more: j.at += 1
+            if j.peek() != ']': j.fail("Expecting ']'")
+            j.at += 1
+            if j.peek(): j.fail('Extra data')
+        except json.JSONDecodeError as e: raise DataError(f"dataset: {f} cannot be read as json: row {n}, at {e.doc[e.pos:e.pos+40]!r}: {e.msg}") from None
 
 # %% ../nbs/sources.ipynb #ec8d7f1b
 def _read_csv(f):

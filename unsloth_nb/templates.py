@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ALPACA', 'ALPACA_INPUT', 'FormatError', 'alpaca_prompt', 'render', 'special_tokens', 'special_pattern', 'answer_end',
-           'Chat', 'chat_pieces', 'use_template', 'shows', 'check_shown', 'role_spans']
+           'Chat', 'cut_text', 'chat_pieces', 'use_template', 'shows', 'check_shown', 'role_spans']
 
-# %% ../nbs/templates.ipynb #ebaea5b0
-import copy,re,tempfile
-from contextlib import chdir
+# %% ../nbs/templates.ipynb #cbf89fbc
+import copy,io,re,tempfile
+from contextlib import chdir,redirect_stdout
 
 from .conversations import Conversation
 from .engine import quiet,start_engine
@@ -48,7 +48,7 @@ def render(
     try: return tok.apply_chat_template(_named(tok, messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
     except Exception as e: raise FormatError(f"row {row}: the chat template refuses it: {type(e).__name__}: {e}") from e
 
-# %% ../nbs/templates.ipynb #9f27e921
+# %% ../nbs/templates.ipynb #572c5c65
 def special_tokens(tok)->set[str]:
     "Texts that the tokenizer turns into control tokens"
     return {t.content for t in tok.added_tokens_decoder.values() if t.special} | set(tok.all_special_tokens)
@@ -67,9 +67,9 @@ def _tail(text, special):
     return found
 
 def answer_end(
-    text:str, # Rendered text that ends with an answer
+    text:str, # An answer as the template draws it, from behind the prompt on
     special:tuple, # Control tokens, longest first
-    end:str|None=None, # The token that ends answers, for a text that ends with a tool call
+    end:str|None=None, # The token that ends this template's answers, as far as it is known
     row:int=0, # For the message
 )->int: # Position behind the answer's end token
     "Where an answer ends: behind the first special token after its content"
@@ -78,7 +78,7 @@ def answer_end(
     if end is None: return found[-1][1]
     return next((at for t,at in found[::-1] if t == end), found[0][1])
 
-# %% ../nbs/templates.ipynb #8fef513d
+# %% ../nbs/templates.ipynb #edd5a6b9
 class Chat:
     "A tokenizer's chat template, asked what it does"
     def __init__(self, tok):
@@ -92,10 +92,10 @@ class Chat:
         "The text up to the end of message `k`, where the answer begins in it and where it ends"
         before,after = render(self.tok, conv.messages[:k], conv.tools, True, conv.row),render(self.tok, conv.messages[:k+1], conv.tools, False, conv.row)
         if not after.startswith(before): raise FormatError(f"row {conv.row}, turn {k+1}: the prompt for generation is not how the training text begins (chat template of {self.tok.name_or_path or 'this tokenizer'}); use a template that agrees with itself, or template='alpaca'")
-        return after,len(before),answer_end(after, self.special, self.end if conv.messages[k].get('tool_calls') else None, conv.row)
+        return after,len(before),len(before)+answer_end(after[len(before):], self.special, self.end, conv.row)
 
-# %% ../nbs/templates.ipynb #32c7e243
-def _cut(text, spans):
+# %% ../nbs/templates.ipynb #d5433ba1
+def cut_text(text, spans):
     "A text in pieces: (text, trained)"
     out,done = [],0
     for s,e in spans: out += [(text[done:s], False), (text[s:e], True)]; done = e
@@ -109,17 +109,17 @@ def chat_pieces(
     "A conversation as the chat template's text, cut into context and answers"
     got = [chat.answer(conv, k) for k in answers]
     whole = got[-1][0] if answers and answers[-1] == len(conv.messages)-1 else render(chat.tok, conv.messages, conv.tools, row=conv.row)
-    if all(whole.startswith(t[:e]) for t,_,e in got): return [_cut(whole, [(s, e) for _,s,e in got])]
-    return [_cut(t, [(s, e)]) for t,s,e in got]
+    if all(whole.startswith(t[:e]) for t,_,e in got): return [cut_text(whole, [(s, e) for _,s,e in got])]
+    return [cut_text(t, [(s, e)]) for t,s,e in got]
 
-# %% ../nbs/templates.ipynb #85789d82
+# %% ../nbs/templates.ipynb #5d6f804a
 def _unsloth_name(name): return 'alpaca' if name == 'alpaca-turns' else name
 
 def _with(tok, name, rename):
     "A copy of the tokenizer as Unsloth makes it for a template; what it writes on the way goes to a temporary folder"
     from unsloth.chat_templates import get_chat_template
     try:
-        with quiet(), tempfile.TemporaryDirectory() as tmp, chdir(tmp): new = get_chat_template(copy.deepcopy(tok), _unsloth_name(name), map_eos_token=rename)
+        with quiet(), redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as tmp, chdir(tmp): new = get_chat_template(copy.deepcopy(tok), _unsloth_name(name), map_eos_token=rename)
     except RuntimeError as e: raise FormatError(f"template: {name!r} cannot be given to this tokenizer: {e}") from e
     if rename: new.name_or_path,new.model_max_length = tok.name_or_path,tok.model_max_length
     return new

@@ -18,7 +18,7 @@ from .planning import Plan
 from .runs import Run,plot_metrics,start_run
 from .spec import FinetuneJob
 
-# %% ../nbs/training.ipynb #dd591c98
+# %% ../nbs/training.ipynb #a60a922c
 def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of `SFTConfig`
     "Everything that shapes training, stated in full"
     return dict(output_dir=str(out_dir), seed=job.seed, data_seed=job.seed,
@@ -28,7 +28,7 @@ def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of
         optim=plan.optim, weight_decay=job.weight_decay, max_grad_norm=job.max_grad_norm,
         adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, label_smoothing_factor=0.0, neftune_noise_alpha=None,
         bf16=plan.dtype == 'bfloat16', fp16=plan.dtype == 'float16', gradient_checkpointing=bool(plan.gradient_checkpointing),
-        packing=plan.packing, max_length=plan.max_seq_length, padding_free=False, average_tokens_across_devices=False, loss_type='nll',
+        packing=plan.packing, max_length=plan.max_seq_length, padding_free=plan.packing, average_tokens_across_devices=False, loss_type='nll',
         dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='group_by_length' if job.group_by_length else 'random', remove_unused_columns=False, dataloader_num_workers=0,
         logging_steps=job.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, save_strategy='no', eval_strategy='no',
         include_num_input_tokens_seen='non_padding', report_to='none', disable_tqdm=True)
