@@ -353,7 +353,7 @@ def _data(job, train, test, got, formats, books, came):
     name = got[0]['name'] if len(got) == 1 else job.dataset
     return Data(train, test, name, fmt, why, ledger, fingerprint_rows(train, test), job.dataset_revision, sorted({u for g in got for u in g['unused']}), books['warnings'])
 
-# %% ../nbs/data.ipynb #ef771e7a
+# %% ../nbs/data.ipynb #27fc41d7
 def held_out(
     job:FinetuneJob, # The job that trained
     dataset:str|None=None, # Another dataset to score on; None: the job's own held-out rows
@@ -361,5 +361,6 @@ def held_out(
 )->Conversations:
     "Rows to score a trained model on; of another dataset the first ones, in order"
     n = n or job.test_size
-    if dataset in (None, 'events'): return load_data(job.replace(dataset=dataset or job.dataset, **(dict(test_size=n) if (dataset or job.dataset) == 'events' else {}))).test[:n]
+    if dataset == 'events' or (dataset is None and job.dataset == 'events' and not job.test_dataset): return load_data(job.replace(dataset='events', test_dataset=None, test_size=n)).test
+    if dataset is None: return load_data(job).test[:n]
     return load_data(job.replace(dataset=dataset, dataset_format='auto', dataset_revision=None, test_dataset=None, max_rows=None), split=False).train[:n]

@@ -56,15 +56,16 @@ def storage(self:Examples)->dict: # [bytes] in_memory, on_disk
     s = (self._ids, self._mask)
     return dict(in_memory=sum(len(x.buf) for x in s), on_disk=sum(x.size-len(x.buf) for x in s))
 
-# %% ../nbs/examples.ipynb #55e8d4fe
+# %% ../nbs/examples.ipynb #f51e6b7b
 @patch
 def table(self:Examples):
-    "The examples as an Arrow table with input_ids and labels, without a copy of the ids"
+    "The examples as an Arrow table with input_ids and labels, on disk where they are many"
     import pyarrow as pa
-    ids,trained,ends = self.flat()
+    (ids,trained,ends),labels = self.flat(),Spool()
+    for at in range(0, len(ids), 2**20): labels.write(np.where(trained[at:at+2**20], ids[at:at+2**20], np.int32(IGNORE)).tobytes())
     kind = pa.ListArray if len(ids) < 2**31 else pa.LargeListArray
     lists = lambda x: kind.from_arrays(pa.array(ends, pa.int32() if kind is pa.ListArray else pa.int64()), pa.array(x))
-    return pa.table(dict(input_ids=lists(ids), labels=lists(np.where(trained, ids, np.int32(IGNORE)))))
+    return pa.table(dict(input_ids=lists(ids), labels=lists(labels.array(np.int32))))
 
 # %% ../nbs/examples.ipynb #f9fd6834
 def _fit(ex, limit, policy, text, book):
@@ -81,7 +82,7 @@ def _fit(ex, limit, policy, text, book):
     book['examples_truncated'] += 1
     return [cut(0)]
 
-# %% ../nbs/examples.ipynb #11b26228
+# %% ../nbs/examples.ipynb #1e00e105
 def _chunks(seq, n):
     part = []
     for x in seq:
@@ -90,7 +91,7 @@ def _chunks(seq, n):
     if part: yield part
 
 def _take(res, got, formatter, limit, policy, book, tokens):
-    "Add the examples of one row; True when some of it is kept"
+    "Add the examples of one row; raise for a row of which nothing is kept"
     formatter.check(got)
     fitted,lost = [],None
     for ex in got:
@@ -99,12 +100,15 @@ def _take(res, got, formatter, limit, policy, book, tokens):
         except FormatError as e:
             if policy == 'error' or e.reason == 'split': raise
             lost,parts = e,[]
+            book['examples_dropped'] += 1
         kept = sum(map(len, parts))
         tokens.update(came=len(ex), kept=kept, cut=len(ex)-kept if parts else 0, dropped=0 if parts else len(ex), trained=sum(p.trained for p in parts))
         fitted += parts
     for p in fitted: res.add(p)
     if formatter.unknown is not None and any(formatter.unknown in p.input_ids for p in fitted): book['rows_with_unknown_tokens'] += 1
-    if not fitted: raise lost
+    if not fitted:
+        book['examples_dropped'] -= len(got) # They are counted as a row
+        raise lost
     book['rows_in_several_examples'] += len(fitted) > 1
 
 # %% ../nbs/examples.ipynb #e8602353

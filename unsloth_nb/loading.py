@@ -86,7 +86,7 @@ def locate(job:FinetuneJob)->Source:
     if ref.kind == 'embedded': return Source(str(embedded_model()), ref)
     return Source(ref.id, ref, *((job.revision, job.allow_remote_code == ref.id) if ref.kind == 'hub' else ()))
 
-# %% ../nbs/loading.ipynb #d15bbe40
+# %% ../nbs/loading.ipynb #39ccb764
 def _guard(what, e):
     "One line for a load that failed"
     first = str(e).strip().splitlines()[0] if str(e).strip() else ''
@@ -107,8 +107,9 @@ def load_tokenizer(
     return _ready(_tokenizer(src, job.max_seq_length), job)
 
 def _ready(tok, job):
-    "A tokenizer with a padding token, and with the template that the job names"
+    "A tokenizer with a padding token, which decodes exactly, and with the template that the job names"
     if tok.pad_token is None: tok.pad_token = tok.eos_token
+    tok.clean_up_tokenization_spaces = False
     return tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
 
 # %% ../nbs/loading.ipynb #f395b166
@@ -185,7 +186,7 @@ def _base_job(folder, job):
     if not name: raise SpecError(f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json")
     return job.replace(model=name),{}
 
-# %% ../nbs/loading.ipynb #7039708d
+# %% ../nbs/loading.ipynb #03c76ea6
 def _check_adapter(folder, job):
     "The adapter must be what the job says: its rank and layers are fixed by now"
     has = read_json(Path(folder)/'adapter_config.json')
@@ -216,6 +217,6 @@ def load_adapter(
     with tempfile.TemporaryDirectory() as tmp:
         view = Source(_view(folder, src.path, tmp), src.ref, None, src.remote_code)
         model,tok = _from_pretrained(view, plan)
-    tok.name_or_path = str(folder)
+    tok.name_or_path,tok.clean_up_tokenization_spaces = str(folder),False
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return LoadedModel(model, tok, src, plan, base_job)
