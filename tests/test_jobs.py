@@ -111,12 +111,14 @@ def test_other_data(tmp_path, template, rows):
     run = run_job('finetune', runs_dir=tmp_path/'runs', show=False, **TINY | dict(dataset=str(tmp_path/'rows.jsonl'), max_rows=None, template=template, max_steps=1, save='merged_16bit'))
     assert run.status == 'finished', run.result
     assert run.result['metrics']['tuned']['loss'] > 0 and {'adapter', 'merged_16bit'} == set(run.result['artifacts'])
+    config = json.loads((run.path/'merged_16bit'/'generation_config.json').read_text())
+    assert config['eos_token_id'] == [2] and config['pad_token_id'] == 0 # Other programs stop where ours does
     assert ('exact_match' in run.result['metrics']['tuned']) == (template == 'alpaca')
 
 def test_failing_job(tmp_path):
     "A failed job leaves its notebook, its report and the reason; exit code 1"
     f = tmp_path/'long.jsonl'
-    f.write_text('\n'.join(json.dumps(dict(prompt='Say it.', completion='word '*400)) for _ in range(6)))
+    f.write_text('\n'.join(json.dumps(dict(prompt=f'Say it {i} times.', completion='word '*400)) for i in range(6)))
     r = cli('run', 'finetune', '--runs-dir', tmp_path/'runs', '-p', f'dataset={f}', '-p', 'test_size=2', '-p', 'max_seq_length=64')
     run, = map(Run, (tmp_path/'runs').iterdir())
     assert r.returncode == 1 and run.status == 'failed'

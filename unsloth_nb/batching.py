@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['batches', 'padding_efficiency', 'pack', 'Packing', 'Batching', 'batching_report']
 
-# %% ../nbs/batching.ipynb #af6c26b1
-import math
+# %% ../nbs/batching.ipynb #97daddda
 from bisect import bisect_left,insort
 from collections import Counter,deque
 from dataclasses import asdict,dataclass

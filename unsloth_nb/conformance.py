@@ -169,7 +169,7 @@ class Conformance:
     def __repr__(self): return f"{self.name}: "+', '.join(f'{n} {_signs[status]}' for n,(status,_) in self.findings.items())
     def _repr_markdown_(self): return ConformanceTable([self])._repr_markdown_()
 
-# %% ../nbs/conformance.ipynb #b30b57d7
+# %% ../nbs/conformance.ipynb #d7cbcdbd
 _signs = dict(ok='✓', refused='–', wrong='✗')
 _cell = lambda s: re.sub(r'([\\|<>*_`$\[\]])', r'\\\1', s.replace('\n', '⏎'))
 
@@ -182,10 +182,11 @@ class ConformanceTable:
     def _repr_markdown_(self):
         notes = list(dict.fromkeys(why for r in self.rows for _,why in r.findings.values() if why))
         sign = lambda f: _signs[f[0]]+(f'<sup>{notes.index(f[1])+1}</sup>' if f[1] else '')
-        head = ['template', *(c.replace('_', ' ') for c in self.rows[0].findings), 'other names']
-        body = [[_cell(r.name), *map(sign, r.findings.values()), _cell(', '.join(r.aliases))] for r in self.rows]
-        table = '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---', *[':-:']*(len(head)-2), '---'], *body])
-        return table+'\n\n'+'\n'.join(f'{i}. {_cell(w)}' for i,w in enumerate(notes, 1))
+        head = ['template', *(c.replace('_', ' ') for c in self.rows[0].findings)]
+        body = [[_cell(r.name), *map(sign, r.findings.values())] for r in self.rows]
+        table = '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---', *[':-:']*(len(head)-1)], *body])
+        names = [f"Other names: {'; '.join(f'{_cell(r.name)} is also ' + _cell(', '.join(r.aliases)) for r in self.rows if r.aliases)}."] if any(r.aliases for r in self.rows) else []
+        return '\n\n'.join([table, '\n'.join(f'{i}. {_cell(w)}' for i,w in enumerate(notes, 1)), *names])
 
 # %% ../nbs/conformance.ipynb #9e576078
 def check_formatter(

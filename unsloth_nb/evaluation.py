@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['response_loss', 'exact_match', 'valid_json', 'default_scorers', 'evaluate', 'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #c304c996
+# %% ../nbs/evaluation.ipynb #e1da18da
 import html,json,math
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 
-from .conversations import Conversation
 from .engine import quiet
 from .examples import make_examples
 from .inference import Sampling,answering,generate

@@ -143,7 +143,7 @@ def renderings(self:Formatter, conv:Conversation)->list[list[tuple[str,bool]]]: 
         if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}: res = [self._with_roles(conv, ps) for ps in res]
     return [[(t, True) for t,_ in ps] for ps in res] if self.loss_on == 'everything' else res
 
-# %% ../nbs/formatting.ipynb #14138d63
+# %% ../nbs/formatting.ipynb #7252c4a8
 @patch
 def _literal(self:Formatter, conv):
     "The conversation with each control token replaced by a private character, and what these stand for"
@@ -162,7 +162,7 @@ def _literal(self:Formatter, conv):
 @patch
 def examples(self:Formatter, convs)->list: # For each conversation its examples, or a FormatError
     "Conversations as the model sees them in training"
-    out,plain = [],[]
+    out = []
     for conv in convs:
         try:
             new,literal = self._literal(conv)
