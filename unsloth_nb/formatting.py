@@ -191,7 +191,7 @@ def check(self:Formatter, examples):
         if not ex.trained: raise FormatError(f"row {ex.row}: nothing in it is trained (loss_on={self.loss_on!r}); give it an answer with weight 1, or remove the row", 'nothing_trained')
         if bos is not None and bos != self.tok.eos_token_id and ex.input_ids[:2] == [bos, bos]: raise FormatError(f"row {ex.row}: begins with the start token {self.tok.bos_token!r} twice; remove it from the data or the template")
 
-# %% ../nbs/formatting.ipynb #515399e9
+# %% ../nbs/formatting.ipynb #4e560435
 def _asked(x):
     "A conversation that waits for an answer, from messages or a whole conversation"
     conv = x if isinstance(x, Conversation) else Conversation(x)
@@ -210,7 +210,8 @@ def _prompt_pieces(self:Formatter, conv):
     "The prompt, cut where the training text is"
     if not self.chat: return [(self.tok.bos_token if self.adds_bos else '', False), (alpaca_prompt(conv), False)]
     text = self.prompt(conv)
-    got = [self.chat.answer(conv, k) for k in self._answers(conv)] if self.loss_on != 'last_response' else []
+    try: got = [self.chat.answer(conv, k) for k in self._answers(conv)] if self.loss_on != 'last_response' else []
+    except FormatError: got = [] # A template that disagrees with itself cannot be trained, but asked
     return [(t, False) for t,_ in cut_text(text, [(s, e) for _,s,e in got] if all(text.startswith(t[:e]) for t,_,e in got) else [])]
 
 @patch
