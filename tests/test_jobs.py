@@ -33,9 +33,10 @@ def test_run_directory(finished_run):
 
 def test_counts_add_up(finished_run):
     "Rows and tokens in are rows and tokens out"
-    c = read_json(finished_run.path/'data.json')['examples']
-    assert c['rows'] == c['kept']+c['dropped_too_long']+c['dropped_nothing_trained'] == 24
-    assert c['tokens'] == c['tokens_kept']+c['tokens_truncated']+c['tokens_dropped']
+    d = read_json(finished_run.path/'data.json')
+    for l in (d['ledger'], d['examples']['rows'], d['examples']['tokens']): assert l['came'] == sum(l['kept'].values())+sum(l['left_out'].values())
+    assert d['ledger']['kept'] == dict(train=24, held_out=4) and d['examples']['rows']['came'] == 24
+    assert d['examples']['tokens']['came'] == d['profile']['tokens'] and d['profile']['over'] == 0
 
 def test_requested_and_effective(finished_run):
     "What the backend changed stands in the plan, with what was asked for"
