@@ -248,8 +248,9 @@ def test_mix_without_copies(mix, tmp_path):
     assert shares(d.train) == dict(a=50, b=50) and books(d) == dict(train=100, held_out=0, duplicates=50, not_in_mix=50)
 
 def test_built_in_rows_in_a_mix(mix):
+    "Without weights all rows are taken, and under max_rows each source gives its share"
     d = mix('- dataset: a.jsonl\n- dataset: events\n', max_rows=300)
-    assert d.ledger.came > 100 and shares(d.train)['a'] == 100
+    assert d.ledger.came == 400 and len(d.train) == 300 and shares(d.train)['a'] == 75 and d.ledger.left_out['not_in_mix'] == 100
 
 @pytest.mark.parametrize('text,message', [
     ('- dataset: a.jsonl\n  wieght: 2\n', "dataset: the mix mix.yaml, entry 1: unknown name 'wieght'; did you mean 'weight'?"),
@@ -672,3 +673,15 @@ def test_nothing_trained(lib):
     convs = load_data(whole(), [*CHATS, dict(messages=[Q, dict(A, weight=0)])], split=False).train
     assert_said(lambda: examples(convs), "row 4: nothing in it is trained (loss_on='responses'); give it an answer with weight 1, or remove the row", '')
     assert every(examples(convs, over_length='drop').rows) == dict(kept=4, nothing_trained=1, examples=4)
+
+def test_older_function_calls():
+    "OpenAI's older form of a call is a call, not a key that is left out"
+    from unsloth_nb.conversations import to_conversation
+    turns = [dict(role='user', content='2+3?'), dict(role='assistant', content='Let me add.', function_call=dict(name='add', arguments='{"a": 2}')), dict(role='function', name='add', content='5'), dict(role='assistant', content='5.')]
+    conv = to_conversation(dict(messages=turns), 'messages')
+    assert conv.messages[1]['tool_calls'][0]['function'] == dict(name='add', arguments=dict(a=2)) and [m['role'] for m in conv.messages] == ['user', 'assistant', 'tool', 'assistant']
+
+def test_columns_that_turn_up_later():
+    "A column beyond the first thousand rows is listed as unused"
+    rows = [dict(prompt=f'{i}?', completion=str(i)) for i in range(1100)]+[dict(prompt='x', completion='y', note='late')]
+    assert load_data(FinetuneJob(test_size=2), rows=rows).unused == ['note']

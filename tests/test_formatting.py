@@ -82,3 +82,9 @@ def test_template_by_name_in_a_job(lib):
     "A job's template reaches the tokenizer that is saved with the adapter, and leaves the given one alone"
     plain,named = (lib.load_tokenizer(lib.FinetuneJob(template=t)) for t in ('auto', 'zephyr'))
     assert '<|user|>' in named.chat_template and '<|user|>' not in plain.chat_template and named.eos_token == plain.eos_token
+
+def test_end_token_inside_a_text(lib, tok):
+    "A plain text may bring its own end token at its end, but not in the middle"
+    fmt = lib.Formatter(tok, text=True)
+    assert fmt.example(lib.Conversation(text='One.<|im_end|>')).input_ids == fmt.example(lib.Conversation(text='One.')).input_ids
+    with pytest.raises(lib.FormatError, match="row 3: the text holds '<|im_end|>'".replace('|', r'\|')): fmt.example(lib.Conversation(text='One.<|im_end|>Two.', row=3))

@@ -151,23 +151,24 @@ def _weight(v, where):
     if v not in (0, 1): raise DataError(f"{where}: weight is {v!r}; expected 0 (not trained) or 1")
     return int(v)
 
-# %% ../nbs/conversations.ipynb #fe65e602
+# %% ../nbs/conversations.ipynb #f17b27cf
 ROLES = dict(system='system', developer='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant', chatgpt='assistant',
-    tool='tool', observation='tool', function_response='tool', ipython='tool', function_call='assistant', tool_call='assistant')
+    tool='tool', observation='tool', function_response='tool', ipython='tool', function='tool', function_call='assistant', tool_call='assistant')
 
 def _message(t, where, names):
     "A message in the standard form, from a turn of any style"
     role_key,text_key,roles = names
-    if not isinstance(t, dict) or role_key not in t or (text_key not in t and not t.get('tool_calls')): raise DataError(f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}")
+    given = (t.get('tool_calls') or t.get('function_call')) if isinstance(t, dict) else None # function_call: OpenAI's older form
+    if not isinstance(t, dict) or role_key not in t or (text_key not in t and not given): raise DataError(f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}")
     role,v = t[role_key],t.get(text_key)
     if not isinstance(role, str) or role not in roles: raise DataError(f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}")
     if role in ('function_call', 'tool_call'): return dict(role='assistant', content='', tool_calls=_calls(v, where))
-    if v is None and t.get('tool_calls'): v = ''
+    if v is None and given: v = ''
     content,reasoning,calls = _parts(v, where) if isinstance(v, list) else (v, '', [])
     if not isinstance(content, str): raise DataError(f"{where}: {text_key!r} holds a {type(v).__name__}, expected text")
     reasoning = reasoning or next((t[k] for k in ('reasoning_content', 'reasoning', 'thinking') if t.get(k)), '')
     if not isinstance(reasoning, str): raise DataError(f"{where}: the reasoning holds a {type(reasoning).__name__}, expected text")
-    calls = calls or (_calls(t['tool_calls'], f"{where}, tool_calls") if t.get('tool_calls') else [])
+    calls = calls or (_calls(given, f"{where}, tool_calls") if given else [])
     more = dict(reasoning_content=reasoning, tool_calls=calls, tool_call_id=t.get('tool_call_id'), name=t.get('name'), weight=None if t.get('weight') is None else _weight(t['weight'], where))
     return dict(role=roles[role], content=content)|{k:v for k,v in more.items() if v not in ('', [], None)}
 
@@ -228,7 +229,7 @@ def _start(self:Reading, row, i):
     if col: return sys+self._side(row, col, i, 'user')
     return sys+[dict(role='user', content=_instruction(row, i, self.keep_empty))] if row.get('instruction') is not None else None
 
-# %% ../nbs/conversations.ipynb #24f96930
+# %% ../nbs/conversations.ipynb #2fcdba01
 def _instruction(row, i, keep_empty=False):
     ins,inp = _text(row, 'instruction', i, keep_empty),_text(row, 'input', i, optional=True)
     return f'{ins}\n\n{inp}' if inp.strip() else ins
@@ -249,15 +250,15 @@ _yes = {True:True, False:False, 1:True, 0:False, 'true':True, 'false':False, '1'
 
 @patch
 def _unpaired(self:Reading, row, i):
-    "Conversation and label"
+    "The label, and the format of the rest of the row"
     v = row.get('label')
     v = v.strip().lower() if isinstance(v, str) else v
     if isinstance(v, float) or not isinstance(v, (bool, int, str)) or v not in _yes: raise DataError(f"row {i}: column 'label' holds {v!r}, expected true (good) or false (bad)")
     inner = next((f for f in ('messages', 'sharegpt', 'prompt_completion') if row.get(FORMATS[f][0][0]) is not None), None)
     if inner is None: raise DataError(f"row {i}: has neither messages, conversations nor a prompt; fill one of these columns or remove the row")
-    return dict(label=_yes[v], inner=inner)
+    return _yes[v],inner
 
-# %% ../nbs/conversations.ipynb #ed6a8207
+# %% ../nbs/conversations.ipynb #fad7d1a5
 @patch
 def _alpaca(self:Reading, row, i):
     ins,inp,out = _text(row, 'instruction', i, self.keep_empty),_text(row, 'input', i, optional=True),_text(row, 'output', i, self.keep_empty)
@@ -275,7 +276,7 @@ def conversation(self:Reading, row:dict, i:int=0)->Conversation:
     if f == 'text': return Conversation(text=_text(row, 'text', i, self.keep_empty), row=i)
     if f == 'alpaca': return self._alpaca(row, i)
     if f == 'preference': return self._preference(row, i)
-    if f == 'unpaired_preference': label,f = self._unpaired(row, i).values()
+    if f == 'unpaired_preference': label,f = self._unpaired(row, i)
     if f == 'prompt_completion': msgs = self._side(row, 'prompt', i, 'user')+self._side(row, 'completion', i, 'assistant')
     else: msgs = _turns(row, FORMATS[f][0][0], i, self.all_roles)
     sys = _text(row, 'system', i, optional=True)

@@ -89,7 +89,7 @@ def _reading(job, cols, name):
     unused = sorted(str(c) for c in known if c not in {*FORMATS[f][0], *EXTRA[f]})
     return Reading(f, job.dataset_columns, job.dataset_roles, job.empty == 'keep'),why,unused
 
-# %% ../nbs/data.ipynb #3db75c2b
+# %% ../nbs/data.ipynb #19020527
 def _convert(reading, row, i, job):
     "A row as a checked conversation"
     if isinstance(row, DataError): raise DataError(f"row {i}: {row}")
@@ -106,8 +106,9 @@ def collect(src:Source, job, store:Store, where=None)->dict: # rows, index, faul
     if not some: raise DataError(f"dataset: {src.name} holds no rows")
     faults,left,noted,first = Faults(),Counter(),Counter(),len(store)
     reading,why,unused = _reading(job, cols, src.name) if cols else (Reading('text'), 'no row could be read', [])
-    n = -1
+    n,seen = -1,set(cols)
     for n,(row,f,at) in enumerate(rows):
+        if isinstance(row, dict) and not row.keys() <= seen: unused += sorted(map(str, row.keys()-seen)); seen |= row.keys()
         try: conv,note = _convert(reading, row, n, job)
         except DataError as e:
             faults.add(DataError(f"dataset: {src.name}, {e}"+(f" ({f.name}, its row {at})" if f else ''), e.reason), n)
@@ -175,17 +176,18 @@ def read_mix(path, job)->list[tuple]: # (job for one source, weight or None)
     if len({w is None for _,w in res}) > 1: raise DataError(f"dataset: the mix {path} gives a weight to some entries only; give one to all, or to none")
     return res
 
-# %% ../nbs/data.ipynb #61620ad9
+# %% ../nbs/data.ipynb #bf15e039
 def mix_rows(
     parts, # Positions of each source's rows
-    weights, # A share for each, or None for all rows
+    weights, # A share for each, or None for the shares that they have
     seed:int, # Same seed, same rows
     limit:int|None=None, # Rows wanted in all
 )->list[np.ndarray]: # Positions taken of each source
     "The largest mix with these shares in which no row occurs twice"
-    if weights[0] is None: return parts
-    share = np.asarray(weights, float)/sum(weights)
-    total = min(len(p)/s for p,s in zip(parts, share))
+    if len(parts) == 1: return parts
+    weights = [len(p) for p in parts] if weights[0] is None else weights
+    share = np.asarray(weights, float)/max(sum(weights), 1e-9)
+    total = min([len(p)/s for p,s in zip(parts, share) if s], default=0)
     total,rng = min(total, limit or total),random.Random(seed)
     return [np.sort(rng.sample(p.tolist(), min(len(p), int(total*s+1e-9)))) for p,s in zip(parts, share)]
 

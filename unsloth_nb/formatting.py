@@ -143,16 +143,15 @@ def renderings(self:Formatter, conv:Conversation)->list[list[tuple[str,bool]]]: 
         if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}: res = [self._with_roles(conv, ps) for ps in res]
     return [[(t, True) for t,_ in ps] for ps in res] if self.loss_on == 'everything' else res
 
-# %% ../nbs/formatting.ipynb #7252c4a8
+# %% ../nbs/formatting.ipynb #56b16da4
 @patch
 def _literal(self:Formatter, conv):
     "The conversation with each control token replaced by a private character, and what these stand for"
-    ends = (self.tok.bos_token, self.tok.eos_token) if self.template == 'raw' else ()
     found,turns = {},list(strings([conv.text, conv.messages, conv.tools]))
     if not any(self.special.search(t) for t in turns): return conv,{}
     free = (chr(c) for c in range(0xF0000, 0xFFFFE) if not any(chr(c) in t for t in turns))
     def swap(m):
-        if m[0] in ends: return m[0]
+        if self.template == 'raw' and ((m[0], m.start()) == (self.tok.bos_token, 0) or (m[0], m.end()) == (self.tok.eos_token, len(m.string))): return m[0] # A text's own start and end
         if self.policy in ('error', 'drop'): raise FormatError(f"row {conv.row}: the text holds {m[0]!r}, which the tokenizer reads as a control token; remove it, or say special_tokens='escape' to have it read as plain text", 'special_tokens')
         if self.policy == 'escape' and m[0] not in found: found[m[0]] = next(free)
         return found.get(m[0], m[0])

@@ -28,26 +28,27 @@ def suggest_length(lengths)->tuple[int,str]: # ([tokens], why)
     over = int((np.asarray(lengths) > up(most)).sum())
     return up(most),f'{p}% of the examples have at most {most:,} tokens; {over:,} are longer, up to {top:,}'
 
-# %% ../nbs/profiling.ipynb #fc1a60d2
+# %% ../nbs/profiling.ipynb #ddef643f
 def role_shares(
     examples:Examples, # For their tokenizer and template
     convs, # The conversations they were made from
     n:int=200, # Sample size [rows], evenly spread
-)->dict[str,float]: # Role, or `template and tools`, to its share of the tokens; empty where the template gives no roles
+)->tuple[dict,int]: # (role, or `template and tools`, to its share of the tokens; rows counted); nothing where the template gives no roles
     "Share of the tokens that each role takes"
     fmt = examples.formatter
-    if fmt.template != 'chat': return {}
-    count,backend = Counter(),fmt.tok.backend_tokenizer
+    if fmt.template != 'chat': return {},0
+    count,rows,backend = Counter(),0,fmt.tok.backend_tokenizer
     for i in np.unique(np.linspace(0, len(convs)-1, min(n, len(convs))).astype(int)).tolist():
         try: text,spans = role_spans(fmt.tok, convs[i])
         except FormatError: continue
+        rows += 1
         roles = np.full(len(text)+1, 'template and tools', dtype=object)
         for s,e,role in spans: roles[s:e] = role
         count.update(roles[s] for s,_ in backend.encode(text, add_special_tokens=False).offsets)
     total = sum(count.values())
-    return {k:v/total for k,v in count.most_common()} if total else {}
+    return {k:v/total for k,v in count.most_common()},rows
 
-# %% ../nbs/profiling.ipynb #a9c9155e
+# %% ../nbs/profiling.ipynb #879367c6
 @dataclass(frozen=True)
 class Profile:
     "The lengths of a set of examples and what follows from them"
@@ -65,7 +66,7 @@ class Profile:
     batching:Batching # Padding, length grouping and packing, compared
     sampled:int=0 # Rows that the roles were counted on
 
-    def to_dict(self)->dict: return asdict(self)|dict(batching=self.batching.to_dict())
+    def to_dict(self)->dict: return asdict(self)
 
 def profile_examples(
     examples:Examples, # From `make_examples`
@@ -77,11 +78,11 @@ def profile_examples(
     n = np.array(examples.original, np.int64)
     counts,edges = np.histogram(n, bins=min(40, max(5, len(set(n.tolist())))))
     limit = examples.limit
-    roles = role_shares(examples, convs) if convs is not None else {}
+    roles,sampled = role_shares(examples, convs) if convs is not None else ({}, 0)
     kept = examples.tokens.kept_total
     return Profile(len(n), int(n.sum()), {p:int(np.percentile(n, p, method='inverted_cdf')) for p in PERCENTILES}, dict(edges=edges.tolist(), counts=counts.tolist()),
         examples.tokens.kept['trained']/kept, roles, limit, int((n > limit).sum()), int(np.maximum(n-limit, 0).sum()), *suggest_length(n),
-        batching_report(examples.lengths, batch_size, max(limit, int(examples.lengths.max())), seed), min(200, len(convs)) if roles else 0)
+        batching_report(examples.lengths, batch_size, max(limit, int(examples.lengths.max())), seed), sampled)
 
 # %% ../nbs/profiling.ipynb #442d4c71
 @patch
