@@ -66,7 +66,7 @@ def lib():
 def trained(lib, tmp_path):
     "A function that trains a few seeded steps: (model, run, data)"
     def f(**kw):
-        job = lib.FinetuneJob(**dict(max_rows=24, test_size=4, max_steps=4, warmup_steps=1, learning_rate=1e-3, max_seq_length=256, gradient_accumulation_steps=2) | kw)
+        job = lib.FinetuneJob(**dict(max_rows=24, test_size=4, max_steps=4, warmup_steps=1, learning_rate=1e-3, max_seq_length=256, per_device_train_batch_size=2, gradient_accumulation_steps=2) | kw)
         data = lib.load_data(job)
         model = lib.load_model(job, lib.make_plan(job, data))
         run = lib.start_run(job, tmp_path)

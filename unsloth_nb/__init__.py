@@ -6,6 +6,7 @@ import importlib
 _homes = dict(
     spec='FinetuneJob EvaluateJob ExportJob SpecError ParamTable make_job preset presets settings',
     engine='start_engine device_info versions',
+    devices='find_device',
     events='make_events',
     runs='Run start_run open_run list_runs',
     sources='DataError',
@@ -19,6 +20,7 @@ _homes = dict(
     profiling='Profile profile_examples',
     conformance='conformance',
     planning='Plan make_plan',
+    advice='check_file check_job',
     loading='LoadedModel load_model load_tokenizer',
     training='TrainingError finetune train',
     inference='Chat Sampling chat generate load_run stream',

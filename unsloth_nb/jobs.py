@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'preflight', 'Watcher', 'write_report',
            'run_job', 'param_help', 'read_pairs', 'print_result', 'plan_command', 'inspect_data', 'print_data',
-           'data_command', 'list_command', 'show_command', 'talk', 'chat_command', 'main']
+           'data_command', 'data_profile', 'check_files', 'check_command', 'list_command', 'show_command', 'talk',
+           'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #6833ac3b
+# %% ../nbs/jobs.ipynb #2810ef86
 import json,os,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import Annotated
 import typer
 from fastcore.basics import patch
 
+from .advice import Findings,check_file,check_job
 from .data import load_data
+from .devices import find_device
 from .examples import make_examples
 from .formatting import Formatter
 from .sources import find_source
 from .loading import check_model,load_tokenizer
 from .planning import make_plan
 from .profiling import profile_examples
+from .scanning import ScanError
 from .runs import RUN_DIR_VARIABLE,Run,RunError,before_after,list_runs,new_run_dir,open_run,read_lines,record_job
 from .spec import JOBS,FinetuneJob,Job,SpecError,fields,jobs_dir,make_job,read_value,settings
 from .templates import FormatError
@@ -193,13 +197,14 @@ def _add_job(name, cls):
 
 for _name,_cls in JOBS.items(): _add_job(_name, _cls)
 
-# %% ../nbs/jobs.ipynb #bb1d0b71
+# %% ../nbs/jobs.ipynb #1312285f
 @app.command('plan')
-def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
-    "Show how a finetune job would run on this machine, and whether it fits."
+def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None,
+    device:Annotated[str|None, typer.Option(help="Plan for another device: T4, L4, A10G, RTX 4090, A100 80GB, H100, 'CPU 32GB' …")]=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+    "Show the fastest way to run a finetune job that fits, its memory, speed and time, and what came close."
     if job != 'finetune': raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
     job = make_job(job, preset, file, **read_pairs(FinetuneJob, param))
-    plan = make_plan(job, load_data(job))
+    plan = make_plan(job, load_data(job), device, runs_dir)
     print(json.dumps(plan.to_dict(), indent=1, default=str) if as_json else plan)
 
 # %% ../nbs/jobs.ipynb #bb3781ea
@@ -236,6 +241,39 @@ def data_command(source:Annotated[str, typer.Argument(help="A file, a folder, a 
     if as_json: print(json.dumps(dict(data=data.to_dict(), examples=examples.to_dict(), profile=profile.to_dict(), shown=[str(e) for e in examples[:show]], error=str(problem) if problem else None), indent=1, ensure_ascii=False))
     else: print_data(data, examples, profile, show)
     if problem: raise problem
+
+# %% ../nbs/jobs.ipynb #dd480075
+def data_profile(job:FinetuneJob):
+    "Profile of a job's data where data and tokenizer are at hand, else None with a note"
+    if job.dataset != 'events' and not Path(job.dataset).expanduser().exists(): return None
+    try: return inspect_data(job, engine=False)[2]
+    except SpecError as e: print(f"note: the data was not looked at: {str(e).splitlines()[0]}", file=sys.stderr)
+
+def check_files(
+    files, # `.ipynb`, `.py`, `.yaml` or `.yml`
+    device=None, # A `Device`; None: not known
+    profile=None, # Of the data they train on; None: not known
+)->tuple: # (Findings, file to why it cannot be read)
+    "Check several files; one that cannot be read does not stop the others"
+    found,bad = Findings(),{}
+    for f in files:
+        try: found += check_file(f, device, profile)
+        except ScanError as e: bad[str(f)] = str(e)
+    return found,bad
+
+# %% ../nbs/jobs.ipynb #a62df254
+@app.command('check')
+def check_command(param:Params, files:Annotated[list[Path]|None, typer.Argument(metavar='[FILE]...', help='Notebooks, scripts or params files; none: the finetune job given by -p.', show_default=False)]=None, preset:PresetName=None,
+    device:Annotated[str|None, typer.Option(help='Device that it is meant for, by name.')]=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+    "Look for what costs memory, time, quality or a secret; exit code 0: clean, 1: findings, 2: unreadable."
+    dev = find_device(device) if device else None
+    job = make_job('finetune', preset, None, **read_pairs(FinetuneJob, param)) if param or preset or not files else None
+    profile = data_profile(job) if job and (not files or any(p.partition('=')[0].strip() == 'dataset' for p in param)) else None
+    found,bad = check_files(files, dev, profile) if files else (check_job(job, None, profile, dev), {})
+    if as_json: print(json.dumps(found.to_dict()|dict(unreadable=bad), indent=1, ensure_ascii=False))
+    elif found or not bad: print(found)
+    for why in bad.values(): print(f'unsloth-nb: {why}', file=sys.stderr)
+    raise typer.Exit(2 if bad else 0 if found.clean else 1)
 
 # %% ../nbs/jobs.ipynb #d03c1961
 @runs_app.command('list')

@@ -130,7 +130,7 @@ class LoadedModel:
         return sum(size(p) for p in self.model.parameters() if p.requires_grad),sum(map(size, self.model.parameters()))
     def __repr__(self): return f"LoadedModel({self.job.model}, {self.parameters[0]:,} of {self.parameters[1]:,} parameters trained)"
 
-# %% ../nbs/loading.ipynb #c0ed6b8b
+# %% ../nbs/loading.ipynb #1e73f07c
 def _check_targets(model, job):
     "Every target module must exist in the model"
     have = {n.rsplit('.', 1)[-1] for n,m in model.named_modules() if hasattr(m, 'weight') and m.weight is not None and m.weight.ndim == 2}
@@ -143,7 +143,7 @@ def _from_pretrained(src, plan):
     from unsloth import FastLanguageModel
     try:
         with quiet(): return FastLanguageModel.from_pretrained(src.path, revision=src.revision, max_seq_length=plan.max_seq_length, dtype=getattr(torch, plan.dtype),
-            load_in_4bit=plan.load_in_4bit, use_gradient_checkpointing=plan.gradient_checkpointing, trust_remote_code=src.remote_code)
+            load_in_4bit=plan.load_in_4bit, load_in_8bit=plan.load_in_8bit, use_gradient_checkpointing=plan.gradient_checkpointing, trust_remote_code=src.remote_code)
     except (OSError, ValueError) as e: raise _guard(f"model: {src.path}", e) from e
 
 # %% ../nbs/loading.ipynb #aba11bc5

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'LINEARS', 'JOBS', 'SpecError', 'nearest', 'param', 'Job', 'jobs_dir', 'Preset', 'presets', 'preset',
            'ModelRef', 'resolve_model', 'DataParams', 'RowParams', 'GenerateParams', 'ModelParams', 'LoraParams',
-           'FormatParams', 'TrainParams', 'FinetuneJob', 'EvaluateJob', 'ExportJob', 'fields', 'ParamTable',
-           'parameters_cell', 'read_value', 'read_params', 'make_job', 'Settings', 'settings']
+           'FormatParams', 'TrainParams', 'split_batch', 'FinetuneJob', 'EvaluateJob', 'ExportJob', 'fields',
+           'ParamTable', 'parameters_cell', 'read_value', 'read_params', 'make_job', 'Settings', 'settings']
 
 # %% ../nbs/spec.ipynb #03243809
 import ast,configparser,difflib,importlib.util,os,re,typing
@@ -214,7 +214,7 @@ class RowParams(Job):
     overlap:Literal['error','drop','keep'] = param('error', 'Training rows that are held out as well', _ROWS)
     max_dropped:float = param(0.1, 'Share of rows that may be dropped for their faults', _ROWS, ge=0, le=1)
 
-# %% ../nbs/spec.ipynb #0a0783a0
+# %% ../nbs/spec.ipynb #bb4a8360
 class GenerateParams(Job):
     "How answers are generated when a job evaluates"
     max_new_tokens:int = param(96, 'Longest answer generated', _EVAL, 'tokens', ge=1, le=32768)
@@ -225,6 +225,7 @@ class ModelParams(Job):
     model:str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
     revision:str|None = param(None, 'Commit, tag or branch on the Hub; null: its main branch', _MODEL)
     load_in_4bit:bool|_auto = param('auto', 'Quantize the frozen weights to NF4 (QLoRA)', _MODEL, source='QLoRA, arXiv:2305.14314')
+    load_in_8bit:bool = param(False, 'Quantize the frozen weights to 8 bits instead', _MODEL, source='LLM.int8(), arXiv:2208.07339')
     dtype:Literal['auto','bfloat16','float16','float32'] = param('auto', 'Precision of computation', _MODEL)
     max_seq_length:int = param(2048, 'Longest example; see over_length', _MODEL, 'tokens', _classic, ge=8, le=1048576)
     allow_remote_code:str|None = param(None, 'Hub id whose own Python code may run; null: none', _MODEL)
@@ -248,25 +249,41 @@ class FormatParams(RowParams):
         if v not in TEMPLATES: raise ValueError(f"got {v!r}, no known template{nearest(v, TEMPLATES)}")
         return v
 
-# %% ../nbs/spec.ipynb #4777cd7e
+# %% ../nbs/spec.ipynb #bee98daa
 class TrainParams(Job):
     "The optimizer's side"
-    per_device_train_batch_size:Annotated[int, Field(ge=1, le=4096)]|_auto = param(2, 'Rows in one forward pass', _TRAIN, 'rows', _classic)
-    gradient_accumulation_steps:int = param(4, 'Forward passes per optimizer step', _TRAIN, 'passes', _classic, ge=1, le=4096)
+    batch_size:Annotated[int, Field(ge=1, le=65536)]|Literal['auto','fastest'] = param('auto', 'Rows per optimizer step; auto: about 8; fastest: larger steps where the device is faster with them', _TRAIN, 'rows', _classic+': 2 x 4')
+    per_device_train_batch_size:Annotated[int, Field(ge=1, le=4096)]|_auto = param('auto', 'Rows in one forward pass', _TRAIN, 'rows')
+    gradient_accumulation_steps:Annotated[int, Field(ge=1, le=4096)]|_auto = param('auto', 'Forward passes per optimizer step', _TRAIN, 'passes')
     max_steps:int|None = param(60, 'Optimizer steps; null: num_train_epochs decides', _TRAIN, 'steps', _classic, ge=1)
     num_train_epochs:float|None = param(None, 'Passes over the data, when max_steps is null', _TRAIN, 'epochs', gt=0, le=1000)
     learning_rate:float = param(2e-4, 'Peak learning rate', _TRAIN, '', 'QLoRA, arXiv:2305.14314, table 9; '+_classic, gt=0, le=1)
     lr_scheduler_type:Literal['linear','cosine','constant','constant_with_warmup'] = param('linear', 'Course of the learning rate after warm-up', _TRAIN, '', _classic)
     warmup_steps:int = param(5, 'Steps over which the learning rate rises to its peak', _TRAIN, 'steps', _classic, ge=0)
-    optim:Literal['adamw_8bit','adamw_torch','adamw_torch_fused','paged_adamw_8bit','sgd'] = param('adamw_8bit', 'Optimizer; on a CPU the 8-bit ones become adamw_torch_fused', _TRAIN, '', '8-bit optimizers, arXiv:2110.02861; '+_classic)
+    optim:Literal['auto','adamw_8bit','adamw_torch','adamw_torch_fused','paged_adamw_8bit','sgd'] = param('auto', 'Optimizer; on a CPU the 8-bit ones become adamw_torch_fused', _TRAIN, '', '8-bit optimizers, arXiv:2110.02861; '+_classic)
     weight_decay:float = param(0.001, 'Decoupled weight decay', _TRAIN, '', "AdamW, arXiv:1711.05101; Unsloth's newer default", ge=0, le=1)
     max_grad_norm:float = param(1.0, 'Gradients are clipped to this norm', _TRAIN, '', 'transformers TrainingArguments', gt=0)
-    gradient_checkpointing:Literal['unsloth','auto']|bool = param('unsloth', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174; '+_classic)
+    gradient_checkpointing:Literal['unsloth','auto']|bool = param('auto', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174')
     group_by_length:bool = param(False, 'Batch examples of like length, for less padding', _TRAIN)
-    packing:bool = param(False, 'Fill each row to max_seq_length with several examples', _TRAIN, '', _classic)
+    packing:bool|_auto = param('auto', 'Fill each row to max_seq_length with several examples; auto: with batch_size=fastest', _TRAIN)
+    padding_free:bool|_auto = param('auto', 'Put the rows of a pass end to end instead of padding them', _TRAIN, '', 'transformers DataCollatorWithFlattening')
     logging_steps:int = param(1, 'Write metrics every so many steps', _TRAIN, 'steps', '', ge=1)
 
-# %% ../nbs/spec.ipynb #02c05fc7
+# %% ../nbs/spec.ipynb #c780823e
+def split_batch(batch, rows, passes)->tuple: # (rows per step, rows per pass, passes); None where the plan decides
+    "What `batch_size`, `per_device_train_batch_size` and `gradient_accumulation_steps` say together"
+    n,b,a = (v if isinstance(v, int) else None for v in (batch, rows, passes))
+    if b and a:
+        if n and n != b*a: raise ValueError(f"batch_size: {n}, while {b} rows a pass times {a} passes are {b*a}; leave one of the three out")
+        return b*a,b,a
+    if batch == 'fastest': return None,b,a
+    k = b or a or 8
+    n = n or k*max(1, round(8/k)) # About 8
+    for name,v in (('per_device_train_batch_size', b), ('gradient_accumulation_steps', a)):
+        if v and n % v: raise ValueError(f"{name}: {v} does not divide an optimizer step of {n} rows; set batch_size to a multiple of {v}")
+    return n,b or (n//a if a else None),a or (n//b if b else None)
+
+# %% ../nbs/spec.ipynb #f19aa02d
 class FinetuneJob(GenerateParams, TrainParams, LoraParams, FormatParams, DataParams, ModelParams):
     "Fine-tune a model on a dataset, and compare before and after"
     save:Literal['adapter','merged_16bit'] = param('adapter', 'What is saved: the adapter alone, or also the merged model', _EVAL)
@@ -276,6 +293,8 @@ class FinetuneJob(GenerateParams, TrainParams, LoraParams, FormatParams, DataPar
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError(f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; training ends by one of them: set max_steps to null, or leave num_train_epochs out")
         if self.max_steps is None and self.num_train_epochs is None: raise ValueError("max_steps: null, and num_train_epochs is null too; set one of them")
+        if self.load_in_8bit and self.load_in_4bit is True: raise ValueError("load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: leave one of them out")
+        split_batch(self.batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps)
         resolve_model(self.model, self.allow_remote_code)
         return self
 

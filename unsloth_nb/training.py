@@ -6,19 +6,22 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'TrainingError', 'check_step', 'check_weights',
            'peak_memory', 'train', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #fee349b4
+# %% ../nbs/training.ipynb #061fa85d
 import base64,html,io,math,os,shutil,sys,tempfile,time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from .engine import quiet
 from .batching import pack
 from .examples import Examples,make_examples
 from .loading import LoadedModel
+from .padding_free import FlatCollator,can_route,padding_free
 from .planning import Plan
 from .runs import Run,plot_metrics,start_run
 from .spec import FinetuneJob
 
-# %% ../nbs/training.ipynb #a60a922c
+# %% ../nbs/training.ipynb #8ebfa1b7
 def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of `SFTConfig`
     "Everything that shapes training, stated in full"
     return dict(output_dir=str(out_dir), seed=job.seed, data_seed=job.seed,
@@ -28,7 +31,7 @@ def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of
         optim=plan.optim, weight_decay=job.weight_decay, max_grad_norm=job.max_grad_norm,
         adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, label_smoothing_factor=0.0, neftune_noise_alpha=None,
         bf16=plan.dtype == 'bfloat16', fp16=plan.dtype == 'float16', gradient_checkpointing=bool(plan.gradient_checkpointing),
-        packing=plan.packing, max_length=plan.max_seq_length, padding_free=plan.packing, average_tokens_across_devices=False, loss_type='nll',
+        packing=plan.packing and not plan.padding_free, max_length=plan.max_seq_length, padding_free=plan.packing and not plan.padding_free, average_tokens_across_devices=False, loss_type='nll',
         dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='group_by_length' if job.group_by_length else 'random', remove_unused_columns=False, dataloader_num_workers=0,
         logging_steps=job.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, save_strategy='no', eval_strategy='no',
         include_num_input_tokens_seen='non_padding', report_to='none', disable_tqdm=True)
@@ -128,7 +131,7 @@ def _recorder(run, live, total):
             check_step(m)
     return Recorder()
 
-# %% ../nbs/training.ipynb #b91f1965
+# %% ../nbs/training.ipynb #7499b24c
 def _packed(examples, limit):
     "Examples put end to end in rows of at most `limit` tokens, with the length of each"
     for row in pack(examples.lengths, limit):
@@ -141,48 +144,69 @@ def _dataset(examples, packed_to=None):
     if packed_to: return Dataset.from_list(list(_packed(examples, packed_to)))
     return Dataset(examples.table(), fingerprint=f'examples-{id(examples)}')
 
-def _trainer(model, examples, args):
+def _collator(tok, plan):
+    "Rows end to end, or padded; packed ones have a collator of Unsloth's own"
+    from transformers import DataCollatorForSeq2Seq
+    if plan.padding_free: return FlatCollator()
+    return None if plan.packing else DataCollatorForSeq2Seq(tok, padding=True, label_pad_token_id=-100)
+
+def _trainer(model, examples, args, plan):
     "TRL's trainer with our rows and no printing of its own"
-    from transformers import DataCollatorForSeq2Seq,PrinterCallback
+    from transformers import PrinterCallback
     from trl import SFTConfig,SFTTrainer
-    collator = None if args['packing'] else DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100)
-    t = SFTTrainer(model=model.model, processing_class=model.tok, train_dataset=_dataset(examples, args['max_length'] if args['packing'] else None), args=SFTConfig(**args), data_collator=collator)
+    t = SFTTrainer(model=model.model, processing_class=model.tok, train_dataset=_dataset(examples, plan.max_seq_length if plan.packing else None), args=SFTConfig(**args), data_collator=_collator(model.tok, plan))
     t.remove_callback(PrinterCallback)
     return t
 
 def peak_memory(device:str)->int: # [bytes]
     "Most memory held so far: of the GPU, or of this process"
     import torch
-    if device == 'cuda': return torch.cuda.max_memory_allocated()
+    if device == 'cuda': return torch.cuda.max_memory_allocated() # Since `train` began
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-# %% ../nbs/training.ipynb #2102943d
+def _reset_peak():
+    import torch
+    torch.cuda.reset_peak_memory_stats()
+
+def _steady(metrics)->float|None: # [tokens/s]; None for a single line
+    "Speed without the first line, which holds compilation"
+    rest = metrics[1:]
+    return (rest[-1]['tokens']-metrics[0]['tokens'])/sum(m['seconds']*(m['step']-p['step']) for p,m in zip(metrics, rest)) if rest else None
+
+def _routed(model):
+    "The model's plan; padded instead of padding-free where the loaded model's attention turns out not to be one that was checked"
+    why = can_route(model.model) if model.plan.padding_free else ''
+    if not why: return model.plan
+    return replace(model.plan, padding_free=False, attention='sdpa', changes=[*model.plan.changes, dict(parameter='padding_free', requested=True, effective=False, why=why)])
+
+# %% ../nbs/training.ipynb #f5adbbc0
 def train(
     model:LoadedModel, # Model with its adapter
     examples:Examples, # What it learns from
     job:FinetuneJob, # What to do
     run:Run, # Where it is written down
     live:Live|None=None, # How it is shown
-)->dict: # train_loss, steps, rows (packed ones count once), tokens, seconds, tokens_per_second, peak_bytes
+)->dict: # train_loss, steps, rows (packed ones count once), tokens, seconds, tokens_per_second, steady_tokens_per_second (without the first step), peak_bytes
     "Train the adapter, step by step on record; raises `TrainingError` when the run breaks"
     from unsloth import FastLanguageModel
-    live,plan = live or Live(),model.plan
+    live,plan = live or Live(),_routed(model)
     model.tok.padding_side = 'right'
+    if plan.device.kind == 'cuda': _reset_peak()
     FastLanguageModel.for_training(model.model, use_gradient_checkpointing=plan.gradient_checkpointing)
     with tempfile.TemporaryDirectory() as tmp:
         asked = trainer_arguments(job, plan, tmp)
-        with quiet(): trainer = _trainer(model, examples, asked)
+        with quiet(): trainer = _trainer(model, examples, asked, plan)
         changes = [*plan.changes, *effective_changes(asked, trainer.args)]
         for c in changes: run.note(f"{c['parameter']}: {c['requested']} asked for, {c['effective']} in effect: {c['why']}")
         rec = _recorder(run, live, lambda: trainer.state.max_steps)
         trainer.add_callback(rec)
         start = time.perf_counter()
-        with quiet(): out = trainer.train()
+        with quiet(), padding_free(model.model, int(examples.lengths.max())) if plan.padding_free else nullcontext(): out = trainer.train()
         secs = time.perf_counter()-start
     if rec.metrics: live.show(Progress(rec.metrics, trainer.state.max_steps), final=True)
     check_weights(model.model)
-    res = dict(train_loss=out.training_loss, steps=trainer.state.global_step, rows=len(trainer.train_dataset), tokens=rec.metrics[-1]['tokens'], seconds=secs, tokens_per_second=rec.metrics[-1]['tokens']/secs, peak_bytes=peak_memory(plan.device.kind))
+    res = dict(train_loss=out.training_loss, steps=trainer.state.global_step, rows=len(trainer.train_dataset), tokens=rec.metrics[-1]['tokens'], seconds=secs, tokens_per_second=rec.metrics[-1]['tokens']/secs, steady_tokens_per_second=_steady(rec.metrics), peak_bytes=peak_memory(plan.device.kind))
     run.save('plan', plan.to_dict()|dict(changes=changes, measured=res))
     return res
 
