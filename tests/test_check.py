@@ -1,15 +1,14 @@
 "Every rule on something it must find and on a near miss it must not; anything at all as input; secrets never in the output."
 import json,re,subprocess,sys
-from pathlib import Path
-from types import SimpleNamespace
 import pytest
 from hypothesis import given,settings,strategies as st
 
-from unsloth_nb.advice import _CONFIG,_TRAINER,RULES,Findings,check_file,check_job,check_source,find_secrets,mask_secrets,model_size,unpinned
+from unsloth_nb.advice import RULES,check_job,find_secrets,mask_secrets,model_size
 from unsloth_nb.engine import Device
 from unsloth_nb.planning import make_plan
-from unsloth_nb.scanning import UNKNOWN,Cell,ScanError,notebook_cells,scan,scan_cells
-from unsloth_nb.spec import LINEARS,FinetuneJob,SpecError
+from unsloth_nb.review import _CONFIG,_TRAINER,check_file,check_source,unpinned
+from unsloth_nb.scanning import UNKNOWN,Cell,ScanError,notebook_cells,scan_cells
+from unsloth_nb.spec import JOBS,LINEARS,FinetuneJob,parameters_cell
 
 GIB = 2**30
 T4,L4,H100,CPU = (Device(kind, name, n*GIB, n*GIB, bf16, 4) for kind,name,n,bf16 in [('cuda', 'T4', 15, False), ('cuda', 'L4', 22, True), ('cuda', 'H100', 78, True), ('cpu', 'CPU', 64, True)])
@@ -76,13 +75,14 @@ FILES = [
     ('lora-dropout', [LOAD, swap(LORA, 'r=16', 'lora_dropout=0.1')], [('info', 2, 1)], ['from peft import LoraConfig\nLoraConfig(r=8, lora_dropout=0.1)']), # Without Unsloth there is no fast path to lose
     ('no-checkpointing', [LOAD.replace('"unsl', 'max_seq_length=8192, model_name="unsl'), swap(LORA, 'r=16', 'use_gradient_checkpointing=False'), TRAIN], [('info', 2, 1)],
         [LOAD.replace('"unsl', 'max_seq_length=2048, model_name="unsl'), swap(LORA, 'r=16', 'use_gradient_checkpointing=False'), TRAIN]),
-    ('padding', [LOAD, DATA, swap(TRAIN, 'packing=True', 'seed=1')], [('info', 3, 2)], [LOAD.replace('Language', 'Vision'), DATA, swap(TRAIN, 'packing=True', 'seed=1')]),
+    ('padding', [LOAD, DATA, swap(TRAIN, 'packing=True', '\npadding_free=False')], [('info', 3, 6)], [LOAD.replace('Language', 'Vision'), DATA, swap(TRAIN, 'packing=True', '\npadding_free=False')]),
+    ('padding', ['from trl import SFTTrainer, SFTConfig', DATA, TRAIN.replace('packing=True', 'seed=1')], [('info', 3, 2)], [LOAD, DATA, swap(TRAIN, 'packing=True', 'seed=1')]), # Unsloth puts rows end to end unless told not to
     ('no-response-mask', [LOAD, DATA, 'args = SFTConfig()\nSFTTrainer(m, args=args)'], [('warning', 3, 2)], [LOAD, DATA, 'args = parser.parse()\nSFTTrainer(m, args=args)']),
     ('full-precision', [swap(LOAD, 'load_in_4bit=True', 'dtype=torch.float32'), TRAIN], [('warning', 1, 2)], [LOAD, TRAIN, swap(LOAD, 'load_in_4bit=True', 'dtype=torch.float32')]), # Loaded after training
     ('full-checkpoints', [PLAIN % 'save_strategy="epoch"'], [('warning', 1, 3)], [PLAIN % 'save_strategy="epoch", save_total_limit=2']),
     ('full-checkpoints', [PLAIN % 'save_steps=50'], [('warning', 1, 3)], [PLAIN % 'save_strategy="no", save_steps=50']),
     ('plain-adamw', [PLAIN % 'optim="adamw_torch"'], [('warning', 1, 3)], [PLAIN % 'optim="adamw_8bit"']),
-    ('padding', [LOAD, DATA, swap(TRAIN, 'packing=True', 'packing=False')], [('info', 3, 5)], [LOAD, DATA, swap(TRAIN, 'packing=True', 'padding_free=True')]),
+    ('padding', [DATA, swap(TRAIN, 'packing=True', 'packing=False')], [('info', 2, 5)], [DATA, swap(TRAIN, 'packing=True', 'padding_free=True')]),
     ('dead-name', ['model.save_pretrained_merged("out", tok,\n    save_method="merged_4bit")'], [('error', 1, 2)], ['model.save_pretrained_merged("out", tok, save_method="merged_4bit_forced")  # not merged_4bit']),
     ('dead-name', ['if False:\n  model.push_to_hub_merged("me/out", save_method="merged_4bit")'], [('warning', 1, 2)], ['print("merged_4bit is gone")']),
     ('no-response-mask', [LOAD, DATA, swap(TRAIN, ', assistant_only_loss=True', '')], [('warning', 3, 2)], [LOAD, DATA, swap(TRAIN, ', assistant_only_loss=True', ''), 'from unsloth.chat_templates import train_on_responses_only\ntrainer = train_on_responses_only(trainer)']),
@@ -116,12 +116,25 @@ def test_rule(rule, bad, where, good):
     assert places(found(*good), rule) == []
 
 def job(**kw): return FinetuneJob(**kw)
+
+WIDE = dict(model='llama-3.1-8b', r=512, load_in_4bit=True, gradient_checkpointing='unsloth', batch_size=4, per_device_train_batch_size=1, max_seq_length=512)
+def tight():
+    "A card between the peaks of both optimizers"
+    need = sum(make_plan(job(**WIDE, optim=o), None, H100).peak for o in ('adamw_torch', 'adamw_8bit'))//2
+    return Device('cuda', 'tight', need+2**30, int((need+2**28)/0.98), True, 4)
+TIGHT = tight()
 # (rule, severity, faulty (job, plan, profile, device), sound one)
 JOBS = [
+    ('full-precision', 'warning', dict(job=dict(model='llama-3.1-8b', dtype='float32', load_in_4bit=False), device=H100), dict(job=dict(model='llama-3.1-8b', dtype='float32', max_seq_length=512), device=T4)), # There the plan takes 4 bits
+    ('full-precision', 'warning', dict(job=dict(model='llama-3.1-8b', dtype='float32')), dict(job=dict(model='llama-3.1-8b', dtype='float32', load_in_8bit=True))),
     ('full-precision', 'warning', dict(job=dict(model='llama-3.1-8b', dtype='float32')), dict(job=dict(model='llama-3.2-1b-instruct', dtype='float32'))),
     ('float16', 'warning', dict(job=dict(dtype='float16'), device=L4), dict(job=dict(dtype='float16'), device=T4)),
     ('float16', 'info', dict(job=dict(dtype='float16')), dict(job=dict(dtype='bfloat16'))),
-    ('tiny-batch', 'warning', dict(job=dict(gradient_accumulation_steps=1)), dict(job=dict(gradient_accumulation_steps=1, per_device_train_batch_size=8))),
+    ('tiny-batch', 'warning', dict(job=dict(per_device_train_batch_size=2, gradient_accumulation_steps=1)), dict(job=dict(gradient_accumulation_steps=1))), # Alone that is 8 rows in one pass
+    ('tiny-batch', 'warning', dict(job=dict(batch_size=1)), dict(job=dict(per_device_train_batch_size=1))),
+    ('tiny-batch', 'warning', dict(job=dict(batch_size=2), device=H100), dict(job=dict(batch_size=3), device=H100)),
+    ('tiny-batch', 'warning', dict(job=dict(batch_size=2, packing=True), device=CPU), dict(job=dict(batch_size=2, packing=True), device=H100)), # Packed rows hold many examples; a CPU cannot pack
+    ('tiny-batch', 'warning', dict(job=dict(per_device_train_batch_size=1, gradient_accumulation_steps=2)), dict(job=dict(batch_size='fastest'))),
     ('lora-embeddings', 'warning', dict(job=dict(target_modules=[*LINEARS, 'lm_head'])), dict(job={})),
     ('lora-few-layers', 'warning', dict(job=dict(target_modules=['q_proj', 'v_proj'])), dict(job=dict(target_modules=LINEARS))),
     ('lora-few-layers', 'info', dict(job=dict(target_modules=LINEARS[:-1])), dict(job={})),
@@ -130,14 +143,20 @@ JOBS = [
     ('lora-dropout', 'info', dict(job=dict(lora_dropout=0.1)), dict(job={})),
     ('length-unused', 'info', dict(job={}, profile=SHORT), dict(job=dict(max_seq_length=192), profile=SHORT)),
     ('rows-too-long', 'warning', dict(job=dict(max_seq_length=1024), profile=profile([20]*190+[1500]*10, 1024)), dict(job=dict(max_seq_length=1024, over_length='split'), profile=profile([20]*190+[1500]*10, 1024))),
-    ('padding', 'warning', dict(job={}, profile=MIXED), dict(job=dict(packing=True), profile=MIXED)),
-    ('padding', 'warning', dict(job={}, profile=MIXED, device=H100), dict(job={}, profile=MIXED, device=CPU)), # A CPU cannot pack
+    ('padding', 'warning', dict(job=dict(padding_free=False), profile=MIXED), dict(job={}, profile=MIXED)),
+    ('padding', 'warning', dict(job=dict(padding_free=False), profile=MIXED, device=H100), dict(job=dict(padding_free=False), profile=MIXED, device=CPU)), # A CPU cannot pack
+    ('padding', 'warning', dict(job={}, profile=MIXED, device=T4), dict(job={}, profile=MIXED, device=H100)), # Rows end to end need an Ampere card
+    ('padding', 'warning', dict(job=dict(model='gemma-2-2b-it'), profile=MIXED, device=H100), dict(job=dict(packing=True, padding_free=False), profile=MIXED, device=H100)),
+    ('padding', 'warning', dict(job=dict(packing=False), profile=MIXED, device=T4), dict(job=dict(batch_size='fastest', padding_free=False), profile=MIXED)), # `fastest` packs
     ('no-response-mask', 'warning', dict(job=dict(loss_on='everything')), dict(job=dict(loss_on='everything', template='raw'))),
     ('remote-code', 'warning', dict(job=dict(allow_remote_code='a/b', model='a/b')), dict(job=dict(allow_remote_code='a/b', model='a/b', revision='0a1b2c3'))),
     ('no-checkpointing', 'info', dict(job=dict(gradient_checkpointing=False, max_seq_length=8192)), dict(job=dict(gradient_checkpointing=False))),
     ('no-checkpointing', 'error', dict(job=dict(model='llama-3.1-8b', gradient_checkpointing=False, max_seq_length=8192), device=T4), dict(job=dict(model='smollm2-135m', gradient_checkpointing=False, max_seq_length=512), device=H100)),
     ('does-not-fit', 'error', dict(job=dict(model='llama-3.1-70b-instruct'), device=T4), dict(job=dict(model='llama-3.1-8b'), device=H100)),
-    ('plain-adamw', 'warning', dict(job=dict(model='llama-3.1-70b-instruct', optim='adamw_torch'), device=T4), dict(job=dict(model='llama-3.1-8b', optim='adamw_torch'), device=H100)),
+    ('does-not-fit', 'error', dict(job=dict(model='llama-3.1-70b-instruct', gradient_checkpointing=False), device=T4), dict(job=dict(model='llama-3.1-8b', gradient_checkpointing=False, max_seq_length=8192, batch_size=8), device=T4)), # The second would with checkpointing
+    ('plain-adamw', 'warning', dict(job=WIDE|dict(optim='adamw_torch'), device=TIGHT), dict(job=WIDE, device=TIGHT)),
+    ('plain-adamw', 'warning', dict(job=WIDE|dict(optim='adamw_torch_fused'), device=TIGHT), dict(job=dict(model='llama-3.1-70b-instruct', optim='adamw_torch'), device=T4)), # There 8 bits would not help
+    ('plain-adamw', 'warning', dict(job=WIDE|dict(optim='adamw_torch'), device=TIGHT), dict(job=WIDE|dict(optim='adamw_torch'), device=H100)),
 ]
 
 @pytest.mark.parametrize('rule,severity,bad,good', JOBS, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(JOBS)])
@@ -156,9 +175,30 @@ def test_device_and_profile_of_a_file():
     assert places(found(*half, device=L4), 'float16') == [('warning', 1, 2)] and places(found(*half, device=T4), 'float16') == []
     off = [swap(LOAD, '"unsloth/Qwen3-14B"', '"llama-3.1-8b", max_seq_length=8192'), swap(LORA, 'r=16', 'use_gradient_checkpointing=False'), TRAIN]
     assert places(found(*off, device=T4), 'no-checkpointing') == [('error', 2, 1)]
-    long = [LOAD, swap(TRAIN, 'packing=True', 'packing=False,\n max_length=1024')]
+    long = [LOAD, swap(TRAIN, 'packing=True', 'padding_free=False,\n max_length=1024')]
     assert places(found(*long, profile=MIXED), 'rows-too-long') == [('warning', 2, 6)] and places(found(*long, profile=MIXED), 'padding') == [('warning', 2, 5)]
     assert places(found(LOAD, swap(TRAIN, 'packing=True', 'max_length=4096'), profile=SHORT), 'length-unused') == [('info', 2, 5)]
+
+def test_mends_name_auto():
+    "What the plan does best by itself is left to it"
+    mends = lambda *a, device=None, profile=None, **kw: {f.rule:f.mend for f in check_job(job(**kw), None, profile, device)}
+    assert "'auto', about 8 rows" in mends(batch_size=2)['tiny-batch'] and "padding_free='auto'" in mends(padding_free=False, profile=MIXED)['padding']
+    assert mends(device=T4, profile=MIXED)['padding'] == 'packing=True' # Nothing else helps there
+    assert mends(**WIDE, optim='adamw_torch', device=TIGHT)['plain-adamw'] == "optim='auto'" and mends(gradient_checkpointing=False, max_seq_length=8192)['no-checkpointing'] == "gradient_checkpointing='auto'"
+
+def test_does_not_fit_says_what_would():
+    "The mend of a job that does not fit is the plan's, and with it the job fits"
+    j = job(model='llama-3.1-8b', max_seq_length=32768, batch_size=8, per_device_train_batch_size=8)
+    f, = [f for f in check_job(j, None, None, T4) if f.rule == 'does-not-fit']
+    change = dict(p.split('=') for p in f.mend.removeprefix('it would fit with ').split(', '))
+    assert change and make_plan(j.replace(**change), None, T4).fits
+
+@pytest.mark.parametrize('kw', [dict(batch_size=2), dict(per_device_train_batch_size=1, gradient_accumulation_steps=1), dict(padding_free=False), dict(gradient_checkpointing=False, max_seq_length=8192), dict(WIDE, optim='adamw_torch')])
+def test_mended_job_is_clean(kw):
+    "Names that the findings give, left to the plan, end the findings"
+    before = check_job(job(**kw), None, MIXED, None if 'optim' not in kw else TIGHT)
+    names = [f.parameter for f in before if f.rule in ('tiny-batch', 'padding', 'no-checkpointing', 'plain-adamw')]
+    assert names and not [f for f in check_job(job(**(kw|dict.fromkeys(names, 'auto'))), None, MIXED, None if 'optim' not in kw else TIGHT) if f.parameter in names]
 
 def test_device_refuses():
     "What the device cannot do at all is a finding, not the end of the check"
@@ -236,6 +276,14 @@ def test_parameters_cell():
     "A parameters cell of a job notebook is a job"
     c = dict(cell_type='code', metadata=dict(tags=['parameters']), outputs=[], source='model: str = "smollm2-135m"\ndataset: str = "events"\nmax_seq_length: int = 64\nlora_dropout: float = 0.5\nr: int = 0')
     assert [(f.rule, f.cell, f.line) for f in found('x = 1', c)] == [('lora-dropout', 2, 4), ('wrong-value', 2, 5)]
+
+@pytest.mark.parametrize('name', JOBS)
+def test_parameters_cell_of_each_job(name):
+    "The default parameters of every job are sound; another job's names are not taken for a finetune job's"
+    c = dict(cell_type='code', metadata=dict(tags=['parameters']), outputs=[], source=parameters_cell(JOBS[name]))
+    assert str(found(c)) == 'nothing to mend'
+    misspelt = dict(c, source=c['source']+'\nlora_rank = 8')
+    assert [f.rule for f in found(misspelt)] == (['unknown-parameter'] if name == 'finetune' else [])
 
 @pytest.mark.parametrize('name,content,why', [
     ('a.ipynb', b'{"cells": [', 'not JSON'), ('a.ipynb', b'\xff\xfe\x00', 'not JSON'), ('a.ipynb', b'', 'not JSON'), ('a.ipynb', b'{}', 'no cells'), ('a.ipynb', b'['*100_000, 'not JSON'),
@@ -359,8 +407,8 @@ def test_command(check, tmp_path):
 @pytest.mark.slow
 def test_command_job(check, tmp_path):
     "Without a file, the job that -p states"
-    rc,out,err = check('-p', 'lora_dropout=0.1', '-p', 'gradient_accumulation_steps=1', '-p', 'max_seq_length=192')
-    assert rc == 1 and 'job: warning tiny-batch (gradient_accumulation_steps)' in out and 'lora-dropout' in out and 'no-evaluation' not in out, err
+    rc,out,err = check('-p', 'lora_dropout=0.1', '-p', 'batch_size=1', '-p', 'max_seq_length=192')
+    assert rc == 1 and 'job: warning tiny-batch (batch_size)' in out and 'lora-dropout' in out and 'no-evaluation' not in out, err
     rc,out,err = check('-p', 'lora_dropot=0.1')
     assert rc == 2 and "did you mean 'lora_dropout'" in err and out == ''
     rc,out,err = check('--preset', 'llama-3.1-70b-instruct', '--device', 'T4', '-p', 'dataset=no/such', '--json')

@@ -41,6 +41,39 @@ def test_packing(trained):
     FIGURES['packing'] = dict(padded_loss=a, packed_loss=b, rows=rows, changes=json.loads((packed.path/'plan.json').read_text())['changes'])
     assert rows[0] == 16 and rows[1] < 8 and a == pytest.approx(b, rel=0.01)
 
+def steps(run): return [(m['loss'], m['grad_norm']) for m in run.metrics]
+
+def same_steps(a, b, rel):
+    "Loss and gradient norm of every step agree; the loss ten times closer"
+    assert len(a) == len(b) > 1
+    for (x,g),(y,h) in zip(a, b): assert x == pytest.approx(y, rel=rel/10) and g == pytest.approx(h, rel=rel)
+
+@pytest.mark.parametrize('checkpointing', [False, 'unsloth'], ids=['kept', 'recomputed'])
+def test_padding_free(trained, checkpointing):
+    "Rows end to end train as padded ones do: each step's loss within 0.3% and gradient norm within 3%, on the embedded model"
+    kw = dict(max_rows=64, max_steps=6, per_device_train_batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=checkpointing, max_seq_length=512, learning_rate=2e-4)
+    runs = {p:trained(padding_free=p, **kw)[1] for p in (False, True)}
+    FIGURES[f'padding_free_{checkpointing}'] = {str(p):steps(r) for p,r in runs.items()}
+    assert [json.loads((r.path/'plan.json').read_text())['padding_free'] for r in runs.values()] == [False, True]
+    same_steps(*map(steps, runs.values()), rel=0.03)
+
+SMALL = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2, head_dim=64, vocab_size=49152, max_position_embeddings=4096, tie_word_embeddings=False)
+
+@pytest.mark.parametrize('family,more', [('llama', {}), ('mistral', dict(sliding_window=48)), ('qwen2', {}), ('qwen3', {})], ids=lambda v: v if isinstance(v, str) else '')
+def test_padding_free_families(lib, trained, tmp_path, family, more):
+    "The same for small random models of each family that is planned padding-free, one with a sliding window shorter than the rows"
+    import torch
+    from transformers import AutoConfig,AutoModelForCausalLM
+    tok = lib.load_tokenizer(lib.FinetuneJob())
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **more)).to(torch.bfloat16).save_pretrained(tmp_path/family)
+    tok.save_pretrained(tmp_path/family)
+    kw = dict(model=str(tmp_path/family), max_rows=32, max_steps=3, per_device_train_batch_size=8, gradient_accumulation_steps=1, max_seq_length=512, learning_rate=2e-4)
+    runs = {p:trained(padding_free=p, **kw)[1] for p in (False, True)}
+    FIGURES[f'padding_free_{family}'] = {str(p):steps(r) for p,r in runs.items()}
+    assert all(json.loads((runs[p].path/'plan.json').read_text())['padding_free'] == p for p in runs)
+    same_steps(*map(steps, runs.values()), rel=0.03)
+
 def test_packed_apart(lib, tmp_path):
     "Conversations packed in one row do not see each other: the same row beside other neighbours has the same loss"
     short = [dict(messages=[dict(role=r, content=f'{w} {i}') for r,w in (('user', 'Say'), ('assistant', 'I say'), ('user', 'And again'), ('assistant', 'Again I say'))]) for i in range(8)]

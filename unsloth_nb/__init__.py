@@ -4,7 +4,7 @@ __version__ = "0.0.1"
 import importlib
 
 _homes = dict(
-    spec='FinetuneJob EvaluateJob ExportJob SpecError ParamTable make_job preset presets settings',
+    spec='FinetuneJob EvaluateJob ExportJob BenchmarkJob SpecError ParamTable make_job preset presets settings',
     engine='start_engine device_info versions',
     devices='find_device',
     events='make_events',
@@ -20,12 +20,14 @@ _homes = dict(
     profiling='Profile profile_examples',
     conformance='conformance',
     planning='Plan make_plan',
-    advice='check_file check_job',
+    advice='check_job',
+    review='check_file',
     loading='LoadedModel load_model load_tokenizer',
     training='TrainingError finetune train',
     inference='Chat Sampling chat generate load_run stream',
     evaluation='Comparison compare evaluate',
     export='export_run save_artifact',
+    benchmarking='Benchmark CONFIGURATIONS benchmark random_model',
     jobs='inspect_data run_job',
 )
 _home = {name:module for module,names in _homes.items() for name in names.split()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .spec import ModelRef
 
-# %% ../nbs/architecture.ipynb #45d3334b
+# %% ../nbs/architecture.ipynb #129ef68b
 _NEEDED = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'vocab_size')
 _EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts', 'moe_num_experts')
 
@@ -22,7 +22,7 @@ def read_config(d:dict)->dict|None: # Under the names of Llama's configuration; 
     d = d|d.get('text_config', {})
     heads = d.get('num_attention_heads') or 1
     if not isinstance(heads, int): return None
-    s = dict(head_dim=d.get('hidden_size', 0)//heads, num_key_value_heads=heads, tie_word_embeddings=False)|{k:v for k,v in d.items() if v is not None}
+    s = dict(head_dim=(d.get('hidden_size') or 0)//heads, num_key_value_heads=heads, tie_word_embeddings=False)|{k:v for k,v in d.items() if v is not None}
     n = next((d[k] for k in _EXPERTS if d.get(k)), 1)
     if n > 1: s |= dict(num_local_experts=n, num_experts_per_tok=d.get('num_experts_per_tok') or d.get('top_k_experts') or 2, shared_intermediate_size=d.get('shared_expert_intermediate_size') or (d.get('n_shared_experts') or 0)*(d.get('moe_intermediate_size') or 0))
     return s if all(isinstance(s.get(k), int) and s[k] for k in _NEEDED) else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .engine import Device
 from .spec import SpecError,nearest
 
-# %% ../nbs/devices.ipynb #4fa29994
+# %% ../nbs/devices.ipynb #f5d12814
 _GIB = 2**30
 CONTEXT = int(0.66*_GIB) # [bytes] the CUDA driver holds in each process
 
@@ -25,7 +25,7 @@ class Card:
     capability:str # CUDA compute capability
 
 CARDS = {'T4':Card(14.6, 65, 320, '7.5'), 'L4':Card(22.0, 121, 300, '8.9'), 'A10G':Card(22.1, 70, 600, '8.6'),
-    'RTX 3090':Card(23.6, 71, 936, '8.6'), 'RTX 4090':Card(23.5, 165, 1008, '8.9'), 'RTX 5090':Card(31.4, 210, 1792, '12.0'),
+    'RTX 4060':Card(7.7, 30, 272, '8.9'), 'RTX 3060':Card(11.7, 26, 360, '8.6'), 'RTX 3090':Card(23.6, 71, 936, '8.6'), 'RTX 4090':Card(23.5, 165, 1008, '8.9'), 'RTX 5090':Card(31.4, 210, 1792, '12.0'),
     'L40S':Card(44.4, 362, 864, '8.9'), 'A100 40GB':Card(39.4, 312, 1555, '8.0'), 'A100 80GB':Card(79.2, 312, 2039, '8.0'),
     'H100':Card(79.1, 989, 3350, '9.0'), 'H200':Card(139.8, 989, 4800, '9.0'), 'B200':Card(178.4, 2250, 8000, '10.0')}
 
@@ -45,7 +45,7 @@ def find_device(
     c = CARDS[hit]
     return Device('cuda', hit, int(c.memory*_GIB), int(c.memory*_GIB)-CONTEXT, float(c.capability) >= 8, 8, 1, c.capability)
 
-# %% ../nbs/devices.ipynb #90822233
+# %% ../nbs/devices.ipynb #b6a678a3
 def card_of(dev:Device)->Card|None:
     "The data sheet of a device, by the name that the driver gives"
     if dev.kind != 'cuda': return None
@@ -55,6 +55,6 @@ def card_of(dev:Device)->Card|None:
 def rates(dev:Device)->tuple[float,float]|None: # ([FLOP/s] at best, [bytes/s]); None for an unknown card
     "How fast a device computes and reads its memory"
     if dev.kind == 'mps': return 10e12,200e9
-    if dev.kind == 'cpu': return dev.cores*(0.075e12 if dev.bf16 else 0.037e12),20e9
+    if dev.kind == 'cpu': return dev.cores*(0.11e12 if dev.bf16 else 0.055e12),20e9
     c = card_of(dev)
     return (c.flops*1e12, c.bandwidth*1e9) if c else None

@@ -8,7 +8,7 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
            'data_command', 'data_profile', 'check_files', 'check_command', 'list_command', 'show_command', 'talk',
            'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #2810ef86
+# %% ../nbs/jobs.ipynb #a22f9fe1
 import json,os,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,9 @@ from typing import Annotated
 import typer
 from fastcore.basics import patch
 
-from .advice import Findings,check_file,check_job
+from .advice import Findings,check_job
+from .review import check_file
+from .benchmarking import finetune_job
 from .data import load_data
 from .devices import find_device
 from .examples import make_examples
@@ -28,12 +30,13 @@ from .planning import make_plan
 from .profiling import profile_examples
 from .scanning import ScanError
 from .runs import RUN_DIR_VARIABLE,Run,RunError,before_after,list_runs,new_run_dir,open_run,read_lines,record_job
-from .spec import JOBS,FinetuneJob,Job,SpecError,fields,jobs_dir,make_job,read_value,settings
+from .spec import JOBS,BenchmarkJob,FinetuneJob,Job,SpecError,fields,jobs_dir,make_job,read_value,settings
 from .templates import FormatError
 
-# %% ../nbs/jobs.ipynb #286bb4de
+# %% ../nbs/jobs.ipynb #ed482f31
 def preflight(job:Job, runs_dir=None):
     "Raise `SpecError` for what can be known to fail before anything starts"
+    if isinstance(job, BenchmarkJob): job = finetune_job(job)
     if isinstance(job, FinetuneJob):
         check_model(job)
         if find_source(job.dataset, job.dataset_split).kind != 'hub': load_data(job).check_supervised()
@@ -129,9 +132,9 @@ def write_report(run:Run)->Path|None: # None when no notebook was written
     (run.path/'report.html').write_text(body)
     return run.path/'report.html'
 
-# %% ../nbs/jobs.ipynb #72058116
+# %% ../nbs/jobs.ipynb #dfe2d8e2
 def run_job(
-    name:str='finetune', # `finetune`, `evaluate` or `export`
+    name:str='finetune', # `finetune`, `evaluate`, `export` or `benchmark`
     preset:str|None=None, # Model preset
     params_file=None, # YAML file with parameters
     runs_dir=None, # Where runs go; default: `settings().runs_dir`
@@ -207,7 +210,7 @@ def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; 
     plan = make_plan(job, load_data(job), device, runs_dir)
     print(json.dumps(plan.to_dict(), indent=1, default=str) if as_json else plan)
 
-# %% ../nbs/jobs.ipynb #bb3781ea
+# %% ../nbs/jobs.ipynb #f65518b0
 def inspect_data(
     job:FinetuneJob, # Dataset, template, length and policies
     engine:bool=True, # False: without Unsloth, in seconds; only for a process that loads no model afterwards
@@ -221,7 +224,7 @@ def inspect_data(
     except FormatError as e:
         if e.reason not in ('too_long', 'over_filtered'): raise
         examples,problem = make('keep'),e
-    return data,examples,profile_examples(examples, data.train, 2 if job.per_device_train_batch_size == 'auto' else job.per_device_train_batch_size, job.seed),problem
+    return data,examples,profile_examples(examples, data.train, job.rows_at_once(), job.seed),problem
 
 def print_data(data, examples, profile, show):
     "The report of `data`, as text"

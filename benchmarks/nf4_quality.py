@@ -1,0 +1,32 @@
+"""NF4 against 16-bit weights: the same job twice, scored on the same held-out rows.
+
+    python benchmarks/nf4_quality.py [--preset smollm2-135m] [--steps 100] [--rows 64]
+
+Writes nf4_quality.json into the folder OUT, when that is set."""
+
+import argparse, json, os, tempfile, time
+from pathlib import Path
+
+from unsloth_nb.engine import device_info, versions
+from unsloth_nb.jobs import run_job
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--preset', default='smollm2-135m')
+    p.add_argument('--steps', type=int, default=100)
+    p.add_argument('--rows', type=int, default=64)
+    a = p.parse_args()
+    got = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        for name, nf4 in (('16bit', False), ('nf4', True)):
+            run = run_job('finetune', a.preset, runs_dir=tmp, load_in_4bit=nf4, max_steps=a.steps, test_size=a.rows)
+            if run.status != 'finished': raise SystemExit(f"{name}: {run.result['reason']}")
+            m = run.result['metrics']
+            got[name] = dict(base=m['base'], tuned=m['tuned'], final_loss=run.metrics[-1]['loss'])
+    x, y = got['16bit'], got['nf4']
+    finding = f"embedded model, {a.steps} steps, {a.rows} held-out rows: held-out loss before {x['base']['loss']:.3f} in 16 bits and {y['base']['loss']:.3f} in NF4, after {x['tuned']['loss']:.4f} and {y['tuned']['loss']:.4f}; exact answers {x['tuned']['exact_match']:.0%} and {y['tuned']['exact_match']:.0%}"
+    res = dict(date=time.strftime('%Y-%m-%d'), device=device_info().name, versions=versions(), finding=finding, preset=a.preset, **got)
+    print(finding)
+    if os.environ.get('OUT'): (Path(os.environ['OUT'])/'nf4_quality.json').write_text(json.dumps(res, indent=1)+'\n')
+
+if __name__ == '__main__': main()

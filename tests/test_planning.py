@@ -1,0 +1,157 @@
+"""The planner: what it promises for any job and device, where its numbers come from, and the command."""
+import json,struct
+from dataclasses import replace
+import pytest
+from hypothesis import given,settings,strategies as st
+from unsloth_nb.architecture import linear_shapes,model_shape,parameter_counts,read_config,weight_shapes
+from unsloth_nb.devices import CARDS,find_device
+from unsloth_nb.memory import memory_estimate
+from unsloth_nb.planning import example_lengths,make_plan,past_runs,usable
+from unsloth_nb.spec import FinetuneJob,ModelRef,SpecError,presets,resolve_model
+
+DEVICES = [*CARDS, 'CPU 16GB', 'Apple 64GB']
+MODELS = ['smollm2-135m', 'llama-3.2-3b', 'llama-3.1-8b', 'qwen3-30b-a3b', 'gemma-3-4b-it', 'llama-3.1-70b-instruct']
+plain = dict(max_examples=60, deadline=None)
+jobs = st.builds(lambda **kw: FinetuneJob(**kw), model=st.sampled_from(MODELS), max_seq_length=st.sampled_from([256, 2048, 8192]), load_in_4bit=st.sampled_from(['auto', True, False]),
+    gradient_checkpointing=st.sampled_from(['auto', True, False, 'unsloth']), batch_size=st.sampled_from(['auto', 'fastest', 1, 12]), optim=st.sampled_from(['auto', 'adamw_8bit', 'sgd']), packing=st.sampled_from(['auto', True, False]),
+    padding_free=st.sampled_from(['auto', True, False]), r=st.sampled_from([8, 64]))
+lengths = st.lists(st.integers(1, 256), min_size=1, max_size=40).map(lambda n: [[0]*k for k in n])
+
+@settings(**plain)
+@given(jobs, st.sampled_from(DEVICES), lengths)
+def test_promises(job, device, rows):
+    "For any job: what fits is within what is free, what was asked for is kept or noted, the step stays, the record is JSON"
+    dev = find_device(device)
+    p = make_plan(job, rows, dev)
+    assert p.fits == (p.peak <= usable(dev)) and p.peak == sum(p.memory.values()) and min(p.memory.values()) >= 0
+    changed = {c['parameter']:c['effective'] for c in p.changes}
+    for k in ('load_in_4bit', 'gradient_checkpointing', 'optim', 'packing', 'padding_free'):
+        asked = getattr(job, k)
+        if asked != 'auto': assert getattr(p, k) == changed.get(k, asked), k
+    if job.batch_size != 'fastest': assert p.per_device_train_batch_size*p.gradient_accumulation_steps == (job.batch_size if isinstance(job.batch_size, int) else 8)
+    assert bool(p.mend) == (not p.fits)
+    assert json.loads(json.dumps(p.to_dict()))['fits'] == p.fits
+    assert all(r['fits'] or not p.fits or r['tokens_per_second'] is not None for r in p.runners_up)
+    str(p); p._repr_markdown_()
+
+@settings(**plain)
+@given(jobs, st.sampled_from(DEVICES), lengths)
+def test_no_runner_up_is_better(job, device, rows):
+    "A runner-up that fits is never more than two percent faster"
+    p = make_plan(job, rows, device)
+    if p.fits: assert all(r['tokens_per_second'] <= p.tokens_per_second/0.98+1 for r in p.runners_up if r['fits'])
+
+@settings(**plain)
+@given(st.sampled_from(MODELS), st.integers(1, 8192), st.sampled_from([4, 16]), st.sampled_from([False, True, 'unsloth']), st.sampled_from(['padded', 'padding_free', 'packed']))
+def test_memory_grows(model, tokens, bits, checkpointing, layout):
+    "More tokens, more precision, and less checkpointing never take less memory"
+    s = model_shape(resolve_model(model))
+    c = parameter_counts(s, 16, FinetuneJob().target_modules)
+    m = lambda **kw: sum(memory_estimate(**{**dict(s=s, counts=c, tokens=tokens, bits=bits, checkpointing=checkpointing, optim='adamw_8bit', layout=layout), **kw}).values())
+    assert m(tokens=tokens+512) >= m()
+    assert m(bits=16) >= m(bits=4) and m(optim='adamw_torch_fused') > m()
+    if tokens >= 1024: assert m(checkpointing=False) > m(checkpointing='unsloth')
+
+def test_larger_cards_are_never_worse():
+    "A card with more memory of the same rate is planned at least as fast"
+    job,a100 = FinetuneJob(model='llama-3.1-8b'),find_device('A100 40GB')
+    speeds = [make_plan(job, None, replace(a100, memory_free=g*2**30)).tokens_per_second for g in (16, 24, 40, 80, 160)]
+    assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
+
+@pytest.mark.parametrize('change', [dict(max_seq_length=512), dict(load_in_4bit=False), dict(gradient_checkpointing=False, max_seq_length=8192), dict(per_device_train_batch_size=64), dict(optim='adamw_torch', r=256)], ids=str)
+def test_mend_mends(change):
+    "What the plan says would fit does fit"
+    job = FinetuneJob(model='llama-3.1-8b', **change)
+    p = make_plan(job, None, 'RTX 4060')
+    if p.fits: pytest.skip('fits as it is')
+    assert p.mend.startswith('it would fit with'), p.mend
+    from unsloth_nb.spec import read_value
+    mended = dict(m.split('=') for m in p.mend.removeprefix('it would fit with ').split(', '))
+    assert make_plan(job.replace(**{k:read_value(FinetuneJob, k, v) for k,v in mended.items()}), None, 'RTX 4060').fits
+
+def test_claims():
+    "QLoRA of 8B below 8 GB with the smallest settings and below 12 GB with rows of 2,048; of 70B below 48 GB"
+    peak = lambda model,n: make_plan(FinetuneJob(model=model, load_in_4bit=True, max_seq_length=n, per_device_train_batch_size=1, gradient_checkpointing='unsloth', optim='adamw_8bit'), None, 'B200').peak/1e9+0.71
+    assert peak('llama-3.1-8b', 512) < 8 and peak('llama-3.1-8b', 2048) < 12 and peak('llama-3.1-70b-instruct', 2048) < 48
+
+@pytest.mark.parametrize('p', [p for p in presets().values() if p.family != 'openelm'], ids=lambda p: p.name)
+def test_every_preset(p):
+    "Every preset has a shape whose count is its published size, and a plan on a large card"
+    s = model_shape(resolve_model(p.name, p.hub))
+    c = parameter_counts(s, 16, FinetuneJob().target_modules)
+    assert (c['linear']+c['embedding'])/p.parameters == pytest.approx(1, rel=0.03) and c['active'] <= c['linear']+c['embedding']*1.01
+    assert make_plan(FinetuneJob(model=p.name), None, 'B200').fits is not None
+
+def test_configs():
+    "Names of other families: experts, shared experts, compressed attention, a nested text part; what is incomplete is unknown"
+    base = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    for k in ('num_experts', 'num_local_experts', 'n_routed_experts'): assert read_config(base|{k:8, 'num_experts_per_tok':2})['num_local_experts'] == 8
+    moe = read_config(base|dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1))
+    assert moe['shared_intermediate_size'] == 16 and linear_shapes(moe)['gate_proj'] == (64, 16, 8) and linear_shapes(moe)['shared_up_proj'] == (64, 16, 1)
+    mla = read_config(base|dict(kv_lora_rank=32, q_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16))
+    assert linear_shapes(mla)['kv_a_proj_with_mqa'] == (64, 40, 1) and linear_shapes(mla)['q_b_proj'] == (48, 96, 1)
+    assert read_config(dict(text_config=base, vision_config={}))['hidden_size'] == 64
+    assert read_config(dict(base, hidden_size=None)) is None and read_config({}) is None and read_config(dict(base, num_attention_heads=[4, 4])) is None
+
+def header(path, tensors):
+    h = json.dumps({k:dict(dtype=d, shape=s, data_offsets=[0, 0]) for k,(d,s) in tensors.items()}).encode()
+    path.write_bytes(struct.pack('<Q', len(h))+h)
+
+def test_headers(tmp_path):
+    "Parameters are counted from the headers of weight files, uneven layers and all; packed files are left to the configuration"
+    header(tmp_path/'a.safetensors', {'model.embed_tokens.weight':('BF16', [100, 64]), 'model.layers.0.self_attn.q_proj.weight':('BF16', [64, 64]), 'model.layers.1.self_attn.q_proj.weight':('BF16', [32, 64]), 'model.norm.weight':('BF16', [64])})
+    w = weight_shapes(tmp_path)
+    assert w[('q_proj', (64, 64))] == 1 and w[('q_proj', (32, 64))] == 1
+    (tmp_path/'config.json').write_text(json.dumps(dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)))
+    c = parameter_counts(model_shape(ModelRef('local', str(tmp_path))), 4, ['q_proj'])
+    assert (c['embedding'], c['linear'], c['adapter']) == (6400, 64*64+32*64, 4*(128+96))
+    header(tmp_path/'b.safetensors', {'model.layers.0.mlp.up_proj.weight':('U8', [10, 1])})
+    assert weight_shapes(tmp_path) is None
+
+def test_unknown_model(tmp_path):
+    "A model of unknown shape: NF4, recomputation, no numbers, and it says so"
+    (tmp_path/'adapter_config.json').write_text('{}')
+    p = make_plan(FinetuneJob(model=str(tmp_path)), None, 'RTX 4090')
+    assert p.fits is None and p.load_in_4bit and p.gradient_checkpointing and not p.memory and 'not estimated' in str(p) and p._repr_html_()
+
+def run_dir(root, name, **plan):
+    d = root/name
+    d.mkdir(parents=True)
+    (d/'job.json').write_text(json.dumps(dict(job='finetune', parameters=dict(model='smollm2-135m'))))
+    (d/'plan.json').write_text(plan.get('text') or json.dumps(plan))
+    return d
+
+def test_calibration(tmp_path):
+    "The median of past runs corrects the next plan, corrections do not pile up, broken and foreign runs are passed over"
+    dev = find_device('CPU 32GB')
+    job = FinetuneJob()
+    first = make_plan(job, None, dev)
+    known = dict(peak_bytes=first.peak, tokens_per_second=first.tokens_per_second, device=dev.to_dict())
+    for i,(m,v) in enumerate([(1.1, 0.5), (1.2, 0.6), (1.3, 0.4)]): run_dir(tmp_path, f'r{i}', **known, measured=dict(peak_bytes=m*first.peak, steady_tokens_per_second=v*first.tokens_per_second))
+    run_dir(tmp_path, 'other', **(known|dict(device=dev.to_dict()|dict(name='another'))), measured=dict(peak_bytes=9*first.peak, steady_tokens_per_second=1))
+    run_dir(tmp_path, 'broken', text='{"measured": ')
+    run_dir(tmp_path, 'unmeasured', **known)
+    f = past_runs('smollm2-135m', dev, tmp_path)
+    assert (f['memory'], f['speed'], f['runs']) == (pytest.approx(1.2), pytest.approx(0.5), 3)
+    run_dir(tmp_path, 'again', **known|dict(peak_bytes=1.2*first.peak, tokens_per_second=0.5*first.tokens_per_second, calibration=f), measured=dict(peak_bytes=1.2*first.peak, steady_tokens_per_second=0.5*first.tokens_per_second))
+    assert past_runs('smollm2-135m', dev, tmp_path)['memory'] == pytest.approx(1.2)
+
+def test_lengths():
+    "Lengths of tokens, of conversations not tokenized yet, and of nothing"
+    class Column:
+        def column(self, name): return [30, 3000]
+    class Data: train = Column()
+    assert example_lengths(Data(), 512).tolist() == [74, 512] and example_lengths(None, 64).tolist() == [64]
+
+def test_command(capsys, tmp_path, monkeypatch):
+    "`unsloth-nb plan` for a named card, as text and as JSON; unknown devices are refused"
+    from unsloth_nb.jobs import app
+    from typer.testing import CliRunner
+    monkeypatch.chdir(tmp_path)
+    go = lambda *a: CliRunner().invoke(app, ['plan', *a])
+    out = go('-p', 'model=llama-3.1-8b', '--device', 'rtx4090').output
+    assert 'NF4' in out or 'load_in_4bit' in out and 'RTX 4090' in out and 'runner-up' in out
+    d = json.loads(go('-p', 'model=llama-3.1-8b', '--device', 'H100', '--json').output)
+    assert d['fits'] and set(d['memory']) == {'weights', 'adapter', 'optimizer', 'gradients', 'activations', 'logits', 'workspace'} and d['tokens_per_second'] > 0 and d['seconds'] > 0
+    bad = go('--device', 'H1000')
+    assert isinstance(bad.exception, SpecError) and "did you mean 'H100'" in str(bad.exception)
