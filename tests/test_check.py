@@ -124,7 +124,7 @@ def tight():
     return Device('cuda', 'tight', need+2**30, int((need+2**28)/0.98), True, 4)
 TIGHT = tight()
 # (rule, severity, faulty (job, plan, profile, device), sound one)
-JOBS = [
+STATED = [
     ('full-precision', 'warning', dict(job=dict(model='llama-3.1-8b', dtype='float32', load_in_4bit=False), device=H100), dict(job=dict(model='llama-3.1-8b', dtype='float32', max_seq_length=512), device=T4)), # There the plan takes 4 bits
     ('full-precision', 'warning', dict(job=dict(model='llama-3.1-8b', dtype='float32')), dict(job=dict(model='llama-3.1-8b', dtype='float32', load_in_8bit=True))),
     ('full-precision', 'warning', dict(job=dict(model='llama-3.1-8b', dtype='float32')), dict(job=dict(model='llama-3.2-1b-instruct', dtype='float32'))),
@@ -159,7 +159,7 @@ JOBS = [
     ('plain-adamw', 'warning', dict(job=WIDE|dict(optim='adamw_torch'), device=TIGHT), dict(job=WIDE|dict(optim='adamw_torch'), device=H100)),
 ]
 
-@pytest.mark.parametrize('rule,severity,bad,good', JOBS, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(JOBS)])
+@pytest.mark.parametrize('rule,severity,bad,good', STATED, ids=[f'{r}-{i}' for i,(r,*_) in enumerate(STATED)])
 def test_job_rule(rule, severity, bad, good):
     "The same for jobs, with plan and profile"
     run = lambda kw: [(f.severity, f.cell, f.line) for f in check_job(**(kw | dict(job=job(**kw['job'])))) if f.rule == rule]
@@ -167,7 +167,7 @@ def test_job_rule(rule, severity, bad, good):
 
 def test_every_rule_has_both():
     "No rule without a case that must be found and one that must not"
-    assert {r for r,*_ in [*FILES, *JOBS]} == set(RULES)
+    assert {r for r,*_ in [*FILES, *STATED]} == set(RULES)
 
 def test_device_and_profile_of_a_file():
     "A notebook is judged by the device and the data that are named"

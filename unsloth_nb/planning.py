@@ -74,13 +74,14 @@ def _measure(w, s, counts, n, limit, dev, factors):
     known = dict(step=v.step/factors['speed'], tokens_per_second=v.tokens_per_second*factors['speed'], bound=v.bound) if v else {}
     return replace(w, largest=largest, memory=mem, fits=sum(mem.values()) <= usable(dev), **known)
 
-# %% ../nbs/planning.ipynb #290cbee3
+# %% ../nbs/planning.ipynb #3b915059
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3') # Padding-free batches are measured to train as padded ones do
 
 def runs_padding_free(s:dict|None, family:str, dev:Device)->bool:
-    "May rows be put end to end? Needs an Ampere card or newer, and a family whose attention was checked"
-    kind = (s or {}).get('model_type') or {'llama2':'llama', 'llama3':'llama', 'tinyllama':'llama', 'smollm2':'llama'}.get(family, family)
-    return dev.kind == 'cuda' and dev.bf16 and kind in FAMILIES and (s or {}).get('num_local_experts', 1) == 1
+    "May rows be put end to end? Needs an Ampere card or newer, a family whose attention was checked, and heads that flash attention takes"
+    s = s or {}
+    kind,head = s.get('model_type') or {'llama2':'llama', 'llama3':'llama', 'tinyllama':'llama', 'smollm2':'llama'}.get(family, family),s.get('head_dim', 64)
+    return dev.kind == 'cuda' and dev.bf16 and kind in FAMILIES and s.get('num_local_experts', 1) == 1 and head <= 256 and head % 8 == 0
 
 def _splits(job, n, limit):
     "Rows and passes that make up the optimizer step"
@@ -92,9 +93,9 @@ def _splits(job, n, limit):
 def _ways(job, dev, s, family, n):
     "Every way that the job leaves open, the preferred ones first"
     cuda,limit = dev.kind == 'cuda',job.max_seq_length
-    flat = job.padding_free is not False and runs_padding_free(s, family, dev)
-    packing = cuda and (job.batch_size == 'fastest' if job.packing == 'auto' else job.packing)
     wide = 16 if _dtype(job, dev)[0] != 'float32' else 32
+    flat = job.padding_free is not False and wide == 16 and runs_padding_free(s, family, dev)
+    packing = cuda and (job.batch_size == 'fastest' if job.packing == 'auto' else job.packing)
     bits = [8] if job.load_in_8bit else [wide, 4] if job.load_in_4bit == 'auto' and cuda else [4] if job.load_in_4bit is True else [wide]
     ckpt = [False, 'unsloth' if cuda else True] if job.gradient_checkpointing == 'auto' else [job.gradient_checkpointing if cuda else bool(job.gradient_checkpointing)]
     optim = (['adamw_torch_fused', 'adamw_8bit'] if cuda else ['adamw_torch_fused']) if job.optim == 'auto' else [job.optim if cuda or '8bit' not in job.optim else 'adamw_torch_fused']
@@ -177,13 +178,13 @@ def _versus(ways, w, part, dev):
 
 _GIB = 2**30
 
-# %% ../nbs/planning.ipynb #985cb873
+# %% ../nbs/planning.ipynb #95c4814d
 def _changes(job, dev, w):
     "What this device does not do as written, and what happens instead"
     cpu = dev.kind != 'cuda'
     asked = dict(optim=(job.optim, w.optim, '8-bit optimizer states need a GPU'),
         packing=(job.packing, w.packing, 'packing needs a GPU attention kernel that keeps examples apart; rows are padded instead'),
-        padding_free=(job.padding_free, w.layout == 'padding_free', 'needs an Ampere GPU or newer and a model of the '+', '.join(FAMILIES)+' families; rows are padded instead'),
+        padding_free=(job.padding_free, w.layout == 'padding_free', 'needs an Ampere GPU or newer, 16-bit arithmetic and a model of the '+', '.join(FAMILIES)+' families; rows are padded instead'),
         gradient_checkpointing=(job.gradient_checkpointing, w.checkpointing, 'offloading activations needs a GPU; they are recomputed'),
         load_in_8bit=(job.load_in_8bit, job.load_in_8bit and not cpu, '8-bit weights need a GPU; they stay in 16 bits'))
     return [dict(parameter=k, requested=r, effective=e, why=y) for k,(r,e,y) in asked.items() if r != 'auto' and r != e]
