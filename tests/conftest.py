@@ -44,7 +44,7 @@ def tool():
     return f
 
 # The smallest honest run of the finetune job
-TINY = dict(max_steps=3, max_rows=24, test_size=4, max_seq_length=256, max_new_tokens=16, gradient_checkpointing=False, learning_rate=1e-3)
+TINY = dict(max_steps=3, max_rows=24, test_size=4, max_seq_length=256, max_new_tokens=16, gradient_checkpointing=False, optim='adamw_8bit', learning_rate=1e-3)
 
 @pytest.fixture(scope='session')
 def finished_run(tmp_path_factory):

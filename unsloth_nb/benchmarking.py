@@ -438,7 +438,7 @@ def picture(self:Benchmark):
     self.plot()[0].figure.savefig(buf, format='png', dpi=90)
     return HTML(f'<img alt="tokens per second and peak memory of each configuration" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">')
 
-# %% ../nbs/benchmarking.ipynb #1a5c5f1e
+# %% ../nbs/benchmarking.ipynb #690e6917
 _MODEL_TYPES = {'gemma-2':'gemma2', 'gemma-3':'gemma3_text', 'mixtral':'mixtral', 'mistral':'mistral', 'phi':'phi3', 'qwen2':'qwen2', 'qwen3-30b':'qwen3_moe', 'qwen3':'qwen3', 'llama':'llama', 'smollm2':'llama', 'tinyllama':'llama'}
 
 def _shape(of)->dict: # Entries of config.json, with `model_type`
@@ -458,7 +458,7 @@ def random_model(
     "A model of a true shape with random weights, in bfloat16, as safetensors; made on the GPU where there is one"
     entries,source = _shape(shape),tokenizer or embedded_model()
     import torch
-    from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer
+    with quiet(): from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer
     tok = AutoTokenizer.from_pretrained(source)
     if len(tok) > entries['vocab_size']: raise SpecError(f"tokenizer: it has {len(tok):,} tokens, the shape {entries['vocab_size']:,}; give a folder with a smaller one")
     special = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
