@@ -8,9 +8,9 @@ import pytest
 pytestmark = pytest.mark.gpu
 FIGURES = {}
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(autouse=True)
 def figures():
-    "Write what was measured, with date, card and versions"
+    "Write what was measured after each test, with date, card and versions: a run that is cut short keeps its figures"
     yield
     if not os.environ.get('OUT'): return
     from unsloth_nb.engine import device_info,versions

@@ -159,15 +159,15 @@ def _dtype(job, dev):
     if dev.bf16: return 'bfloat16','the device computes in it natively'
     return ('float16','the GPU has no bfloat16') if dev.kind == 'cuda' else ('float32','this processor has no fast 16-bit arithmetic')
 
-# %% ../nbs/planning.ipynb #37bd2f6a
+# %% ../nbs/planning.ipynb #d6db3005
 _NAMES = dict(bits={4:'NF4', 8:'8 bits', 16:'16 bits', 32:'32 bits'}, checkpointing={False:'no checkpointing', True:'checkpointing', 'unsloth':'checkpointing'}, optim={}, rows={})
 
-def _versus(ways, w, part, dev):
+def _versus(ways, w, part, dev, asked):
     "Why this value and not another one"
     other = [x for x in ways if getattr(x, part) != getattr(w, part)]
-    if not other: return 'asked for' if part != 'bits' or dev.kind == 'cuda' else 'without a GPU, unpacking 4-bit weights costs more time than it saves'
+    if not other: return 'asked for' if asked else 'without a GPU, unpacking 4-bit weights costs more time than it saves' if part == 'bits' else 'the only choice here'
     if not w.memory: return 'the model’s size is not known beforehand; this is the safe choice'
-    fit,name = [x for x in other if x.fits],lambda x: _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')+(' rows at once' if part == 'rows' else '')
+    fit,name = [x for x in other if x.fits],lambda x: _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')+('' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once')
     if not fit:
         x = min(other, key=lambda x: x.peak)
         return f'{name(x)} would need {x.peak/_GIB:.1f} of {usable(dev)/_GIB:.1f} GiB' if not x.fits else ''
@@ -220,7 +220,7 @@ def _mend(job, rows, dev, s):
     card = next((d.name for d in cards if dev.kind == 'cuda' and _plan(job.replace(**free), rows, d, s).fits), None)
     return f'no setting makes it fit here; the smallest card that would do: {card}' if card else 'no setting makes it fit; take a smaller model'
 
-# %% ../nbs/planning.ipynb #27b8444f
+# %% ../nbs/planning.ipynb #47836754
 def _plan(job, rows, dev, s, factors=None):
     "The plan without its mend"
     ref,n = resolve_model(job.model, job.allow_remote_code),example_lengths(rows, job.max_seq_length)
@@ -229,7 +229,8 @@ def _plan(job, rows, dev, s, factors=None):
     ways = [_measure(w, s, counts, n, job.max_seq_length, dev, f) for w in _ways(job, dev, s, ref.preset.family if ref.preset else '', n)]
     w = _best(ways, job.batch_size == 'fastest') if s else _unknown(ways)
     dtype,why = _dtype(job, dev)
-    reasons = dict(dtype=why, load_in_4bit=_versus(ways, w, 'bits', dev), gradient_checkpointing=_versus(ways, w, 'checkpointing', dev), optim=_versus(ways, w, 'optim', dev), per_device_train_batch_size=_versus(ways, w, 'rows', dev))
+    parts = dict(load_in_4bit='bits', gradient_checkpointing='checkpointing', optim='optim', per_device_train_batch_size='rows')
+    reasons = dict(dtype=why)|{k:_versus(ways, w, part, dev, getattr(job, k) != 'auto' or (k == 'load_in_4bit' and job.load_in_8bit)) for k,part in parts.items()}
     if w.packing and job.packing == 'auto': reasons['packing'] = 'batch_size=fastest lets the plan fill rows'
     if w.layout == 'padding_free': reasons['padding_free'] = 'no token is computed for padding'
     steps = job.max_steps or math.ceil(job.num_train_epochs*max(len(n), 1)/(w.rows*w.passes))
@@ -262,7 +263,7 @@ def make_plan(
     plan = _plan(job, rows, dev, s, factors)
     return replace(plan, mend=_mend(job, rows, dev, s)) if plan.fits is False else plan
 
-# %% ../nbs/planning.ipynb #c218fea3
+# %% ../nbs/planning.ipynb #895bf822
 _SHOWN = ('dtype', 'load_in_4bit', 'load_in_8bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'attention', 'max_seq_length')
 
 @patch
@@ -281,7 +282,7 @@ def _facts(self:Plan):
     free = f'{self.device.memory_free/_GIB:.1f} GiB free on {self.device.name}'
     yield f"Memory: about {self.peak/_GIB:.2f} GiB at its peak, {free}: "+('it fits.' if self.fits else f'**it does not fit; {self.mend}.**')
     yield 'By part, in GiB: '+', '.join(f"{k} {v/_GIB:.2f}" for k,v in self.memory.items() if v)+f', in a forward pass of at most {self.largest_pass:,} tokens.'
-    if self.tokens_per_second: yield f"Speed: about {self.tokens_per_second:,.0f} tokens/s, waiting for {self.bound}; {_duration(self.seconds)} in all"+(f", corrected by {self.calibration['runs']} past runs." if self.calibration.get('runs') else '.')
+    if self.tokens_per_second: yield f"Speed: about {self.tokens_per_second:,.0f} tokens/s, waiting for {self.bound}; {_duration(self.seconds)} in all"+(f", corrected by what {n} past run{'s'*(n > 1)} measured." if (n := self.calibration.get('runs')) else '.')
     yield f"Disk: adapter {self.disk['adapter']/1e6:.0f} MB, merged model {self.disk['merged_16bit']/1e9:.2f} GB (and as much RAM at most while it is merged)."
 
 def _duration(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
@@ -305,7 +306,7 @@ def __str__(self:Plan):
     out = [*(f'{k.ljust(w[0])}  {v.ljust(w[1])}  {y}'.rstrip() for k,v,y in rows), *(f.replace('**', '') for f in self._facts())]
     return '\n'.join(out+([''] + [f"runner-up: {a}: {b} GiB, {c} tokens/s{'' if d == 'yes' else ', does not fit'}" for a,b,c,d in self._others()] if self.runners_up else []))
 
-# %% ../nbs/planning.ipynb #5648eaec
+# %% ../nbs/planning.ipynb #e2e24173
 @patch
 def plot(self:Plan, ax=None):
     "Predicted memory by part, against what is free; returns the axes"
@@ -320,7 +321,7 @@ def plot(self:Plan, ax=None):
 
 @patch
 def _repr_html_(self:Plan):
-    cell = lambda r,tag='td': '<tr>'+''.join(f'<{tag}>{html.escape(str(c)).replace("**", "")}</{tag}>' for c in r)+'</tr>'
+    cell = lambda r,tag='td': '<tr>'+''.join(f'<{tag} style="padding:0 .6em;text-align:left">{html.escape(str(c)).replace("**", "")}</{tag}>' for c in r)+'</tr>'
     table = lambda head,rows: '<table>'+cell(head, 'th')+''.join(map(cell, rows))+'</table>'
     out = table(('parameter', 'value', 'why'), self._rows())+''.join(f'<p>{html.escape(f).replace("**", "")}</p>' for f in self._facts())
     if not self.memory: return out
