@@ -114,6 +114,24 @@ def test_unknown_model(tmp_path):
     p = make_plan(FinetuneJob(model=str(tmp_path)), None, 'RTX 4090')
     assert p.fits is None and p.load_in_4bit and p.gradient_checkpointing and not p.memory and 'not estimated' in str(p) and p._repr_html_()
 
+def test_hub_config(tmp_path, monkeypatch):
+    "`config.json` in the Hub's cache is enough; without it and without the Hub the shape is unknown, at once"
+    import time
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    start = time.time()
+    assert model_shape(resolve_model('some/model')) is None and time.time()-start < 5
+    snap = tmp_path/'models--some--model'/'snapshots'/'0123'
+    snap.mkdir(parents=True)
+    (snap/'config.json').write_text(json.dumps(dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)))
+    (tmp_path/'models--some--model'/'refs').mkdir()
+    (tmp_path/'models--some--model'/'refs'/'main').write_text('0123')
+    import huggingface_hub
+    found = huggingface_hub.try_to_load_from_cache
+    monkeypatch.setattr(huggingface_hub, 'try_to_load_from_cache', lambda *a, **kw: found(*a, cache_dir=tmp_path, **kw))
+    assert model_shape(resolve_model('some/model'))['hidden_size'] == 64
+
 def run_dir(root, name, **plan):
     d = root/name
     d.mkdir(parents=True)
@@ -135,6 +153,8 @@ def test_calibration(tmp_path):
     assert (f['memory'], f['speed'], f['runs']) == (pytest.approx(1.2), pytest.approx(0.5), 3)
     run_dir(tmp_path, 'again', **known|dict(peak_bytes=1.2*first.peak, tokens_per_second=0.5*first.tokens_per_second, calibration=f), measured=dict(peak_bytes=1.2*first.peak, steady_tokens_per_second=0.5*first.tokens_per_second))
     assert past_runs('smollm2-135m', dev, tmp_path)['memory'] == pytest.approx(1.2)
+    run_dir(tmp_path/'low', 'r', **known, measured=dict(peak_bytes=0.5*first.peak, steady_tokens_per_second=first.tokens_per_second))
+    assert past_runs('smollm2-135m', dev, tmp_path/'low')['memory'] == 1 # The longest rows may meet next time
 
 def test_lengths():
     "Lengths of tokens, of conversations not tokenized yet, and of nothing"

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['read_config', 'weight_shapes', 'model_shape', 'linear_shapes', 'parameter_counts']
 
-# %% ../nbs/architecture.ipynb #66d6f94b
+# %% ../nbs/architecture.ipynb #2d47be5d
 import json,struct
 from collections import Counter
 from math import prod
 from pathlib import Path
 
+from .engine import check_hub
 from .spec import ModelRef
 
 # %% ../nbs/architecture.ipynb #129ef68b
@@ -38,11 +39,14 @@ def weight_shapes(folder)->dict|None: # (last name of the module, shape) to copi
     if not got or any(v['dtype'] in ('U8', 'I8', 'I32') for v in got.values()): return None
     return dict(Counter((k.removesuffix('.weight').rsplit('.', 1)[-1], tuple(v['shape'])) for k,v in got.items()))
 
-# %% ../nbs/architecture.ipynb #6f42421f
+# %% ../nbs/architecture.ipynb #bdfc5638
 def _hub_config(repo, revision):
-    "`config.json` from the Hub or its cache; None when it cannot be had"
-    from huggingface_hub import hf_hub_download
-    try: return json.loads(Path(hf_hub_download(repo, 'config.json', revision=revision, etag_timeout=3)).read_text())
+    "`config.json` from the Hub's cache or the Hub, if it can be reached at once; None when it cannot be had"
+    from huggingface_hub import hf_hub_download,try_to_load_from_cache
+    try:
+        file = try_to_load_from_cache(repo, 'config.json', revision=revision)
+        if not isinstance(file, str): check_hub(repo); file = hf_hub_download(repo, 'config.json', revision=revision)
+        return json.loads(Path(file).read_text())
     except Exception: return None
 
 def model_shape(

@@ -189,7 +189,7 @@ def _changes(job, dev, w):
         load_in_8bit=(job.load_in_8bit, job.load_in_8bit and not cpu, '8-bit weights need a GPU; they stay in 16 bits'))
     return [dict(parameter=k, requested=r, effective=e, why=y) for k,(r,e,y) in asked.items() if r != 'auto' and r != e]
 
-# %% ../nbs/planning.ipynb #a21947f6
+# %% ../nbs/planning.ipynb #928f3461
 def _read(file):
     "A JSON object, empty where there is none or a broken one"
     try: return read_json(file) or {}
@@ -205,7 +205,7 @@ def past_runs(model:str, dev:Device, runs_dir=None)->dict: # memory, speed: meas
             found.append((job.get('parameters', {}).get('model') == model, m['peak_bytes']/p['peak_bytes']*c.get('memory', 1), m['steady_tokens_per_second']/p['tokens_per_second']*c.get('speed', 1)))
     best = [f for f in found if f[0]] or found
     if not best: return dict(memory=1., speed=1., runs=0)
-    return dict(memory=median(f[1] for f in best[-20:]), speed=median(f[2] for f in best[-20:]), runs=len(best[-20:]))
+    return dict(memory=max(1., median(f[1] for f in best[-20:])), speed=median(f[2] for f in best[-20:]), runs=len(best[-20:]))
 
 # %% ../nbs/planning.ipynb #46b65f19
 def _mend(job, rows, dev, s):
