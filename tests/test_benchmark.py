@@ -137,7 +137,7 @@ def test_out_of_memory():
 
 def test_child_ends_with_its_parent():
     "No child goes on when the benchmark was killed"
-    code = "import subprocess,sys,time; p = subprocess.Popen([sys.executable, '-c', 'import os; from unsloth_nb.benchmarking import _follow; print(os.getpid(), flush=True); _follow(os.getppid())'], start_new_session=True); time.sleep(60)"
+    code = "import subprocess,sys,time; p = subprocess.Popen([sys.executable, '-c', 'import os; from unsloth_nb.benchmarking import _follow; parent = os.getppid(); print(os.getpid(), flush=True); _follow(parent)'], start_new_session=True); time.sleep(60)"
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     pid = int(p.stdout.readline())
     p.kill()

@@ -27,7 +27,8 @@ _homes = dict(
     inference='Chat Sampling chat generate load_run stream',
     evaluation='Comparison compare evaluate',
     export='export_run save_artifact',
-    benchmarking='Benchmark CONFIGURATIONS benchmark random_model',
+    measured='Benchmark',
+    benchmarking='CONFIGURATIONS benchmark random_model',
     jobs='inspect_data run_job',
 )
 _home = {name:module for module,names in _homes.items() for name in names.split()}

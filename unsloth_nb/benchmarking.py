@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONFIGURATIONS', 'Configuration', 'obstacle', 'finetune_job', 'write_examples', 'read_examples', 'Clock', 'exclusive',
-           'failure', 'measure', 'outcome', 'benchmark', 'Benchmark', 'random_model']
+           'failure', 'measure', 'outcome', 'benchmark', 'random_model']
 
-# %% ../nbs/benchmarking.ipynb #3b1b8abc
-import base64,fcntl,importlib.metadata,importlib.util,io,os,signal,statistics,subprocess,sys,tempfile,threading,time,traceback
+# %% ../nbs/benchmarking.ipynb #ce695c9a
+import fcntl,importlib.metadata,importlib.util,os,signal,statistics,subprocess,sys,tempfile,threading,time,traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack,contextmanager
-from dataclasses import asdict,dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
-from fastcore.basics import patch
 
 from .batching import pack
 from .data import load_data
@@ -22,6 +21,7 @@ from .engine import Device,device_info,quiet,start_engine,versions
 from .examples import Examples,length_profile,make_examples
 from .formatting import IGNORE,Example,Formatter
 from .loading import embedded_model,load_model,load_tokenizer,locate
+from .measured import Benchmark
 from .planning import make_plan
 from .runs import Run,read_json,read_lines,write_json
 from .spec import BenchmarkJob,FinetuneJob,SpecError,preset,presets
@@ -293,12 +293,12 @@ def _child(folder, request, timeout, stop)->dict:
     with (folder/'log.txt').open('w') as log: late = _watch(child := _start(folder/'request.json', log), Run(folder), timeout, stop)
     return outcome(folder, child.returncode, late, timeout)
 
-# %% ../nbs/benchmarking.ipynb #aa2ce0a7
+# %% ../nbs/benchmarking.ipynb #87cad0a2
 def benchmark(
     job:BenchmarkJob, # What is measured
     run:Run, # Where it is written down
     configurations:dict[str,Configuration]|None=None, # Others than `CONFIGURATIONS`; all of them are measured
-)->'Benchmark':
+)->Benchmark:
     "Measure configurations side by side; what fails is a row of the result"
     device,table = device_info(),configurations or {n:CONFIGURATIONS[n] for n in job.configurations or CONFIGURATIONS}
     home,why = run.path/'measurements',{n:obstacle(c, device, bool(configurations or job.configurations)) for n,c in table.items()}
@@ -331,114 +331,7 @@ def _versions():
     try: return versions()|dict(liger_kernel=importlib.metadata.version('liger_kernel'))
     except importlib.metadata.PackageNotFoundError: return versions()
 
-# %% ../nbs/benchmarking.ipynb #29607bc2
-@dataclass
-class Benchmark:
-    "Configurations measured side by side"
-    date:str # When
-    device:dict # On what
-    versions:dict # With what
-    job:dict # Parameters of the benchmark
-    examples:dict # examples, tokens, trained tokens, length
-    measurements:list # One dict a configuration and round
-
-    def to_dict(self)->dict: return asdict(self)
-    @classmethod
-    def read(cls, path): return cls(**read_json(path))
-    @property
-    def rows(self)->list[dict]: # One a configuration, with `slowest` and `fastest` [tokens/s] of its rounds
-        return [self._middle([m for m in self.measurements if m['name'] == n]) for n in dict.fromkeys(m['name'] for m in self.measurements)]
-    def _middle(self, ms):
-        ok = sorted((m for m in ms if m['status'] == 'ok'), key=lambda m: m['tokens_per_second'])
-        if not ok: return ms[0]
-        return ok[(len(ok)-1)//2]|dict(slowest=ok[0]['tokens_per_second'], fastest=ok[-1]['tokens_per_second'])
-    @property
-    def reference(self)->dict|None: # The row that speeds are relative to
-        ok = [r for r in self.rows if r['status'] == 'ok']
-        return next((r for r in ok if r['name'] == 'classic'), ok[0] if ok else None)
-    def metrics(self)->dict: # By configuration
-        "What a run keeps as its metrics"
-        return {r['name']:{k:r[k] for k in ('status', 'reason', 'tokens_per_second', 'step_seconds', 'peak_bytes') if k in r} for r in self.rows}
-
-# %% ../nbs/benchmarking.ipynb #8282776c
-_GIB = 2**30
-
-@patch
-def _cells(self:Benchmark):
-    "Header, then one list of texts a configuration"
-    gib = lambda v: f'{v/_GIB:.2f}' if v else ''
-    ref = self.reference
-    yield ['configuration', 'tokens/s', 'relative', 'step [s]', 'tokens a step', 'peak [GiB]', 'predicted [GiB]', 'predicted tokens/s', 'load [s]', 'first step [s]']
-    for r in self.rows:
-        if r['status'] != 'ok': yield [r['name'], r['status'], '', '', '', '', gib(r.get('predicted_peak_bytes')), '', '', '']; continue
-        spread = f" ({r['slowest']:,.0f} to {r['fastest']:,.0f})" if r['slowest'] != r['fastest'] else ''
-        speed = r.get('predicted_tokens_per_second')
-        yield [r['name'], f"{r['tokens_per_second']:,.0f}{spread}", f"{r['tokens_per_second']/ref['tokens_per_second']:.2f} x", f"{r['step_seconds']:.3f}", f"{r['tokens_per_step']:,.0f}",
-            gib(r['peak_bytes']), gib(r.get('predicted_peak_bytes')), f'{speed:,.0f}' if speed else '', f"{r['load_seconds']:.1f}", f"{r['first_step_seconds']:.1f}"]
-
-@patch
-def facts(self:Benchmark)->list[str]:
-    "Device, data, and every measurement that failed or was left out"
-    d,j,e = self.device,self.job,self.examples
-    why = [f"{m['name']}{', round '+str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}" for m in self.measurements if m['status'] != 'ok']
-    return [f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of {e['tokens']/e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}", *why]
-
-@patch
-def _repr_markdown_(self:Benchmark):
-    head,*body = self._cells()
-    line = lambda c: f"| {' | '.join(c)} |"
-    return '\n'.join([line(head), line(['---', *['---:']*(len(head)-1)]), *map(line, body), '', *(f'- {f}' for f in self.facts())])
-
-@patch
-def __repr__(self:Benchmark):
-    rows = list(self._cells())
-    w = [max(map(len, c)) for c in zip(*rows)]
-    return '\n'.join([*('  '.join(c.rjust(k) if i else c.ljust(k) for i,(c,k) in enumerate(zip(r, w))).rstrip() for r in rows), '', *self.facts()])
-
-# %% ../nbs/benchmarking.ipynb #128153e4
-@patch
-def differences(self:Benchmark)->dict[str,float]: # Configuration to its largest difference
-    "Largest difference in loss from the reference, for configurations that saw as many tokens in each step"
-    ref = self.reference
-    same = [r for r in self.rows if r['status'] == 'ok' and r['tokens'] == ref['tokens']]
-    return {r['name']:max(abs(a-b) for a,b in zip(r['losses'], ref['losses'])) for r in same}
-
-@patch
-def losses(self:Benchmark):
-    "Losses and gradient norms side by side, warm-up included"
-    from IPython.display import Markdown
-    rows,diff = [r for r in self.rows if r['status'] == 'ok'],self.differences() if self.reference else {}
-    cell = lambda r,i: f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
-    out = [['step', *(r['name'] for r in rows)], ['---', *['---:']*len(rows)], *([str(i+1), *(cell(r, i) for r in rows)] for i in range(len(rows[0]['losses']) if rows else 0)),
-        [f"largest difference from {self.reference['name'] if rows else ''}", *(f"{diff[r['name']]:.4f}" if r['name'] in diff else 'other rows' for r in rows)]]
-    return Markdown('\n'.join(f"| {' | '.join(r)} |" for r in out))
-
-# %% ../nbs/benchmarking.ipynb #f9516328
-@patch
-def plot(self:Benchmark, axes=None):
-    "Bars of speed and of peak memory, a predicted value as a line; returns the two axes"
-    from matplotlib.figure import Figure
-    rows = [r for r in self.rows if r['status'] == 'ok']
-    axes = Figure(figsize=(8, 0.9+0.35*len(rows)), layout='tight').subplots(1, 2, sharey=True) if axes is None else axes
-    for ax,key,scale,label in zip(axes, ('tokens_per_second', 'peak_bytes'), (1, _GIB), ('tokens per second', 'peak memory [GiB]')):
-        ax.barh([r['name'] for r in rows], [r[key]/scale for r in rows])
-        for i,r in enumerate(rows):
-            if (p := r.get(f'predicted_{key}')): ax.plot([p/scale]*2, [i-0.4, i+0.4], color='crimson', label='predicted')
-        ax.set(xlabel=label)
-    axes[0].invert_yaxis()
-    named = dict(zip(*axes[1].get_legend_handles_labels()[::-1]))
-    if named: axes[1].legend(named.values(), named)
-    return axes
-
-@patch
-def picture(self:Benchmark):
-    "The plot as an image"
-    from IPython.display import HTML
-    buf = io.BytesIO()
-    self.plot()[0].figure.savefig(buf, format='png', dpi=90)
-    return HTML(f'<img alt="tokens per second and peak memory of each configuration" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">')
-
-# %% ../nbs/benchmarking.ipynb #690e6917
+# %% ../nbs/benchmarking.ipynb #130c2e25
 _MODEL_TYPES = {'gemma-2':'gemma2', 'gemma-3':'gemma3_text', 'mixtral':'mixtral', 'mistral':'mistral', 'phi':'phi3', 'qwen2':'qwen2', 'qwen3-30b':'qwen3_moe', 'qwen3':'qwen3', 'llama':'llama', 'smollm2':'llama', 'tinyllama':'llama'}
 
 def _shape(of)->dict: # Entries of config.json, with `model_type`
@@ -465,6 +358,6 @@ def random_model(
     config = AutoConfig.for_model(**entries|special)
     Path(folder).mkdir(parents=True)
     torch.manual_seed(seed)
-    with torch.device('cuda' if torch.cuda.is_available() else 'cpu'): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with quiet(), torch.device('cuda' if torch.cuda.is_available() else 'cpu'): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with quiet(): model.save_pretrained(folder); tok.save_pretrained(folder)
     return Path(folder)
