@@ -28,7 +28,8 @@ class Clock(TrainerCallback):
 def bare(model, examples, job, out):
     "Unsloth and TRL with the same arguments, and nothing of ours between the steps"
     with quiet():
-        t = _trainer(model, examples, trainer_arguments(job, model.plan, out) | dict(include_num_input_tokens_seen='no', logging_nan_inf_filter=True))
+        args = trainer_arguments(job, model.plan, out) | dict(include_num_input_tokens_seen='no', logging_nan_inf_filter=True)
+        t = _trainer(model, examples, args, model.plan)
         t.add_callback(clock := Clock())
         t.train()
     return clock.seconds
