@@ -14,8 +14,9 @@ from pathlib import Path
 from .engine import check_hub
 from .spec import ModelRef
 
-# %% ../nbs/architecture.ipynb #129ef68b
+# %% ../nbs/architecture.ipynb #d1bd523e
 _NEEDED = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'vocab_size')
+_COMPRESSED = ('qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
 _EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts', 'moe_num_experts')
 
 def read_config(d:dict)->dict|None: # Under the names of Llama's configuration; None when something is missing
@@ -25,8 +26,9 @@ def read_config(d:dict)->dict|None: # Under the names of Llama's configuration; 
     if not isinstance(heads, int): return None
     s = dict(head_dim=(d.get('hidden_size') or 0)//heads, num_key_value_heads=heads, tie_word_embeddings=False)|{k:v for k,v in d.items() if v is not None}
     n = next((d[k] for k in _EXPERTS if d.get(k)), 1)
-    if n > 1: s |= dict(num_local_experts=n, num_experts_per_tok=d.get('num_experts_per_tok') or d.get('top_k_experts') or 2, shared_intermediate_size=d.get('shared_expert_intermediate_size') or (d.get('n_shared_experts') or 0)*(d.get('moe_intermediate_size') or 0))
-    return s if all(isinstance(s.get(k), int) and s[k] for k in _NEEDED) else None
+    if n > 1: s |= dict(num_local_experts=n, num_experts_per_tok=d.get('num_experts_per_tok') or d.get('top_k_experts'), shared_intermediate_size=d.get('shared_expert_intermediate_size') or (d.get('n_shared_experts') or 0)*(d.get('moe_intermediate_size') or 0))
+    needed = _NEEDED+(('num_experts_per_tok',) if n > 1 else ())+(_COMPRESSED if s.get('kv_lora_rank') else ())
+    return s if all(isinstance(s.get(k), int) and s[k] for k in needed) else None
 
 # %% ../nbs/architecture.ipynb #92cc89e4
 def _header(file)->dict:
@@ -61,12 +63,12 @@ def model_shape(
     if ref.preset: return read_config(ref.preset.shape)
     return read_config(_hub_config(ref.id, revision) or {}) if ref.kind == 'hub' else None
 
-# %% ../nbs/architecture.ipynb #2b7e2ba3
+# %% ../nbs/architecture.ipynb #128ee8f9
 def _attention(s):
     "The projections of attention; compressed ones where the configuration has them"
     h,n = s['hidden_size'],s['num_attention_heads']
     if not s.get('kv_lora_rank'): return dict(q_proj=(h, n*s['head_dim'], 1), k_proj=(h, s['num_key_value_heads']*s['head_dim'], 1), v_proj=(h, s['num_key_value_heads']*s['head_dim'], 1), o_proj=(n*s['head_dim'], h, 1))
-    plain,rope,v,low = s.get('qk_nope_head_dim', 128),s.get('qk_rope_head_dim', 64),s.get('v_head_dim', 128),s.get('q_lora_rank')
+    (plain,rope,v),low = (s[k] for k in _COMPRESSED),s.get('q_lora_rank')
     q = dict(q_a_proj=(h, low, 1), q_b_proj=(low, n*(plain+rope), 1)) if low else dict(q_proj=(h, n*(plain+rope), 1))
     return q|dict(kv_a_proj_with_mqa=(h, s['kv_lora_rank']+rope, 1), kv_b_proj=(s['kv_lora_rank'], n*(plain+v), 1), o_proj=(n*v, h, 1))
 

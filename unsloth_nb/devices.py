@@ -45,7 +45,7 @@ def find_device(
     c = CARDS[hit]
     return Device('cuda', hit, int(c.memory*_GIB), int(c.memory*_GIB)-CONTEXT, float(c.capability) >= 8, 8, 1, c.capability)
 
-# %% ../nbs/devices.ipynb #b6a678a3
+# %% ../nbs/devices.ipynb #76876218
 def card_of(dev:Device)->Card|None:
     "The data sheet of a device, by the name that the driver gives"
     if dev.kind != 'cuda': return None
@@ -54,7 +54,6 @@ def card_of(dev:Device)->Card|None:
 
 def rates(dev:Device)->tuple[float,float]|None: # ([FLOP/s] at best, [bytes/s]); None for an unknown card
     "How fast a device computes and reads its memory"
-    if dev.kind == 'mps': return 10e12,200e9
     if dev.kind == 'cpu': return dev.cores*(0.11e12 if dev.bf16 else 0.055e12),20e9
     c = card_of(dev)
     return (c.flops*1e12, c.bandwidth*1e9) if c else None

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['FlatCollator', 'flash_varlen', 'can_route', 'padding_free']
 
-# %% ../nbs/padding_free.ipynb #2ea0a935
+# %% ../nbs/padding_free.ipynb #1366d19b
 from contextlib import contextmanager
 from types import MethodType
+
+from .planning import FAMILIES
 
 # %% ../nbs/padding_free.ipynb #527fc112
 class FlatCollator:
@@ -39,7 +41,7 @@ def flash_varlen(
     out = torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0., True, False, scale=scale, window_size_left=window-1 if window else -1, window_size_right=0)
     return out[0].unsqueeze(0)
 
-# %% ../nbs/padding_free.ipynb #b2e27435
+# %% ../nbs/padding_free.ipynb #c3925774
 class _Route:
     "Boundaries of the batch on its way, if it has any"
     cu_seqlens,longest = None,0
@@ -58,7 +60,7 @@ def can_route(model)->str: # Why not; empty when it can
     if not hasattr(attention_dispatch, '_run_attention'): return 'this version of Unsloth sends attention another way'
     core = model.get_base_model().model
     kinds = {type(l.self_attn).forward.__module__ for l in getattr(core, 'layers', []) if hasattr(l, 'self_attn')}
-    fine = {f'unsloth.models.{f}' for f in ('llama', 'mistral', 'qwen2', 'qwen3')}
+    fine = {f'unsloth.models.{f}' for f in FAMILIES}
     return '' if kinds and kinds <= fine else f"this model's attention runs in {', '.join(sorted(kinds)) or 'unknown code'}"
 
 # %% ../nbs/padding_free.ipynb #86b30b9c

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'example_lengths', 'Way', 'usable', 'runs_padding_free', 'Plan', 'past_runs', 'make_plan', 'Beside']
 
-# %% ../nbs/planning.ipynb #85a6a0a1
+# %% ../nbs/planning.ipynb #9a0f3232
 import base64,html,io,itertools,math
 from dataclasses import asdict,dataclass,field,replace
 from statistics import median
@@ -19,6 +19,8 @@ from .memory import memory_estimate
 from .runs import read_json,run_dirs
 from .spec import FinetuneJob,SpecError,resolve_model,split_batch
 from .speed import predict_speed
+
+_GIB = 2**30
 
 # %% ../nbs/planning.ipynb #562626cc
 def example_lengths(rows, limit:int)->np.ndarray: # [tokens]
@@ -159,7 +161,7 @@ def _dtype(job, dev):
     if dev.bf16: return 'bfloat16','the device computes in it natively'
     return ('float16','the GPU has no bfloat16') if dev.kind == 'cuda' else ('float32','this processor has no fast 16-bit arithmetic')
 
-# %% ../nbs/planning.ipynb #d6db3005
+# %% ../nbs/planning.ipynb #df4b8932
 _NAMES = dict(bits={4:'NF4', 8:'8 bits', 16:'16 bits', 32:'32 bits'}, checkpointing={False:'no checkpointing', True:'checkpointing', 'unsloth':'checkpointing'}, optim={}, rows={})
 
 def _versus(ways, w, part, dev, asked):
@@ -175,8 +177,6 @@ def _versus(ways, w, part, dev, asked):
     if not w.tokens_per_second: return 'the first that fits, in order of preference'
     gain = w.tokens_per_second/x.tokens_per_second-1
     return f'{name(x)}: {x.tokens_per_second:,.0f} tokens/s'+(f' and {x.peak/_GIB:.1f} GiB' if abs(gain) < 0.02 else f', this {w.tokens_per_second:,.0f}')
-
-_GIB = 2**30
 
 # %% ../nbs/planning.ipynb #95c4814d
 def _changes(job, dev, w):
