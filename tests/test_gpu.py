@@ -26,7 +26,7 @@ def test_job(tmp_path):
     m,plan = run.result['metrics'],read_json(run.path/'plan.json')
     FIGURES['job'] = dict(seconds=round(time.time()-start, 1), stages=run.seconds(), base=m['base'], tuned=m['tuned'], certificates=m['certificates'], changes=plan['changes'], measured=plan['measured'])
     assert m['base']['exact_match'] <= 0.05 and m['tuned']['exact_match'] >= 0.9 and m['tuned']['valid_json'] >= 0.98
-    assert plan['device']['kind'] == 'cuda' and plan['optim'] == 'adamw_8bit'
+    assert plan['device']['kind'] == 'cuda' and plan['optim'] == 'adamw_torch_fused'
     from unsloth_nb import evaluate,held_out,load_run
     again,_ = evaluate(load_run(run), held_out(run.job, n=32))
     FIGURES['job']['adapter_loaded_again'] = again
