@@ -48,13 +48,13 @@ def test_bent_adapter(trained, monkeypatch):
     from safetensors.torch import load_file,save_file
     from unsloth_nb import export
     model,run,data = trained(max_steps=1)
-    honest = export.save_adapter
+    honest = export.write_adapter
     def bent(model, folder):
         honest(model, folder)
         w = load_file(folder/'adapter_model.safetensors')
         k = next(k for k in w if 'lora_B' in k)
         save_file(w | {k:w[k]+1}, folder/'adapter_model.safetensors')
-    monkeypatch.setattr(export, 'save_adapter', bent)
+    monkeypatch.setattr(export, 'write_adapter', bent)
     with pytest.raises(export.ExportError, match='nothing was kept'): export.save_artifact(model, run.path, 'adapter', data.test)
     assert not [p for p in run.path.iterdir() if p.is_dir()]
 

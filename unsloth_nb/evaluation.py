@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['response_loss', 'exact_match', 'valid_json', 'default_scorers', 'evaluate', 'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #e1da18da
+# %% ../nbs/evaluation.ipynb #737cbe90
 import html,json,math
-from dataclasses import dataclass,field
+from dataclasses import asdict,dataclass,field
 from fastcore.basics import patch
 
 from .engine import quiet
 from .examples import make_examples
-from .inference import Sampling,answering,generate
+from .inference import Answer,Sampling,answering,generate
 from .loading import LoadedModel
+from .resuming import rows_sha256,weights_sha256
 from .runs import Run,before_after
 
 # %% ../nbs/evaluation.ipynb #01aca992
@@ -51,7 +52,7 @@ def default_scorers(expected:list[str])->dict: # Name to function
     "Exact match, and valid JSON where every expected answer is a JSON object"
     return dict(exact_match=exact_match)|(dict(valid_json=valid_json) if all(valid_json('', e) for e in expected) else {})
 
-# %% ../nbs/evaluation.ipynb #128dede5
+# %% ../nbs/evaluation.ipynb #c6e2f3c4
 def evaluate(
     model:LoadedModel, # Model
     convs, # Held-out conversations
@@ -59,8 +60,10 @@ def evaluate(
     tuned:bool=True, # False: the base model
     max_new_tokens:int=96, # [tokens]
     batch_size:int=16, # Rows at once
+    run:Run|None=None, # Keeps what was found, and gives it again when nothing has changed
 )->tuple[dict,list]: # (metrics, answers)
     "Held-out loss, perplexity and the mean of each score"
+    if run is not None and scorers is None: return _kept(model, convs, run, dict(tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size))
     fmt = model.formatter_for(convs)
     exs = make_examples(convs, fmt, model.plan.max_seq_length, 'truncate')
     metrics = response_loss(model, exs, tuned, batch_size)|dict(loss_rows_cut=exs.rows.noted.get('examples_truncated', 0)+exs.rows.left_out['nothing_trained'])
@@ -70,6 +73,16 @@ def evaluate(
     scorers = default_scorers(expected) if scorers is None else scorers
     scores = {k:sum(float(f(e, a.text)) for e,a in zip(expected, answers))/len(convs) for k,f in scorers.items()}
     return scores|metrics|dict(rows=len(convs), cut_off=sum(not a.stopped for a in answers)),answers
+
+# %% ../nbs/evaluation.ipynb #fee5a10c
+def _kept(model, convs, run, how):
+    "What `evaluate` found, from the run where it is there"
+    inputs = how|dict(base=model.base, trained=weights_sha256(model.model) if how['tuned'] else None, rows=rows_sha256(convs), plan={k:getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')}, template=model.formatter_for(convs).template)
+    def make():
+        metrics,answers = evaluate(model, convs, **how)
+        return dict(metrics=metrics, answers=[asdict(a) for a in answers])
+    got = run.keep('tuned_evaluation' if how['tuned'] else 'base_evaluation', inputs, make)
+    return got['metrics'],[Answer(**a) for a in got['answers']]
 
 # %% ../nbs/evaluation.ipynb #52c6d1c6
 @dataclass
@@ -94,17 +107,17 @@ def __repr__(self:Comparison):
     for r in self.samples[:3]: lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
     return '\n'.join(lines)
 
-# %% ../nbs/evaluation.ipynb #0739e099
+# %% ../nbs/evaluation.ipynb #ccecce77
 def compare(
     model:LoadedModel, # Model with its trained adapter
     convs, # Held-out conversations
-    run:Run|None=None, # Gets `samples.jsonl`
+    run:Run|None=None, # Gets `samples.jsonl`, and keeps what was found
     base:tuple|None=None, # What `evaluate` said of the base model, when it was asked before training
     sides=('base', 'tuned'), # Which to ask
     **kw, # As in `evaluate`
 )->Comparison:
     "Base and tuned model on the same rows"
-    sides = {s:base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', **kw) for s in sides}
+    sides = {s:base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', run=run, **kw) for s in sides}
     rows = [dict(row=c.row, prompt=c.messages[-2]['content'], expected=model.formatter_for(convs).answer(c), **{s:a[i].text for s,(_,a) in sides.items() if a}) for i,c in enumerate(convs) if c.messages]
     res = Comparison({s:m for s,(m,_) in sides.items()}, rows)
     if run is not None and rows: run.save_samples(rows)

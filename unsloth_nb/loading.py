@@ -6,13 +6,14 @@
 __all__ = ['BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel', 'load_model',
            'base_fingerprint', 'load_adapter']
 
-# %% ../nbs/loading.ipynb #26efe98a
-import importlib.metadata,importlib.util,os,tempfile
+# %% ../nbs/loading.ipynb #989b23ce
+import importlib.metadata,importlib.util,os,re,tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache,cached_property
 from pathlib import Path
 from fastcore.basics import patch
 
+from .checkpoints import MANIFEST,check_whole
 from .engine import check_hub,quiet,start_engine
 from .formatting import Formatter
 from .planning import Plan,make_plan
@@ -112,10 +113,14 @@ def _ready(tok, job):
     tok.clean_up_tokenization_spaces = False
     return tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
 
-# %% ../nbs/loading.ipynb #f395b166
+# %% ../nbs/loading.ipynb #a374f7b8
 class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
-    def __init__(self, model, tok, source, plan, job): self.model,self.tok,self.source,self.plan,self.job = model,tok,source,plan,job
+    def __init__(self, model, tok, source, plan, job, adapter=None): self.model,self.tok,self.source,self.plan,self.job,self.adapter = model,tok,source,plan,job,adapter
+    @cached_property
+    def base(self)->dict: # weights: file to SHA-256; adapter: the same of the one that training starts from, or None
+        "What the trained weights are added to"
+        return dict(weights=base_fingerprint(self.source.path, self.source.revision), adapter=self.adapter)
     @cached_property
     def formatter(self):
         "Writes prompts as they were trained"
@@ -166,17 +171,30 @@ def load_model(
     model,tok = _from_pretrained(src, plan)
     return LoadedModel(_add_adapter(model, job, plan), _ready(tok, job), src, plan, job)
 
-# %% ../nbs/loading.ipynb #5bf0f48f
+# %% ../nbs/loading.ipynb #b62fed05
 BASE_FILE = 'base.json'
 
-def base_fingerprint(path)->dict: # Weight file to SHA-256; empty for a model on the Hub
-    "The hashes of a model folder's weights"
-    return {f.name:sha256(f) for f in sorted(Path(path).glob('*.safetensors'))} if Path(path).is_dir() else {}
+def base_fingerprint(path, revision=None)->dict: # Weight file to SHA-256; empty for a model that the Hub's cache does not hold
+    "The hashes of a model's weights, in a folder or in the Hub's cache, whose files are named by theirs"
+    home = Path(path) if Path(path).is_dir() else _snapshot(path, revision)
+    return {f.name:_weights_sha256(f) for f in sorted(home.glob('*.safetensors'))} if home else {}
+
+def _snapshot(repo, revision):
+    from huggingface_hub import try_to_load_from_cache
+    found = try_to_load_from_cache(repo, 'config.json', revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+def _weights_sha256(f):
+    name = f.resolve().name
+    return name if re.fullmatch('[0-9a-f]{64}', name) else _sha256_at(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size)
+
+@cache
+def _sha256_at(path, changed, size): return sha256(path)
 
 @patch
 def save_base(self:LoadedModel, folder):
     "Write beside an adapter which model it belongs to"
-    write_json(Path(folder)/BASE_FILE, dict(model=self.job.model, revision=self.job.revision, load_in_4bit=self.plan.load_in_4bit, template=self.job.template, weights=base_fingerprint(self.source.path)))
+    write_json(Path(folder)/BASE_FILE, dict(model=self.job.model, revision=self.job.revision, load_in_4bit=self.plan.load_in_4bit, template=self.job.template, weights=self.base['weights']))
 
 def _base_job(folder, job):
     "The job with the model that an adapter was trained on"
@@ -186,7 +204,7 @@ def _base_job(folder, job):
     if not name: raise SpecError(f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json")
     return job.replace(model=name),{}
 
-# %% ../nbs/loading.ipynb #03c76ea6
+# %% ../nbs/loading.ipynb #23b2bc9a
 def _check_adapter(folder, job):
     "The adapter must be what the job says: its rank and layers are fixed by now"
     has = read_json(Path(folder)/'adapter_config.json')
@@ -209,14 +227,15 @@ def load_adapter(
 )->LoadedModel:
     "A saved adapter on the model that it was trained on, trainable"
     start_engine()
+    if (Path(folder)/MANIFEST).exists(): check_whole(folder)
     _check_adapter(folder, job)
     base_job,base = _base_job(folder, job)
     src,plan = locate(base_job),plan or make_plan(base_job)
-    if base.get('weights') and base['weights'] != base_fingerprint(src.path):
+    if base.get('weights') and base['weights'] != base_fingerprint(src.path, src.revision):
         raise SpecError(f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find the same model, or train again")
     with tempfile.TemporaryDirectory() as tmp:
         view = Source(_view(folder, src.path, tmp), src.ref, None, src.remote_code)
         model,tok = _from_pretrained(view, plan)
     tok.name_or_path,tok.clean_up_tokenization_spaces = str(folder),False
     if tok.pad_token is None: tok.pad_token = tok.eos_token
-    return LoadedModel(model, tok, src, plan, base_job)
+    return LoadedModel(model, tok, src, plan, base_job, base_fingerprint(folder))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN_DIR_VARIABLE', 'write_json', 'read_json', 'append_line', 'read_lines', 'RunError', 'new_run_dir', 'git_state',
-           'Run', 'record_job', 'start_run', 'sha256', 'fingerprint', 'before_after', 'run_dirs', 'open_run', 'RunList',
-           'list_runs', 'plot_metrics']
+           'Run', 'Heart', 'record_job', 'start_run', 'sha256', 'fingerprint', 'before_after', 'run_dirs', 'open_run',
+           'RunList', 'list_runs', 'plot_metrics']
 
-# %% ../nbs/runs.ipynb #179f8413
-import hashlib,json,math,os,secrets,subprocess,time
+# %% ../nbs/runs.ipynb #e6a3ea87
+import hashlib,json,math,os,secrets,socket,subprocess,threading,time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -40,18 +40,26 @@ def read_json(path):
     path = Path(path)
     return json.loads(path.read_text()) if path.exists() else None
 
-# %% ../nbs/runs.ipynb #9c07f594
+# %% ../nbs/runs.ipynb #66b52c42
 def append_line(path, obj):
-    "Add a JSON line and flush it to disk"
-    with open(path, 'a') as f:
-        f.write(json.dumps(_plain(obj), ensure_ascii=False)+'\n')
+    "Add a JSON line and flush it to disk; what a killed writer left of a line is cut off first"
+    with open(path, 'ab+') as f:
+        end = f.tell()
+        if end and _last(f, end) != b'\n': f.truncate(_line_start(f, end))
+        f.write((json.dumps(_plain(obj), ensure_ascii=False)+'\n').encode())
         f.flush(); os.fsync(f.fileno())
+
+def _last(f, end): f.seek(end-1); return f.read(1)
+
+def _line_start(f, end):
+    f.seek(0)
+    return f.read(end).rfind(b'\n')+1
 
 def read_lines(path)->list[dict]:
     "The whole lines of a JSON-lines file"
     path,res = Path(path),[]
     if not path.exists(): return res
-    for l in path.read_text().splitlines():
+    for l in path.read_bytes().split(b'\n'):
         try: res.append(json.loads(l))
         except json.JSONDecodeError: break
     return res
@@ -86,7 +94,7 @@ def git_state(cwd=None)->dict|None: # None outside a checkout
     diff = _git('diff', 'HEAD', cwd=cwd) or b''
     return dict(commit=head.decode().strip(), changed=[l[3:] for l in changed.decode(errors='replace').splitlines()], diff_sha256=hashlib.sha256(diff).hexdigest() if diff else None)
 
-# %% ../nbs/runs.ipynb #b886d805
+# %% ../nbs/runs.ipynb #5416259d
 class Run:
     "A run directory: written while it happens, read afterwards"
     def __init__(self, path): self.path = Path(path)
@@ -102,12 +110,47 @@ class Run:
     @property
     def result(self): return read_json(self.path/'result.json')
     @property
-    def status(self): return (self.result or {}).get('status', 'unfinished')
+    def status(self): # finished, failed, interrupted; without a result: running, or unfinished when its process is gone
+        return (self.result or {}).get('status') or ('running' if self.alive else 'unfinished')
+    @property
+    def alive(self)->bool:
+        "Has its process said so within half a minute?"
+        beat = read_json(self.path/'heartbeat.json')
+        return bool(beat) and time.time()-beat['time'] < 30 and not (self.path/'result.json').exists() and _exists(beat)
     @property
     def metrics(self): return read_lines(self.path/'metrics.jsonl')
     def __repr__(self): return f"Run({self.name}, {self.status})"
 
-# %% ../nbs/runs.ipynb #cb9887a3
+# %% ../nbs/runs.ipynb #8cfc8834
+_HEARTS = {} # Directory to Heart, in this process
+
+def _exists(beat)->bool:
+    "Is the process that wrote this beat still there? Unknown on another machine, and then yes"
+    if beat['host'] != socket.gethostname(): return True
+    try: os.kill(beat['pid'], 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    return True
+
+class Heart(threading.Thread):
+    "Writes `heartbeat.json` until the run is over"
+    def __init__(self, path, every:float=5.0): # seconds
+        super().__init__(daemon=True)
+        self.path,self.every,self.step,self.step_time = Path(path),every,None,None
+    def beat(self):
+        write_json(self.path/'heartbeat.json', dict(time=time.time(), pid=os.getpid(), host=socket.gethostname(), step=self.step, step_time=self.step_time))
+    def run(self):
+        while self.path.is_dir() and not (self.path/'result.json').exists():
+            try: self.beat()
+            except OSError: pass # A full disk must not end the beating
+            time.sleep(self.every)
+
+@patch
+def beat(self:Run, step:int):
+    "An optimizer step is done"
+    if (h := _HEARTS.get(str(self.path))): h.step,h.step_time = step,time.time()
+
+# %% ../nbs/runs.ipynb #763c2cd4
 def record_job(path, job:Job, **more):
     "Write `job.json` and `env.json` into a run directory"
     kind = next(k for k,v in JOBS.items() if type(job) is v)
@@ -121,9 +164,19 @@ def start_run(
     "A new run, or the one that the runner has made for this notebook"
     path = os.environ.pop(RUN_DIR_VARIABLE, None)
     if path is None: path = new_run_dir(next(k for k,v in JOBS.items() if type(job) is v), runs_dir)
-    if (Path(path)/'result.json').exists(): raise RunError(f"{path} holds a run that is over; start a new one")
-    if not (Path(path)/'job.json').exists(): record_job(path, job)
-    return Run(path)
+    run = Run(path)
+    if run.result is not None: raise RunError(f"{path} holds a run that is over; start a new one")
+    if not (run.path/'job.json').exists(): record_job(path, job)
+    elif run.job != job: raise RunError(f"{run.name} was started with other parameters; start a new run, or go on with this one as it is")
+    run.start_heart()
+    return run
+
+@patch
+def start_heart(self:Run):
+    "Say from now on that this process is alive"
+    h = _HEARTS[str(self.path)] = Heart(self.path)
+    h.beat()
+    h.start()
 
 # %% ../nbs/runs.ipynb #7a8b7e65
 @patch
@@ -148,11 +201,24 @@ def seconds(self:Run)->dict[str,float]: # [s] by stage, in order
         if l.get('state') == 'done': res[l['stage']] = round(res.get(l['stage'], 0)+l['seconds'], 3)
     return res
 
-# %% ../nbs/runs.ipynb #7179e763
+# %% ../nbs/runs.ipynb #74830513
 @patch
 def log(self:Run, **values):
     "One line of metrics, flushed: `step` and what was measured there"
     append_line(self.path/'metrics.jsonl', values)
+
+@patch
+def keep_metrics(self:Run, lines):
+    "Have these lines of metrics and no others: steps after a checkpoint are done again"
+    if lines != self.metrics: _replace(self.path/'metrics.jsonl', lines)
+
+def _replace(path, rows):
+    "Write JSON lines whole or not at all"
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
+    with tmp.open('w') as f:
+        f.writelines(json.dumps(_plain(r), ensure_ascii=False)+'\n' for r in rows)
+        f.flush(); os.fsync(f.fileno())
+    os.replace(tmp, path)
 
 @patch
 def save(self:Run, name:str, obj):
@@ -162,9 +228,7 @@ def save(self:Run, name:str, obj):
 @patch
 def save_samples(self:Run, rows):
     "Write `samples.jsonl`: prompt, expected, base and tuned answers"
-    tmp = self.path/'.samples.jsonl'
-    tmp.write_text(''.join(json.dumps(_plain(r), ensure_ascii=False)+'\n' for r in rows))
-    os.replace(tmp, self.path/'samples.jsonl')
+    _replace(self.path/'samples.jsonl', rows)
 
 # %% ../nbs/runs.ipynb #1fef58cb
 def sha256(path)->str:

@@ -250,7 +250,7 @@ class FormatParams(RowParams):
         if v not in TEMPLATES: raise ValueError(f"got {v!r}, no known template{nearest(v, TEMPLATES)}")
         return v
 
-# %% ../nbs/spec.ipynb #bee98daa
+# %% ../nbs/spec.ipynb #66590f55
 class TrainParams(Job):
     "The optimizer's side"
     batch_size:Annotated[int, Field(ge=1, le=65536)]|Literal['auto','fastest'] = param('auto', 'Rows per optimizer step; auto: about 8; fastest: larger steps where the device is faster with them', _TRAIN, 'rows', _classic+': 2 x 4')
@@ -269,6 +269,8 @@ class TrainParams(Job):
     packing:bool|_auto = param('auto', 'Fill each row to max_seq_length with several examples; auto: with batch_size=fastest', _TRAIN)
     padding_free:bool|_auto = param('auto', 'Put the rows of a pass end to end instead of padding them', _TRAIN, '', 'transformers DataCollatorWithFlattening')
     logging_steps:int = param(1, 'Write metrics every so many steps', _TRAIN, 'steps', '', ge=1)
+    save_steps:Annotated[int, Field(ge=1)]|_auto|None = param('auto', 'Write a checkpoint every so many steps; auto: every five minutes; null: none', _TRAIN, 'steps')
+    save_total_limit:int = param(2, 'Checkpoints kept, the newest ones; the one with the lowest loss stays as well', _TRAIN, 'checkpoints', '', ge=1)
 
 # %% ../nbs/spec.ipynb #c780823e
 def split_batch(batch, rows, passes)->tuple: # (rows per step, rows per pass, passes); None where the plan decides
