@@ -108,3 +108,54 @@ def test_answers(lib, trained):
     same = sum(a.text == lib.generate(model, [p], greedy)[0].text for a,p in zip(batch, prompts))
     FIGURES['answers'] = dict(batch_as_single=same, of=len(prompts))
     assert same >= len(prompts)-1 # 16-bit sums may order two near-equal tokens differently
+
+@pytest.mark.parametrize('four_bit', [False, True], ids=['16bit', 'nf4'])
+def test_resume(lib, tmp_path, four_bit):
+    "Stopped after three of six steps and gone on with, from a freshly loaded model: the same losses and gradient norms, and the same weights"
+    from unsloth_nb.resuming import weights_sha256
+    job = lib.FinetuneJob(max_rows=64, test_size=4, max_steps=6, max_seq_length=512, learning_rate=2e-4, load_in_4bit=four_bit, save_steps=2)
+    data = lib.load_data(job)
+    plan = lib.make_plan(job, data, runs_dir=tmp_path/'none')
+    class StopAt:
+        def __init__(self, run, step): self.run,self.step = run,step
+        def show(self, progress, final=False):
+            if not final and progress.metrics[-1]['step'] == self.step: self.run.stop('a test')
+    def go(run, stop=None):
+        model = lib.load_model(job, plan)
+        m = lib.train(model, lib.make_examples(data.train, model.formatter, 512), job, run, StopAt(run, stop))
+        return weights_sha256(model.model),m
+    whole,again,run = (lib.start_run(job, tmp_path) for _ in range(3))
+    want,m = go(whole)
+    twice,_ = go(again)
+    with pytest.raises(lib.Interrupted): go(run, 2)
+    stopped = len(run.metrics)
+    got,n = go(run)
+    name = 'nf4' if four_bit else '16bit'
+    FIGURES[f'resume_{name}'] = dict(stopped_after=stopped, whole=steps(whole), undisturbed_twice=steps(again), resumed=steps(run), same_bits_undisturbed=want == twice, same_bits_resumed=want == got, train_loss=[m['train_loss'], n['train_loss']])
+    same_steps(steps(run), steps(whole), rel=0.02)
+    if want == twice: assert got == want # Kernels that repeat their bits: going on must as well
+
+def test_out_of_memory(lib, tmp_path):
+    "More than the card has: the reason, the plan beside it, and a change that then fits"
+    import re,torch
+    from unsloth_nb.spec import read_value
+    job = lib.FinetuneJob(max_rows=400, test_size=4, max_steps=2, max_seq_length=512, per_device_train_batch_size=256, gradient_accumulation_steps=1, gradient_checkpointing=False, padding_free=False, load_in_4bit=False)
+    data = lib.load_data(job)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated()+6*2**30)/total)
+    def go(job):
+        model = lib.load_model(job, lib.make_plan(job, data, runs_dir=tmp_path/'none'))
+        return lib.train(model, lib.make_examples(data.train, model.formatter, 512), job, lib.start_run(job, tmp_path))
+    try:
+        with pytest.raises(lib.TrainingError, match='memory ran out') as e: go(job)
+        said = str(e.value)
+        del e
+        FIGURES['out_of_memory'] = dict(said=said)
+        import gc
+        gc.collect(); torch.cuda.empty_cache()
+        change = dict(re.findall(r'-p (\w+)=(\S+)', said)) or dict(re.findall(r'(\w+)=(\S+?)[,.]?(?= |$)', said.splitlines()[-1].partition('it would fit with')[2]))
+        m = go(job.replace(**{k:read_value(lib.FinetuneJob, k, v.rstrip(',.')) for k,v in change.items()}))
+        FIGURES['out_of_memory'] |= dict(change=change, then_peak_bytes=m['peak_bytes'])
+    finally: torch.cuda.set_per_process_memory_fraction(1.0)
+    assert change and m['steps'] == 2

@@ -8,6 +8,7 @@ from nbdev.test import nb_test_cells
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'tutorials').glob('*.ipynb')])
 FLAGS = list(get_config(ROOT).tst_flags)
+COVERED = ('jobs', 'benchmarking') # Their slow cells are whole jobs, which test_jobs, test_survival and test_benchmark run
 
 CHILD = """
 import sys
@@ -36,7 +37,7 @@ def param(p):
 @pytest.mark.parametrize('nb', [param(p) for p in NBS], ids=lambda p: p.stem)
 def test_notebook(nb, record_property):
     "Slow cells included, GPU cells not"
-    run_nb(nb, ['slow'], record_property)
+    run_nb(nb, [] if nb.stem in COVERED else ['slow'], record_property)
 
 GPU = [p for p in NBS if len(cells(p, ['slow', 'gpu'])) > len(cells(p, ['slow']))]
 

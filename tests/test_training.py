@@ -1,10 +1,6 @@
-"Training repeats: against a recorded trace, and bit for bit; what breaks on the way to the disk is not kept."
-import hashlib,json,os,threading
-from pathlib import Path
+"Training repeats bit for bit; what breaks on the way to the disk is not kept."
+import hashlib,json,threading
 import pytest
-
-GOLDEN = Path(__file__).parent/'golden'/'finetune_float32.json'
-TOLERANCE = 2e-3 # Relative; float32 sums differ in their order from processor to processor
 
 def weights(model):
     "SHA-256 of all trained weights"
@@ -13,18 +9,9 @@ def weights(model):
         if p.requires_grad: h.update(n.encode()+p.detach().float().numpy().tobytes())
     return h.hexdigest()
 
-def test_golden_trace(trained):
-    "Loss and gradient norm of seeded steps are those on record; UNSLOTH_NB_GOLDEN=write records them anew"
-    _,run,_ = trained(dtype='float32')
-    trace = {k:[m[k] for m in run.metrics] for k in ('loss', 'grad_norm')}
-    if os.environ.get('UNSLOTH_NB_GOLDEN') == 'write': GOLDEN.write_text(json.dumps(trace, indent=1)+'\n')
-    want = json.loads(GOLDEN.read_text())
-    assert trace['loss'] == pytest.approx(want['loss'], rel=TOLERANCE)
-    assert trace['grad_norm'] == pytest.approx(want['grad_norm'], rel=10*TOLERANCE)
-
 def test_bit_for_bit(trained):
     "The same seed twice: every loss, every gradient norm and all trained weights are the same bits; another seed differs"
-    runs = [trained(seed=s) for s in (7, 7, 8)]
+    runs = [trained(seed=s, max_steps=2) for s in (7, 7, 8)]
     trace = [[(m['loss'], m['grad_norm']) for m in r.metrics] for _,r,_ in runs]
     assert trace[0] == trace[1] != trace[2]
     sums = [weights(m) for m,_,_ in runs]

@@ -1,13 +1,14 @@
 """Make `.venv` for this checkout: uv, one resolver call, and the torch build that fits the machine.
 
 Standard library only; run it with any Python that the project supports: `python3 tools/setup_env.py`.
-It does nothing, quickly, when nothing has changed since the last time; `--force` installs anyway."""
+It does nothing, quickly, when nothing has changed since the last time; `--force` installs anyway. The variable
+UNSLOTH_NB_VENV names another folder for the environment."""
 
 import hashlib, json, os, platform, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT/'.venv'
+VENV = Path(os.environ.get('UNSLOTH_NB_VENV') or ROOT/'.venv').absolute()
 PY, UV, CLI = (VENV/'bin'/n for n in ('python', 'uv', 'unsloth-nb'))
 STAMP = VENV/'.setup.json'
 OLDEST, NEWEST = (3, 11), (3, 13)

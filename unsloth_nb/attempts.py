@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .runs import Run,RunError,_plain,append_line,fingerprint,read_json,read_lines,write_json
 
-# %% ../nbs/attempts.ipynb #2889a56d
+# %% ../nbs/attempts.ipynb #a6186b99
 @patch
 def interrupt(self:Run, reason:str):
     "The run was stopped from outside and can go on"
@@ -43,8 +43,9 @@ def attempt(self:Run)->int: # From 1
 
 @patch(as_prop=True)
 def planned(self:Run)->dict|None:
-    "What an attempt before has planned; None in the first, and a changed device plans anew"
-    return read_json(self.path/'plan.json')
+    "What an attempt before has planned, or the run that this one replays; None in the first"
+    first = (read_json(self.path/'job.json') or {}).get('replays')
+    return read_json(self.path/'plan.json') or (read_json(self.path.parent/Path(first).name/'plan.json') if first else None)
 
 @patch(as_prop=True)
 def allowed(self:Run)->list: # Names

@@ -6,11 +6,12 @@
 __all__ = ['FORMATS', 'EXTRA', 'ROLES', 'Conversation', 'detect_format', 'check_turns', 'Reading', 'to_conversation', 'strings',
            'replaced', 'check_characters', 'without_control']
 
-# %% ../nbs/conversations.ipynb #f7db262d
+# %% ../nbs/conversations.ipynb #7223d8cb
 import difflib,json,re
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 
+from .escaping import markdown_code,markdown_text,plain_text
 from .sources import DataError
 from .spec import nearest
 
@@ -30,10 +31,10 @@ class Conversation:
         if self.text is not None: return dict(text=self.text)
         return dict(messages=self.messages)|{k:v for k in ('tools', 'rejected', 'label') if (v := getattr(self, k)) is not None}
 
-# %% ../nbs/conversations.ipynb #442fbcf3
+# %% ../nbs/conversations.ipynb #a8c8f127
 def _quoted(s, limit=600):
     "Text as a block of code, which no content can leave"
-    s = s if len(s) <= limit else s[:limit]+' …'
+    s = plain_text(s if len(s) <= limit else s[:limit]+' …')
     return '\n'.join('    '+l for l in s.splitlines() or [''])
 
 def _turn_text(m):
@@ -41,13 +42,13 @@ def _turn_text(m):
     calls = [f"{c['function']['name']}({json.dumps(c['function']['arguments'], ensure_ascii=False)})" for c in m.get('tool_calls', [])]
     return '\n'.join([*([f"({m['reasoning_content']})"] if m.get('reasoning_content') else []), *([m['content']] if m['content'] or not calls else []), *calls])
 
-def _turn_markdown(m, note=''): return f"**{m['role']}**{note}\n\n{_quoted(_turn_text(m))}"
+def _turn_markdown(m, note=''): return f"**{markdown_text(m['role'])}**{note}\n\n{_quoted(_turn_text(m))}"
 
 @patch
 def _repr_markdown_(self:Conversation):
     if self.text is not None: return f"Row {self.row}, text:\n\n{_quoted(self.text)}"
     tools = [', '.join(str(t.get('function', t).get('name')) for t in self.tools)] if self.tools else []
-    head = f"Row {self.row}"+''.join(f"; tools: `{t}`" for t in tools)+('' if self.label is None else f"; label: {'good' if self.label else 'bad'}")
+    head = f"Row {self.row}"+''.join(f"; tools: {markdown_code(t)}" for t in tools)+('' if self.label is None else f"; label: {'good' if self.label else 'bad'}")
     return '\n\n'.join([head, *map(_turn_markdown, self.messages), *(_turn_markdown(m, ', rejected') for m in self.rejected or [])])
 
 # %% ../nbs/conversations.ipynb #3201f8f8

@@ -6,8 +6,8 @@
 __all__ = ['LEFT_OUT', 'Store', 'Conversations', 'fingerprint_rows', 'collect', 'duplicate_rows', 'near_duplicate_rows',
            'split_rows', 'read_mix', 'mix_rows', 'Data', 'load_data', 'held_out']
 
-# %% ../nbs/data.ipynb #8d00f56e
-import hashlib,json,random
+# %% ../nbs/data.ipynb #c1917a25
+import hashlib,json,os,random
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from .conversations import EXTRA,FORMATS,Conversation,Reading,check_characters,detect_format,strings,without_control
+from .escaping import markdown_text,plain_text
 from .events import make_events
 from .ledger import Faults,Ledger,count_rows
 from .sources import DataError,Source,Spool,find_source
@@ -158,7 +159,7 @@ def split_rows(
     out[random.Random(seed).sample(single, test_size)] = True
     return np.flatnonzero(~out),np.flatnonzero(out)
 
-# %% ../nbs/data.ipynb #8f626176
+# %% ../nbs/data.ipynb #a33db1b3
 _own = ('dataset', 'dataset_format', 'dataset_columns', 'dataset_roles', 'dataset_split', 'dataset_revision')
 
 def read_mix(path, job)->list[tuple]: # (job for one source, weight or None)
@@ -172,7 +173,7 @@ def read_mix(path, job)->list[tuple]: # (job for one source, weight or None)
         if bad: raise DataError(f"dataset: the mix {path}, entry {n}: unknown name {bad!r}{nearest(str(bad), (*_own, 'weight'))}")
         if w is not None and (isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0): raise DataError(f"dataset: the mix {path}, entry {n}: weight is {w!r}; expected a number above 0")
         near = Path(path).parent/str(e['dataset'])
-        res.append((job.replace(**{k:v for k,v in e.items() if k != 'weight'}|dict(dataset=str(near if near.exists() else e['dataset']))), w))
+        res.append((job.replace(**{k:v for k,v in e.items() if k != 'weight'}|dict(dataset=str(near if os.path.exists(near) else e['dataset']))), w))
     if len({w is None for _,w in res}) > 1: raise DataError(f"dataset: the mix {path} gives a weight to some entries only; give one to all, or to none")
     return res
 
@@ -191,7 +192,7 @@ def mix_rows(
     total,rng = min(total, limit or total),random.Random(seed)
     return [np.sort(rng.sample(p.tolist(), min(len(p), int(total*s+1e-9)))) for p,s in zip(parts, share)]
 
-# %% ../nbs/data.ipynb #d21caf2e
+# %% ../nbs/data.ipynb #17a2f6ff
 @dataclass(frozen=True, repr=False)
 class Data:
     "What a job trains on and what it holds out"
@@ -206,7 +207,7 @@ class Data:
     unused:list=field(default_factory=list) # Columns that are not used
     warnings:list=field(default_factory=list) # What a careful reader would want to know
 
-    def __repr__(self): return f"Data({self.source}, {self.format}: {len(self.train)} rows to train on, {len(self.test)} held out)"
+    def __repr__(self): return plain_text(f"Data({self.source}, {self.format}: {len(self.train)} rows to train on, {len(self.test)} held out)")
     @property
     def system(self):
         "The system message that all rows share, or None"
@@ -235,7 +236,7 @@ def check_supervised(self:Data):
     "Raise `DataError` for preference data, which a finetune job would not use as it was meant"
     if not self.supervised: raise DataError(f"dataset: {self.source} is preference data ({self.reason}), and supervised fine-tuning trains on one answer a row; say train_on_preferred=true to train on the {'chosen' if self.format == 'preference' else 'good'} answers, or give dataset_format another value")
 
-# %% ../nbs/data.ipynb #e1b6565d
+# %% ../nbs/data.ipynb #9c017bc1
 @patch
 def facts(self:Data)->list[str]:
     "Lines about the data beside the ledger"
@@ -246,10 +247,10 @@ def facts(self:Data)->list[str]:
 
 @patch
 def _repr_markdown_(self:Data):
-    return '\n\n'.join([f"**{self.source}**, read as {self.format}: {self.reason}", self.ledger._repr_markdown_(), '\n'.join(f'- {f}' for f in self.facts()), self.train[0]._repr_markdown_()])
+    return '\n\n'.join([f"**{markdown_text(self.source)}**, read as {self.format}: {markdown_text(self.reason)}", self.ledger._repr_markdown_(), '\n'.join(f'- {markdown_text(f)}' for f in self.facts()), self.train[0]._repr_markdown_()])
 
 @patch
-def __str__(self:Data): return '\n'.join([f"{self.source}, read as {self.format}: {self.reason}", '', str(self.ledger), '', *self.facts()])
+def __str__(self:Data): return plain_text('\n'.join([f"{self.source}, read as {self.format}: {self.reason}", '', str(self.ledger), '', *self.facts()]))
 
 # %% ../nbs/data.ipynb #573df145
 LEFT_OUT = ('malformed', 'empty', 'control_characters', 'filtered', 'not_preferred', 'not_in_mix', 'duplicates', 'near_duplicates', 'overlap', 'not_used') # Reasons

@@ -6,12 +6,13 @@
 __all__ = ['engine_log', 'LIBRARIES', 'set_environment', 'Device', 'device_info', 'EngineError', 'quiet', 'start_engine',
            'versions', 'check_hub']
 
-# %% ../nbs/engine.ipynb #26f1f258
+# %% ../nbs/engine.ipynb #e807e19b
 import importlib.metadata,io,logging,os,platform,sys,warnings
 from contextlib import contextmanager,redirect_stderr,redirect_stdout
 from dataclasses import asdict,dataclass
 from fastcore.basics import patch
 
+from .sandbox import bound_templates
 from .spec import SpecError,settings
 
 # %% ../nbs/engine.ipynb #b1bc06a5
@@ -90,7 +91,7 @@ def quiet():
         _release(buf)
         engine_log.extend(l for l in buf.getvalue().replace('\r', '\n').splitlines() if l.strip())
 
-# %% ../nbs/engine.ipynb #62fd565d
+# %% ../nbs/engine.ipynb #1d38b17d
 def _import_unsloth():
     "Import Unsloth with its output captured"
     import torch
@@ -98,6 +99,7 @@ def _import_unsloth():
     try:
         with quiet(): import unsloth
     except Exception as e: raise EngineError(f"Unsloth does not import: {type(e).__name__}: {e}") from e
+    bound_templates() # Unsloth tries templates while it loads a model
     from datasets.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
     for off in (disable_progress_bars, disable_progress_bar): off() # They are widgets, which an executed notebook keeps for ever

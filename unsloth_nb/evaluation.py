@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['response_loss', 'exact_match', 'valid_json', 'default_scorers', 'evaluate', 'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #737cbe90
-import html,json,math
+# %% ../nbs/evaluation.ipynb #efb212bb
+import json,math
 from dataclasses import asdict,dataclass,field
 from fastcore.basics import patch
 
 from .engine import quiet
+from .escaping import html_text,plain_text
 from .examples import make_examples
 from .inference import Answer,Sampling,answering,generate
 from .loading import LoadedModel
@@ -84,7 +85,7 @@ def _kept(model, convs, run, how):
     got = run.keep('tuned_evaluation' if how['tuned'] else 'base_evaluation', inputs, make)
     return got['metrics'],[Answer(**a) for a in got['answers']]
 
-# %% ../nbs/evaluation.ipynb #52c6d1c6
+# %% ../nbs/evaluation.ipynb #92510e0e
 @dataclass
 class Comparison:
     "Base and tuned model on the same held-out rows"
@@ -93,11 +94,11 @@ class Comparison:
 
 @patch
 def _repr_html_(self:Comparison):
-    cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html.escape(s)}</td>'
+    cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
     cols = [k for k in ('prompt', 'expected', 'base', 'tuned') if self.samples and k in self.samples[0]]
     sides = list(self.metrics)
     names = list(dict.fromkeys(n for m in self.metrics.values() for n in m))
-    table = '<table><tr><th></th>'+''.join(f'<th>{s}</th>' for s in sides)+'</tr>'+''.join(f'<tr><td>{html.escape(n.replace("_", " "))}</td>'+''.join(f'<td>{self.metrics[s].get(n, ""):.4g}</td>' for s in sides)+'</tr>' for n in names)+'</table>'
+    table = '<table><tr><th></th>'+''.join(f'<th>{html_text(s)}</th>' for s in sides)+'</tr>'+''.join(f'<tr><td>{html_text(n.replace("_", " "))}</td>'+''.join(f'<td>{self.metrics[s].get(n, ""):.4g}</td>' for s in sides)+'</tr>' for n in names)+'</table>'
     rows = ''.join('<tr>'+''.join(cell(str(r[c])) for c in cols)+'</tr>' for r in self.samples[:5])
     return table+(f'<table><tr>{"".join(f"<th>{c}</th>" for c in cols)}</tr>{rows}</table>' if rows else '')
 
@@ -105,7 +106,7 @@ def _repr_html_(self:Comparison):
 def __repr__(self:Comparison):
     lines = [before_after(self.metrics)]
     for r in self.samples[:3]: lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
-    return '\n'.join(lines)
+    return plain_text('\n'.join(lines))
 
 # %% ../nbs/evaluation.ipynb #ccecce77
 def compare(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Examples', 'make_examples', 'length_profile']
 
-# %% ../nbs/examples.ipynb #306b0022
-import html
+# %% ../nbs/examples.ipynb #e7deed0b
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from fastcore.basics import patch
 import numpy as np
 
+from .escaping import html_text,plain_text
 from .formatting import IGNORE,Example,Formatter
 from .ledger import Faults,Ledger,count_rows
 from .sources import Spool
@@ -140,7 +140,7 @@ def make_examples(
     res.warnings = [*faults.notes(), *([f'{count_rows(unknown)} with characters that the tokenizer reads as its unknown token {formatter.tok.unk_token!r}'] if unknown else []), *formatter.notes()]
     return res
 
-# %% ../nbs/examples.ipynb #be2e1e5e
+# %% ../nbs/examples.ipynb #12058772
 def length_profile(examples)->dict: # [tokens] min, median, p95, max
     "How long examples are"
     n = np.sort(examples.lengths).tolist()
@@ -159,11 +159,11 @@ def facts(self:Examples)->list[str]:
 
 @patch
 def _repr_html_(self:Examples):
-    cell = lambda k,v: f'<tr><td style="text-align:left">{html.escape(k)}</td><td style="text-align:right">{v:,}</td></tr>'
+    cell = lambda k,v: f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
     table = '<table>'+''.join(cell(k, v) for l in (self.rows, self.tokens) for k,v in l.lines())+'</table>'
-    facts = ''.join(f'<li>{html.escape(f)}</li>' for f in self.facts())
-    return f'<b>{self.formatter.template}</b>: {html.escape(self.formatter.reason)}; loss on {html.escape(str(self.formatter.loss_on))}{table}<ul>{facts}</ul>{self[0]._repr_html_()}'
+    facts = ''.join(f'<li>{html_text(f)}</li>' for f in self.facts())
+    return f'<b>{html_text(self.formatter.template)}</b>: {html_text(self.formatter.reason)}; loss on {html_text(self.formatter.loss_on)}{table}<ul>{facts}</ul>{self[0]._repr_html_()}'
 
 @patch
 def __repr__(self:Examples):
-    return '\n'.join([f'{self.formatter.template}: {self.formatter.reason}; loss on {self.formatter.loss_on}', str(self.rows), str(self.tokens), *self.facts(), '', str(self[0])])
+    return plain_text('\n'.join([f'{self.formatter.template}: {self.formatter.reason}; loss on {self.formatter.loss_on}', str(self.rows), str(self.tokens), *self.facts(), '', str(self[0])]))

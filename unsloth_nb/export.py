@@ -82,7 +82,7 @@ def _reloaded_merged(model, folder):
         del net
         gc.collect()
 
-# %% ../nbs/export.ipynb #bc21d21d
+# %% ../nbs/export.ipynb #7be2fb10
 def _write_merged(model, folder):
     "Merge and write in 16 bits, through Unsloth"
     if model.plan.load_in_4bit and model.plan.device.kind != 'cuda':
@@ -98,6 +98,7 @@ def save_artifact(
     convs, # Held-out conversations to compare on
 )->dict: # The certificate
     "Write an artefact, reload it, compare it, and only then put it in place"
+    if to not in ('adapter', 'merged_16bit'): raise SpecError(f"to: got {to!r}; expected 'adapter' or 'merged_16bit'")
     exs = make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate')
     def write(stage):
         write_adapter(model, stage) if to == 'adapter' else _write_merged(model, stage)

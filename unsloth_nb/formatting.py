@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['IGNORE', 'Example', 'encode_pieces', 'Formatter', 'token_texts', 'visible', 'show_example']
 
-# %% ../nbs/formatting.ipynb #d9f4afce
-import html,re
+# %% ../nbs/formatting.ipynb #7530de6f
+import re
 from dataclasses import dataclass,field
 from fastcore.basics import patch
 import numpy as np
 
 from .conversations import Conversation,replaced,strings
+from .escaping import html_text
 from .templates import Chat,FormatError,alpaca_prompt,chat_pieces,check_shown,cut_text,render,role_spans,shows,special_pattern,special_tokens,use_template
 
 # %% ../nbs/formatting.ipynb #9f672b34
@@ -265,14 +266,14 @@ def visible(s)->str:
     shown = {' ':'·', '\n':'⏎', '\t':'⇥', '\r':'␍', '\u00a0':'⍽'}
     return ''.join(shown.get(c, c if c.isprintable() else f'[U+{ord(c):04X}]') for c in s)
 
-# %% ../nbs/formatting.ipynb #1e6c5179
+# %% ../nbs/formatting.ipynb #796eea23
 @patch
 def _repr_html_(self:Example):
     special,out = special_tokens(self.tok),[]
     for i,m,s in zip(self.input_ids, self.mask, token_texts(self.tok, self.input_ids)):
         style = 'background:#2e7d3240;' if m else ''
         if s in special: style += 'border:1px solid #888;border-radius:3px;'
-        out.append(f'<span title="{i}" style="{style}">{html.escape(visible(s)) or "&#8203;"}</span>'+('<br>' if '\n' in s else ''))
+        out.append(f'<span title="{i}" style="{style}">{html_text(visible(s)) or "&#8203;"}</span>'+('<br>' if '\n' in s else ''))
     head = f'row {self.row}: {len(self)} tokens, <span style="background:#2e7d3240">{self.trained} trained</span>'
     return f'<div style="font-size:smaller">{head}</div><div style="font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">{"".join(out)}</div>'
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Sampling', 'answering', 'Answer', 'as_messages', 'generate', 'stream', 'Turn', 'Chat', 'load_run', 'chat']
 
-# %% ../nbs/inference.ipynb #00d5fd44
-import html,json,threading
+# %% ../nbs/inference.ipynb #dbb95008
+import json,threading
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
 from fastcore.basics import patch
 
 from .conversations import Conversation
 from .engine import quiet
+from .escaping import html_text,plain_text
 from .loading import LoadedModel,load_adapter
 from .planning import make_plan
 from .runs import open_run
@@ -64,14 +65,14 @@ def answering(model:LoadedModel, tuned:bool=True):
         with torch.inference_mode(), _contiguous_head(model.model), nullcontext() if tuned else model.model.disable_adapter(): yield model.model
     finally: model.tok.padding_side = 'right'
 
-# %% ../nbs/inference.ipynb #95d0772f
+# %% ../nbs/inference.ipynb #e5bd623c
 @dataclass(frozen=True)
 class Answer:
     "What the model wrote"
     text:str # Without special tokens
     tokens:int # Tokens generated, the end token included
     stopped:bool # True: by an end token; False: cut at max_new_tokens
-    def __str__(self): return self.text
+    def __str__(self): return plain_text(self.text)
 
 def _answer(model, ids, stops)->Answer:
     "Cut the generated ids at the first end token"
@@ -153,7 +154,7 @@ def stream(
         stop.set()
         thread.join()
 
-# %% ../nbs/inference.ipynb #a90a83d5
+# %% ../nbs/inference.ipynb #c21ba806
 @dataclass
 class Turn:
     "One question and its answers"
@@ -161,10 +162,10 @@ class Turn:
     answers:dict # `tuned` and perhaps `base` to Answer
 
     def _repr_html_(self):
-        cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html.escape(s)}</td>'
-        head = ''.join(f'<th style="text-align:left">{k}</th>' for k in self.answers)
-        return f'<div><b>{html.escape(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
-    def __repr__(self): return '\n'.join([f'> {self.question}', *(f'{k+":":7}{a.text}' for k,a in self.answers.items())])
+        cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
+        head = ''.join(f'<th style="text-align:left">{html_text(k)}</th>' for k in self.answers)
+        return f'<div><b>{html_text(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
+    def __repr__(self): return plain_text('\n'.join([f'> {self.question}', *(f'{k+":":7}{a.text}' for k,a in self.answers.items())]))
 
 class Chat:
     "A conversation with the tuned model and, beside it, the base model"
@@ -177,7 +178,7 @@ class Chat:
         self.model,self.sampling,self.turns = model,sampling or Sampling(),[]
         start = [dict(role='system', content=system)] if system else []
         self.histories = {k:list(start) for k in (('base', 'tuned') if compare else ('tuned',))}
-    def __repr__(self): return f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question"
+    def __repr__(self): return plain_text(f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question")
 
 @patch
 def __call__(self:Chat, question:str)->Turn:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'Retries', 'Timeout', 'HangAfter',
-           'preflight', 'run_job', 'resume_run', 'param_help', 'read_pairs', 'print_result', 'resume_command',
-           'plan_command', 'inspect_data', 'print_data', 'data_command', 'data_profile', 'check_files', 'check_command',
-           'list_command', 'stop_command', 'show_command', 'talk', 'chat_command', 'main']
+           'preflight', 'run_job', 'resume_run', 'replay_run', 'param_help', 'read_pairs', 'print_result',
+           'resume_command', 'plan_command', 'inspect_data', 'print_data', 'data_command', 'data_profile',
+           'check_files', 'check_command', 'list_command', 'diff_command', 'replay_command', 'stop_command',
+           'show_command', 'talk', 'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #c8a50ccf
-import json,sys
+# %% ../nbs/jobs.ipynb #3d341c0f
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +19,10 @@ import typer
 from .advice import Findings,check_job
 from .review import check_file
 from .benchmarking import finetune_job
+from .comparing import Replay,diff_runs,list_runs,replayed
 from .data import load_data
 from .devices import find_device
+from .escaping import json_text,mask_secrets,plain_text
 from .examples import make_examples
 from .formatting import Formatter
 from .sources import find_source
@@ -27,7 +30,7 @@ from .loading import check_model,load_tokenizer
 from .planning import make_plan
 from .profiling import profile_examples
 from .scanning import ScanError
-from .runs import Run,RunError,before_after,list_runs,new_run_dir,open_run,record_job
+from .runs import Run,RunError,before_after,new_run_dir,open_run,record_job
 from .spec import JOBS,BenchmarkJob,FinetuneJob,Job,SpecError,fields,make_job,read_value,settings
 from .supervising import Supervisor,Watcher,conclude,execute
 from .templates import FormatError
@@ -98,6 +101,21 @@ def resume_run(
     preflight(run.job.replace(**params), run.path.parent)
     return _attempts(run.reopen(allow, **params), run.kind, show, retries, hang_after=hang_after, timeout=timeout)
 
+# %% ../nbs/jobs.ipynb #61de3c4c
+def replay_run(
+    run='latest', # Name, unique part of a name, or directory
+    runs_dir=None, # Where runs are
+    show:bool=True, # Print progress?
+)->Replay:
+    "Do a run again, and judge whether it repeats"
+    first = open_run(run, runs_dir, kind='finetune')
+    if first.status != 'finished': raise SpecError(f"run: {first.name} is {first.status}; only a finished run can be replayed")
+    preflight(first.job, first.path.parent)
+    again = Run(new_run_dir('finetune', first.path.parent))
+    record_job(again.path, first.job, replays=first.name)
+    _attempts(again, 'finetune', show, 0)
+    return replayed(first, again)
+
 # %% ../nbs/jobs.ipynb #99196b8e
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Fine-tune language models from notebooks, as jobs.')
 run_app = typer.Typer(rich_markup_mode=None)
@@ -120,7 +138,7 @@ def read_pairs(cls, pairs:list[str])->dict:
     if bad: raise SpecError(f"-p {bad[0]}: expected name=value, as in -p max_steps=20")
     return {k.strip():read_value(cls, k.strip(), v.strip()) for k,v in (p.split('=', 1) for p in pairs)}
 
-# %% ../nbs/jobs.ipynb #3a54b4fe
+# %% ../nbs/jobs.ipynb #f2ae12ba
 Params = Annotated[list[str], typer.Option('-p', '--param', metavar='NAME=VALUE', help='A parameter; may be repeated.', default_factory=list)]
 ParamsFile = Annotated[Path|None, typer.Option('-f', '--file', help='YAML file with parameters.')]
 PresetName = Annotated[str|None, typer.Option('--preset', help='Model preset: sets the model and the parameters that suit it.')]
@@ -129,9 +147,9 @@ RunsDir = Annotated[Path|None, typer.Option('--runs-dir', help='Where run direct
 def print_result(run:Run):
     "What a person wants to know when a job is over"
     res = run.result
-    print(f"\n{run.name}: {run.status}"+(f": {res['reason']}" if 'reason' in res else ''))
+    print(plain_text(f"\n{run.name}: {run.status}"+(f": {res['reason']}" if 'reason' in res else '')))
     if (table := before_after(res.get('metrics', {}))): print('\n'+table)
-    print(f"\nrun directory  {run.path}\nreport         {run.path/'report.html'}", flush=True)
+    print(plain_text(f"\nrun directory  {run.path}\nreport         {run.path/'report.html'}")+('' if run.status == 'finished' else f"\ngo on with     unsloth-nb run --resume {run.name}"), flush=True)
 
 Retries = Annotated[int, typer.Option('--retries', help='More attempts when the kernel dies or hangs, or time is up.', min=0)]
 Timeout = Annotated[float|None, typer.Option('--timeout', help='Longest time for an attempt [s]; then a checkpoint, and an end.', min=1)]
@@ -162,7 +180,7 @@ def resume_command(ctx:typer.Context, param:Params, resume:Annotated[str|None, t
 
 for _name,_cls in JOBS.items(): _add_job(_name, _cls)
 
-# %% ../nbs/jobs.ipynb #1312285f
+# %% ../nbs/jobs.ipynb #f108b45f
 @app.command('plan')
 def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None,
     device:Annotated[str|None, typer.Option(help="Plan for another device: T4, L4, A10G, RTX 4090, A100 80GB, H100, 'CPU 32GB' …")]=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
@@ -170,9 +188,9 @@ def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; 
     if job != 'finetune': raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
     job = make_job(job, preset, file, **read_pairs(FinetuneJob, param))
     plan = make_plan(job, load_data(job), device, runs_dir)
-    print(json.dumps(plan.to_dict(), indent=1, default=str) if as_json else plan)
+    print(json_text(plan.to_dict(), indent=1, default=str) if as_json else plain_text(plan))
 
-# %% ../nbs/jobs.ipynb #f65518b0
+# %% ../nbs/jobs.ipynb #6bf56b9c
 def inspect_data(
     job:FinetuneJob, # Dataset, template, length and policies
     engine:bool=True, # False: without Unsloth, in seconds; only for a process that loads no model afterwards
@@ -191,10 +209,11 @@ def inspect_data(
 def print_data(data, examples, profile, show):
     "The report of `data`, as text"
     note = "\nnote: preference data; a finetune job refuses it unless train_on_preferred=true, and what follows is about the better answers\n" if 'preference' in data.format else ''
-    print(data, note, f"template {examples.formatter.template}: {examples.formatter.reason}; loss on {examples.formatter.loss_on}", '', examples.rows, examples.tokens, *(f'warning: {w}' for w in examples.warnings), '', profile, sep='\n')
+    parts = [data, note, f"template {examples.formatter.template}: {examples.formatter.reason}; loss on {examples.formatter.loss_on}", '', examples.rows, examples.tokens, *(f'warning: {w}' for w in examples.warnings), '', profile]
+    print(*map(plain_text, parts), sep='\n')
     for ex in examples[:show]: print('', ex, sep='\n')
 
-# %% ../nbs/jobs.ipynb #c611a976
+# %% ../nbs/jobs.ipynb #998f831a
 @app.command('data')
 def data_command(source:Annotated[str, typer.Argument(help="A file, a folder, a mix (.yaml), a Hub id or 'events'.")], param:Params, file:ParamsFile=None,
     format:Annotated[str|None, typer.Option(help='How rows are read; default: detected.')]=None, template:Annotated[str|None, typer.Option(help="Template by name; default: the model's own.")]=None,
@@ -203,7 +222,7 @@ def data_command(source:Annotated[str, typer.Argument(help="A file, a folder, a 
     "Show a dataset as a finetune job would see it: format, rows, tokens, lengths, warnings."
     given = {k:v for k,v in dict(dataset_format=format, template=template, max_seq_length=max_seq_length).items() if v is not None}
     data,examples,profile,problem = inspect_data(make_job('finetune', None, file, **read_pairs(FinetuneJob, param)|given|dict(dataset=source)), engine=False)
-    if as_json: print(json.dumps(dict(data=data.to_dict(), examples=examples.to_dict(), profile=profile.to_dict(), shown=[str(e) for e in examples[:show]], error=str(problem) if problem else None), indent=1, ensure_ascii=False))
+    if as_json: print(json_text(dict(data=data.to_dict(), examples=examples.to_dict(), profile=profile.to_dict(), shown=[str(e) for e in examples[:show]], error=str(problem) if problem else None), indent=1))
     else: print_data(data, examples, profile, show)
     if problem: raise problem
 
@@ -226,7 +245,7 @@ def check_files(
         except ScanError as e: bad[str(f)] = str(e)
     return found,bad
 
-# %% ../nbs/jobs.ipynb #a62df254
+# %% ../nbs/jobs.ipynb #fbab5ce1
 @app.command('check')
 def check_command(param:Params, files:Annotated[list[Path]|None, typer.Argument(metavar='[FILE]...', help='Notebooks, scripts or params files; none: the finetune job given by -p.', show_default=False)]=None, preset:PresetName=None,
     device:Annotated[str|None, typer.Option(help='Device that it is meant for, by name.')]=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
@@ -235,17 +254,39 @@ def check_command(param:Params, files:Annotated[list[Path]|None, typer.Argument(
     job = make_job('finetune', preset, None, **read_pairs(FinetuneJob, param)) if param or preset or not files else None
     profile = data_profile(job) if job and (not files or any(p.partition('=')[0].strip() == 'dataset' for p in param)) else None
     found,bad = check_files(files, dev, profile) if files else (check_job(job, None, profile, dev), {})
-    if as_json: print(json.dumps(found.to_dict()|dict(unreadable=bad), indent=1, ensure_ascii=False))
+    if as_json: print(json_text(found.to_dict()|dict(unreadable=bad), indent=1))
     elif found or not bad: print(found)
-    for why in bad.values(): print(f'unsloth-nb: {why}', file=sys.stderr)
+    for why in bad.values(): print(plain_text(f'unsloth-nb: {why}'), file=sys.stderr)
     raise typer.Exit(2 if bad else 0 if found.clean else 1)
 
-# %% ../nbs/jobs.ipynb #98356a67
+# %% ../nbs/jobs.ipynb #5a3d4d49
 @runs_app.command('list')
-def list_command(runs_dir:RunsDir=None):
-    "List all runs, oldest first."
-    runs = list_runs(runs_dir)
-    print(runs if runs else f"no runs under {runs_dir or settings().runs_dir} yet")
+def list_command(runs_dir:RunsDir=None,
+    status:Annotated[str|None, typer.Option(help='Only runs that are finished, failed, interrupted, running or unfinished.')]=None,
+    job:Annotated[str|None, typer.Option(help='Only runs of this job.')]=None,
+    model:Annotated[str|None, typer.Option(help="Only runs with this in the model's name.")]=None,
+    dataset:Annotated[str|None, typer.Option(help="Only runs with this in the dataset's name.")]=None,
+    sort:Annotated[str|None, typer.Option(metavar='COLUMN', help='Sort by a column, largest last; default: by time.')]=None,
+    as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+    "List runs, oldest first, or sorted by a column."
+    found = list_runs(runs_dir).where(status, job, model, dataset).by(sort or 'run')
+    if as_json: return print(json_text([dict(zip(found.columns, row)) for row in found.rows()], indent=1))
+    given = any(v is not None for v in (status, job, model, dataset))
+    print(found if found else f"no {'such runs' if given else 'runs'} under {runs_dir or settings().runs_dir}{'' if given else ' yet'}")
+
+@runs_app.command('diff')
+def diff_command(a:Annotated[str, typer.Argument(metavar='A', help="Name, unique part of a name, directory, or 'latest'.")], b:Annotated[str, typer.Argument(metavar='B', help='The other run, likewise.')],
+    runs_dir:RunsDir=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+    "Show what differs between two runs, and at which step their curves part."
+    d = diff_runs(a, b, runs_dir)
+    print(json_text(d.to_dict(), indent=1) if as_json else d)
+
+@runs_app.command('replay')
+def replay_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
+    "Do a run again from what it has recorded, and compare; exit code 0: it repeats, 1: it does not."
+    r = replay_run(run, runs_dir)
+    print(r)
+    raise typer.Exit(0 if r.ok else 1)
 
 @runs_app.command('stop')
 def stop_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
@@ -277,11 +318,11 @@ def chat_command(run:Annotated[str, typer.Argument(help="Name, unique part of a 
     try: talk(c, None if sys.stdin.isatty() else (l for l in sys.stdin))
     except EOFError: print()
 
-# %% ../nbs/jobs.ipynb #cb7b2486
+# %% ../nbs/jobs.ipynb #da7618f9
 def main():
     "Entry point: refusals are one message and exit code 2"
     try: app()
     except (SpecError, RunError) as e:
-        print('\n'.join(f'unsloth-nb: {l}' for l in str(e).splitlines()), file=sys.stderr)
+        print('\n'.join(f'unsloth-nb: {l}' for l in plain_text(mask_secrets(str(e))).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)

@@ -6,7 +6,7 @@
 __all__ = ['BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel', 'load_model',
            'base_fingerprint', 'load_adapter']
 
-# %% ../nbs/loading.ipynb #989b23ce
+# %% ../nbs/loading.ipynb #2f305781
 import importlib.metadata,importlib.util,os,re,tempfile
 from dataclasses import dataclass
 from functools import cache,cached_property
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from .checkpoints import MANIFEST,check_whole
 from .engine import check_hub,quiet,start_engine
+from .escaping import plain_text
 from .formatting import Formatter
 from .planning import Plan,make_plan
 from .runs import read_json,sha256,write_json
@@ -57,7 +58,7 @@ def embedded_model()->Path: # Folder with safetensors and tokenizer
             if not (home/'config.json').exists(): raise
     return home
 
-# %% ../nbs/loading.ipynb #6d3a01cb
+# %% ../nbs/loading.ipynb #164a326f
 @dataclass(frozen=True)
 class Source:
     "What the libraries load"
@@ -76,7 +77,7 @@ def check_model(job:FinetuneJob)->ModelRef:
     ref = resolve_model(job.model, job.allow_remote_code)
     if ref.kind == 'local' and not any((Path(ref.id)/f).exists() for f in ('config.json', 'adapter_config.json')):
         raise SpecError(f"model: folder {job.model!r} holds neither config.json nor adapter_config.json, so it is no model; give the folder that holds one of them")
-    if ref.kind == 'local' and not any(Path(ref.id).glob('*.safetensors')):
+    if ref.kind == 'local' and not any(f for n in ('model', 'adapter_model') for f in Path(ref.id).glob(f'{n}*.safetensors')):
         raise SpecError(f"model: folder {job.model!r} holds no .safetensors weights, and pickled ones are not loaded, since they can run code; save the model again as safetensors")
     if ref.kind == 'hub' and not _cached(ref.id, job.revision): check_hub(f"model {ref.id!r}")
     return ref
@@ -113,7 +114,7 @@ def _ready(tok, job):
     tok.clean_up_tokenization_spaces = False
     return tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
 
-# %% ../nbs/loading.ipynb #a374f7b8
+# %% ../nbs/loading.ipynb #15e87e79
 class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
     def __init__(self, model, tok, source, plan, job, adapter=None): self.model,self.tok,self.source,self.plan,self.job,self.adapter = model,tok,source,plan,job,adapter
@@ -133,7 +134,7 @@ class LoadedModel:
         "Parameter counts; packed 4-bit weights count as what they stand for"
         size = lambda p: p.numel()*2 if type(p).__name__ == 'Params4bit' else p.numel()
         return sum(size(p) for p in self.model.parameters() if p.requires_grad),sum(map(size, self.model.parameters()))
-    def __repr__(self): return f"LoadedModel({self.job.model}, {self.parameters[0]:,} of {self.parameters[1]:,} parameters trained)"
+    def __repr__(self): return plain_text(f"LoadedModel({self.job.model}, {self.parameters[0]:,} of {self.parameters[1]:,} parameters trained)")
 
 # %% ../nbs/loading.ipynb #1e73f07c
 def _check_targets(model, job):

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Benchmark']
 
-# %% ../nbs/measured.ipynb #b1cd75ad
+# %% ../nbs/measured.ipynb #43df6ce8
 import base64,io
 from dataclasses import asdict,dataclass
 from fastcore.basics import patch
 
+from .escaping import markdown_text,plain_text
 from .runs import read_json
 
 # %% ../nbs/measured.ipynb #29607bc2
@@ -41,7 +42,7 @@ class Benchmark:
         "What a run keeps as its metrics"
         return {r['name']:{k:r[k] for k in ('status', 'reason', 'tokens_per_second', 'step_seconds', 'peak_bytes') if k in r} for r in self.rows}
 
-# %% ../nbs/measured.ipynb #8282776c
+# %% ../nbs/measured.ipynb #673f42f3
 _GIB = 2**30
 
 @patch
@@ -68,13 +69,13 @@ def facts(self:Benchmark)->list[str]:
 def _repr_markdown_(self:Benchmark):
     head,*body = self._cells()
     line = lambda c: f"| {' | '.join(c)} |"
-    return '\n'.join([line(head), line(['---', *['---:']*(len(head)-1)]), *map(line, body), '', *(f'- {f}' for f in self.facts())])
+    return '\n'.join([line(head), line(['---', *['---:']*(len(head)-1)]), *(line(map(markdown_text, r)) for r in body), '', *(f'- {markdown_text(f)}' for f in self.facts())])
 
 @patch
 def __repr__(self:Benchmark):
     rows = list(self._cells())
     w = [max(map(len, c)) for c in zip(*rows)]
-    return '\n'.join([*('  '.join(c.rjust(k) if i else c.ljust(k) for i,(c,k) in enumerate(zip(r, w))).rstrip() for r in rows), '', *self.facts()])
+    return plain_text('\n'.join([*('  '.join(c.rjust(k) if i else c.ljust(k) for i,(c,k) in enumerate(zip(r, w))).rstrip() for r in rows), '', *self.facts()]))
 
 # %% ../nbs/measured.ipynb #128153e4
 @patch

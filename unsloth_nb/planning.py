@@ -278,14 +278,15 @@ def _as_before(job, rows, device, runs_dir, like):
 
 _DECIDED = ('dtype', 'load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free')
 
-# %% ../nbs/planning.ipynb #eb86d5cb
+# %% ../nbs/planning.ipynb #429ac8c2
 def smaller_way(
     job:FinetuneJob, # The job
     rows, # Its examples
     plan:Plan, # What was too much
+    held:int=0, # [bytes] held when memory ran out; 0: not known
 )->str:
     "What to change when a plan was more than the device could hold"
-    room = min(0.8*plan.peak, usable(plan.device)) if plan.memory else 0.8*usable(plan.device)
+    room = min([usable(plan.device), *([0.8*plan.peak] if plan.memory else []), *([0.95*held] if held else [])])
     less = make_plan(job, rows, replace(plan.device, memory_free=int((room+2**28)/0.98)))
     if not less.fits: return f'Of what the job leaves open, nothing needs clearly less; {less.mend or "take a smaller model"}.'
     change = {k:getattr(less, k) for k in ('load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free') if getattr(less, k) != getattr(plan, k)}

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PERCENTILES', 'suggest_length', 'role_shares', 'Profile', 'profile_examples']
 
-# %% ../nbs/profiling.ipynb #a87c5da5
-import base64,html,io,math
+# %% ../nbs/profiling.ipynb #d0cc01c2
+import base64,io,math
 from collections import Counter
 from dataclasses import asdict,dataclass
 from fastcore.basics import patch
 import numpy as np
 
 from .batching import Batching,batching_report
+from .escaping import html_text
 from .examples import Examples
 from .templates import FormatError,role_spans
 
@@ -84,7 +85,7 @@ def profile_examples(
         examples.tokens.kept['trained']/kept, roles, limit, int((n > limit).sum()), int(np.maximum(n-limit, 0).sum()), *suggest_length(n),
         batching_report(examples.lengths, batch_size, max(limit, int(examples.lengths.max())), seed), sampled)
 
-# %% ../nbs/profiling.ipynb #442d4c71
+# %% ../nbs/profiling.ipynb #c2e2677a
 @patch
 def facts(self:Profile)->list[str]:
     "The profile in lines"
@@ -112,8 +113,8 @@ def _repr_html_(self:Profile):
     self.plot().figure.savefig(buf, format='png', dpi=90)
     pic = f'<img alt="histogram of tokens per example" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
     head,rows = self.batching._cells()
-    table = '<table><tr>'+''.join(f'<th>{html.escape(h)}</th>' for h in head)+'</tr>'+''.join('<tr>'+''.join(f'<td>{html.escape(c)}</td>' for c in r)+'</tr>' for r in rows)+'</table>'
-    return pic+'<ul>'+''.join(f'<li>{html.escape(f)}</li>' for f in self.facts())+'</ul>'+table
+    table = '<table><tr>'+''.join(f'<th>{html_text(h)}</th>' for h in head)+'</tr>'+''.join('<tr>'+''.join(f'<td>{html_text(c)}</td>' for c in r)+'</tr>' for r in rows)+'</table>'
+    return pic+'<ul>'+''.join(f'<li>{html_text(f)}</li>' for f in self.facts())+'</ul>'+table
 
 @patch
 def __repr__(self:Profile): return '\n'.join([*self.facts(), '', repr(self.batching)])

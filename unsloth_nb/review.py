@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['unpinned', 'check_source', 'check_params', 'check_file']
 
-# %% ../nbs/review.ipynb #2b53db30
+# %% ../nbs/review.ipynb #ff88c2fd
 import re,shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
-from .advice import BIG,KEYS,Finding,Findings,check_job,find_secrets,finding,is_number,length_advice,lora_advice,mask_secrets,model_size,packing_saves,refusals,report
+from .advice import BIG,Finding,Findings,check_job,finding,is_number,length_advice,lora_advice,model_size,packing_saves,refusals,report
+from .escaping import KEYS,find_secrets,mask_secrets
 from .planning import make_plan
 from .scanning import UNKNOWN,Dotted,ScanError,Source,read_text,scan
 from .spec import JOBS,FinetuneJob,SpecError

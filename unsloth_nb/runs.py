@@ -7,14 +7,15 @@ __all__ = ['RUN_DIR_VARIABLE', 'write_json', 'read_json', 'append_line', 'read_l
            'Run', 'Heart', 'record_job', 'start_run', 'sha256', 'fingerprint', 'before_after', 'run_dirs', 'open_run',
            'RunList', 'list_runs', 'plot_metrics']
 
-# %% ../nbs/runs.ipynb #e6a3ea87
-import hashlib,json,math,os,secrets,socket,subprocess,threading,time
+# %% ../nbs/runs.ipynb #b0f6fc7b
+import hashlib,json,math,os,re,secrets,socket,subprocess,threading,time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from fastcore.basics import patch
 from .engine import versions
+from .escaping import markdown_code,markdown_text,mask_secrets,plain_text
 from .spec import JOBS,Job,SpecError,nearest,settings
 
 # %% ../nbs/runs.ipynb #7af3b48f
@@ -40,7 +41,7 @@ def read_json(path):
     path = Path(path)
     return json.loads(path.read_text()) if path.exists() else None
 
-# %% ../nbs/runs.ipynb #66b52c42
+# %% ../nbs/runs.ipynb #7f7c6287
 def append_line(path, obj):
     "Add a JSON line and flush it to disk; what a killed writer left of a line is cut off first"
     with open(path, 'ab+') as f:
@@ -61,22 +62,25 @@ def read_lines(path)->list[dict]:
     if not path.exists(): return res
     for l in path.read_bytes().split(b'\n'):
         try: res.append(json.loads(l))
-        except json.JSONDecodeError: break
+        except ValueError: break
     return res
 
-# %% ../nbs/runs.ipynb #2d3e8c11
+# %% ../nbs/runs.ipynb #0b1cc49f
 class RunError(RuntimeError):
     "A run directory that is missing, finished or not what was asked for"
+    def __str__(self): return plain_text(mask_secrets(super().__str__()))
 
 RUN_DIR_VARIABLE = 'UNSLOTH_NB_RUN_DIR' # Set by the runner for the notebook that it executes
 
 def new_run_dir(kind:str, runs_dir=None)->Path:
     "Make a new, empty run directory"
+    if kind not in JOBS: raise RunError(f"{kind!r} is no job, so no run directory is made for it")
     runs_dir = Path(runs_dir or settings().runs_dir)
     for _ in range(20):
         path = runs_dir/f"{datetime.now():%Y%m%d-%H%M}-{kind}-{secrets.token_hex(2)}"
         try: path.mkdir(parents=True)
         except FileExistsError: continue
+        except OSError as e: raise SpecError(f"runs_dir: {runs_dir} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
         return path.resolve()
     raise RunError(f"no new run directory could be made under {runs_dir}")
 
@@ -94,7 +98,7 @@ def git_state(cwd=None)->dict|None: # None outside a checkout
     diff = _git('diff', 'HEAD', cwd=cwd) or b''
     return dict(commit=head.decode().strip(), changed=[l[3:] for l in changed.decode(errors='replace').splitlines()], diff_sha256=hashlib.sha256(diff).hexdigest() if diff else None)
 
-# %% ../nbs/runs.ipynb #5416259d
+# %% ../nbs/runs.ipynb #808e09a3
 class Run:
     "A run directory: written while it happens, read afterwards"
     def __init__(self, path): self.path = Path(path)
@@ -119,7 +123,7 @@ class Run:
         return bool(beat) and time.time()-beat['time'] < 30 and not (self.path/'result.json').exists() and _exists(beat)
     @property
     def metrics(self): return read_lines(self.path/'metrics.jsonl')
-    def __repr__(self): return f"Run({self.name}, {self.status})"
+    def __repr__(self): return plain_text(f"Run({self.name}, {self.status})")
 
 # %% ../nbs/runs.ipynb #8cfc8834
 _HEARTS = {} # Directory to Heart, in this process
@@ -178,11 +182,11 @@ def start_heart(self:Run):
     h.beat()
     h.start()
 
-# %% ../nbs/runs.ipynb #7a8b7e65
+# %% ../nbs/runs.ipynb #d1abe34a
 @patch
 def note(self:Run, text:str):
     "Say something worth reading in the progress of the run"
-    append_line(self.path/'progress.jsonl', dict(time=time.time(), note=text))
+    append_line(self.path/'progress.jsonl', dict(time=time.time(), note=mask_secrets(text, named=False)))
 
 @patch
 @contextmanager
@@ -201,7 +205,7 @@ def seconds(self:Run)->dict[str,float]: # [s] by stage, in order
         if l.get('state') == 'done': res[l['stage']] = round(res.get(l['stage'], 0)+l['seconds'], 3)
     return res
 
-# %% ../nbs/runs.ipynb #74830513
+# %% ../nbs/runs.ipynb #1d53c5b5
 @patch
 def log(self:Run, **values):
     "One line of metrics, flushed: `step` and what was measured there"
@@ -223,6 +227,7 @@ def _replace(path, rows):
 @patch
 def save(self:Run, name:str, obj):
     "Write `name`.json into the run, from a dict or anything with `to_dict`"
+    if not re.fullmatch(r'[\w-]{1,64}', name): raise RunError(f"{name!r} is no name for a file of a run; take letters, digits, _ and -")
     write_json(self.path/f'{name}.json', obj.to_dict() if hasattr(obj, 'to_dict') else obj)
 
 @patch
@@ -245,7 +250,7 @@ def artifacts(self:Run, names=('adapter', 'merged_16bit'))->dict:
     "The artefacts that stand in the run, each file with its hash"
     return {n:fingerprint(self.path/n) for n in names if (self.path/n).is_dir()}
 
-# %% ../nbs/runs.ipynb #7dc4d124
+# %% ../nbs/runs.ipynb #401eec7e
 @patch
 def _end(self:Run, status, **more):
     if self.result is not None: raise RunError(f"{self.name} is over already ({self.status}); a run ends once")
@@ -260,9 +265,9 @@ def finish(self:Run, **metrics):
 @patch
 def fail(self:Run, reason:str, **more):
     "The run is over and not good"
-    return self._end('failed', reason=reason, metrics={}, artifacts=self.artifacts(), **more)
+    return self._end('failed', reason=mask_secrets(reason, named=False), metrics={}, artifacts=self.artifacts(), **more)
 
-# %% ../nbs/runs.ipynb #39471cf9
+# %% ../nbs/runs.ipynb #84591f05
 def _num(v): return f'{v:.4g}' if isinstance(v, float) else '' if v is None else str(v)
 
 def before_after(metrics:dict)->str: # Markdown
@@ -270,23 +275,29 @@ def before_after(metrics:dict)->str: # Markdown
     sides = [k for k in ('base', 'tuned') if k in metrics]
     if not sides: return ''
     names = list(dict.fromkeys(n for s in sides for n in metrics[s]))
-    rows = [f"| {n} | "+' | '.join(_num(metrics[s].get(n)) for s in sides)+' |' for n in names]
+    rows = [f"| {markdown_text(n)} | "+' | '.join(_num(metrics[s].get(n)) for s in sides)+' |' for n in names]
     return '\n'.join([f"| metric | {' | '.join(sides)} |", '|---|'+'---|'*len(sides), *rows])
 
 @patch
 def _repr_markdown_(self:Run):
     r = self.result or {}
-    out = [f"**{self.name}**: {self.status}"+(f", {r['reason']}" if r.get('reason') else ''), '', before_after(r.get('metrics', {})), '']
-    if r.get('artifacts'): out += ['Artefacts: '+', '.join(f"`{a}` ({sum(f['bytes'] for f in fs.values())/2**20:.1f} MiB)" for a,fs in r['artifacts'].items()), '']
-    if (s := self.seconds()): out += ['Seconds: '+', '.join(f'{k} {v:.1f}' for k,v in s.items())]
+    out = [f"**{markdown_text(self.name)}**: {markdown_text(self.status)}"+(f", {markdown_text(r['reason'])}" if r.get('reason') else ''), '', before_after(r.get('metrics', {})), '']
+    if r.get('artifacts'): out += ['Artefacts: '+', '.join(f"{markdown_code(a)} ({sum(f['bytes'] for f in fs.values())/2**20:.1f} MiB)" for a,fs in r['artifacts'].items()), '']
+    if (s := self.seconds()): out += ['Seconds: '+', '.join(f'{markdown_text(k)} {v:.1f}' for k,v in s.items())]
     return '\n'.join(out)
 
-# %% ../nbs/runs.ipynb #d4d9e0b9
+# %% ../nbs/runs.ipynb #2f3691b6
 def run_dirs(runs_dir=None)->list[Path]: # Oldest first
     "All run directories"
     runs_dir = Path(runs_dir or settings().runs_dir)
-    dirs = [p for p in runs_dir.iterdir() if (p/'job.json').exists()] if runs_dir.is_dir() else []
+    dirs = [p for p in runs_dir.iterdir() if (p/'job.json').exists() and p.resolve().parent == runs_dir.resolve()] if runs_dir.is_dir() else [] # No link that leads elsewhere
     return sorted(dirs, key=lambda p: (p/'job.json').stat().st_mtime_ns)
+
+def _is_directory(ref):
+    "May a reference be a directory? A path given as such may be anywhere; text only without a way up, and only where a file system can hold it"
+    if isinstance(ref, Path): return True
+    if not ref or len(ref) > 1024 or not ref.isprintable(): raise SpecError(f"run: {ref[:40]!r} cannot be the name of a run")
+    return '/' in ref and '..' not in Path(ref).parts
 
 def open_run(
     ref='latest', # Name, unique part of a name, directory, or `latest`
@@ -295,7 +306,7 @@ def open_run(
 )->Run:
     "A run to read"
     if isinstance(ref, Run): return ref
-    if (Path(ref)/'job.json').exists(): return Run(Path(ref).resolve())
+    if _is_directory(ref) and (Path(ref)/'job.json').exists(): return Run(Path(ref).resolve())
     runs = [Run(p) for p in run_dirs(runs_dir)]
     runs = [r for r in runs if kind is None or r.kind == kind]
     if not runs: raise SpecError(f"run: no {kind or ''} run under {Path(runs_dir or settings().runs_dir)} yet".replace('  ', ' '))
@@ -305,7 +316,7 @@ def open_run(
     if hits: raise SpecError(f"run: {ref!r} fits {', '.join(r.name for r in hits)}; give more of the name")
     raise SpecError(f"run: there is no run {str(ref)!r}{nearest(str(ref), [r.name for r in runs][-10:])}")
 
-# %% ../nbs/runs.ipynb #d83ec00b
+# %% ../nbs/runs.ipynb #fed69d89
 class RunList(list):
     "Runs as a table"
     columns = ('run', 'job', 'status', 'model', 'dataset', 'steps', 'base', 'tuned', 'minutes')
@@ -315,11 +326,11 @@ class RunList(list):
             m,steps = res.get('metrics', {}),r.metrics
             em = [_num(m.get(s, {}).get('exact_match')) for s in ('base', 'tuned')]
             yield (r.name, r.kind, r.status, p.get('model', p.get('run', '')), p.get('dataset') or '', str(steps[-1]['step']) if steps else '', *em, f'{sum(r.seconds().values())/60:.1f}')
-    def _repr_markdown_(self): return '\n'.join(['| '+' | '.join(self.columns)+' |', '|'+'---|'*len(self.columns), *('| '+' | '.join(x)+' |' for x in self.rows())])
+    def _repr_markdown_(self): return '\n'.join(['| '+' | '.join(self.columns)+' |', '|'+'---|'*len(self.columns), *('| '+' | '.join(map(markdown_text, x))+' |' for x in self.rows())])
     def __repr__(self):
         rows = [self.columns, *self.rows()]
         w = [max(len(r[i]) for r in rows) for i in range(len(self.columns))]
-        return '\n'.join('  '.join(c.ljust(n) for c,n in zip(r, w)).rstrip() for r in rows)
+        return plain_text('\n'.join('  '.join(c.replace('\n', ' ').ljust(n) for c,n in zip(r, w)).rstrip() for r in rows))
 
 def list_runs(runs_dir=None)->RunList:
     "All runs, oldest first; `base` and `tuned` are exact match"

@@ -177,7 +177,7 @@ class Source:
 
     def __repr__(self): return f"Source({self.name!r}, {self.kind}"+(f", {len(self.files)} files" if len(self.files) > 1 else '')+')'
 
-# %% ../nbs/sources.ipynb #923a406f
+# %% ../nbs/sources.ipynb #3a405c96
 _splits = ('train', 'test', 'validation', 'valid', 'val', 'dev', 'eval')
 
 def _split_of(f): return next((s for s in _splits if f.name.lower().startswith(s)), None)
@@ -189,7 +189,10 @@ def _saved(p, split):
         if split not in names: raise DataError(f"dataset: folder {p} has no split {split!r}; set dataset_split to one of {', '.join(names)}")
         p = p/split
     if not (p/'state.json').exists(): return None
-    return [p/d['filename'] for d in json.loads((p/'state.json').read_text())['_data_files']]
+    names = [d['filename'] for d in json.loads((p/'state.json').read_text())['_data_files']]
+    out = next((n for n in names if Path(n).name != n), None)
+    if out is not None: raise DataError(f"dataset: {p/'state.json'} names a file outside its folder, {out!r}; save the dataset again")
+    return [p/n for n in names]
 
 def _folder(p, name, split):
     if (files := _saved(p, split)) is not None: return Source(name, 'files', files, split)
@@ -200,7 +203,7 @@ def _folder(p, name, split):
     if len(kinds) != 1: raise DataError(f"dataset: folder {name} holds {'files of several kinds ('+', '.join(kinds)+')' if kinds else 'no '+', '.join(KINDS)+' file'}; expected files of one kind")
     return Source(name, 'files', mine, split, left_out=[f.name for f in files if f not in mine])
 
-# %% ../nbs/sources.ipynb #2d9cd43a
+# %% ../nbs/sources.ipynb #3d45515b
 def find_source(
     dataset:str, # As in a job
     split:str='train', # Of a Hub dataset, or of a folder
@@ -208,16 +211,16 @@ def find_source(
 )->Source:
     "What a job's `dataset` stands for; raises `DataError` when it stands for nothing"
     if dataset == 'events': return Source(dataset, 'events')
-    p = Path(dataset).expanduser()
-    if p.is_dir(): return _folder(p, dataset, split)
-    if p.is_file():
+    p = Path(os.path.expanduser(dataset))
+    if os.path.isdir(p): return _folder(p, dataset, split)
+    if os.path.isfile(p):
         if p.suffix in ('.yaml', '.yml'): return Source(dataset, 'mix', [p])
         if file_kind(p) not in _readers: raise DataError(f"dataset: {dataset} is a {p.suffix or 'nameless'} file; expected one of {', '.join(KINDS)}, also with .gz or .zst, or a mix (.yaml)")
         return Source(dataset, 'files', [p], split)
     if dataset.count('/') == 1 and file_kind(p) not in _readers and not dataset.startswith(('.', '/', '~')):
         check_hub(f"dataset {dataset!r}")
         return Source(dataset, 'hub', [], split, revision)
-    near = [f.name for f in p.parent.iterdir()] if p.parent.is_dir() else []
+    near = [f.name for f in p.parent.iterdir()] if os.path.isdir(p.parent) else []
     hit = difflib.get_close_matches(p.name, [*near, 'events'], 1, 0.5)
     raise DataError(f"dataset: {dataset!r} is not 'events', a file, a folder or a Hub id (owner/name)"+(f"; did you mean {hit[0]!r}?" if hit else ''))
 

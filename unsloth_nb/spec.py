@@ -9,8 +9,8 @@ __all__ = ['TEMPLATES', 'LINEARS', 'BENCHMARKS', 'JOBS', 'SpecError', 'nearest',
            'BenchmarkJob', 'fields', 'ParamTable', 'parameters_cell', 'read_value', 'read_params', 'make_job',
            'Settings', 'settings']
 
-# %% ../nbs/spec.ipynb #03243809
-import ast,configparser,difflib,importlib.util,os,re,typing
+# %% ../nbs/spec.ipynb #b87dfc3f
+import ast,configparser,difflib,importlib.util,os,re,reprlib,typing
 from dataclasses import dataclass,field
 from functools import cache
 from pathlib import Path
@@ -20,9 +20,13 @@ import platformdirs,yaml
 from fastcore.basics import patch
 from pydantic import BaseModel,ConfigDict,Field,ValidationError,field_validator,model_validator
 
-# %% ../nbs/spec.ipynb #faf7afa9
+from .escaping import find_secrets,markdown_code,mask_secrets,plain_text
+
+# %% ../nbs/spec.ipynb #7dd3bcdd
 class SpecError(ValueError):
-    "A job that cannot be run as written; the message names each parameter and the mend"
+    "A job that cannot be run as written; the message names each parameter and the mend, and shows no secret and no control character"
+    def __str__(self): return plain_text(mask_secrets(super().__str__()))
+    def __repr__(self): return f'{type(self).__name__}({str(self)!r})'
 
 def nearest(
     name:str, # What somebody typed
@@ -69,7 +73,7 @@ def _expected(f)->str:
     lims = [f"{w} {getattr(m, k):g}" for m in [*f.metadata, *_bounds(f.annotation)] for k,w in sign.items() if getattr(m, k, None) is not None]
     return words + (f" ({', '.join(lims)})" if lims else '')
 
-# %% ../nbs/spec.ipynb #d9ceb6af
+# %% ../nbs/spec.ipynb #0e1bb93e
 def _mismatch(cls, data):
     "Problems that pydantic would let pass: unknown names, yes/no for a number, empty text"
     for k,v in data.items():
@@ -77,6 +81,18 @@ def _mismatch(cls, data):
         if f is None: yield f"{k}: {cls.__name__} has no such parameter{nearest(k, cls.model_fields)}"
         elif isinstance(v, bool) and bool not in _parts(f.annotation): yield f"{k}: got {v!r}; expected {_expected(f)}"
         elif v == '' and isinstance(v, str): yield f"{k}: got empty text; expected {_expected(f)}"
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+_short.maxlevel,_short.maxlist,_short.maxdict = 3,20,20
+
+_LOGIN = re.compile(r'://[^/\s@]+@')
+
+def _leaks(data):
+    "Values that hold a secret, which the notebook, the job and the report of a run would all show"
+    for k,v in data.items():
+        texts = v if isinstance(v, (list, tuple)) else [*v, *v.values()] if isinstance(v, dict) else [v]
+        if any(isinstance(t, str) and (find_secrets(t) or _LOGIN.search(t)) for t in texts): yield f"{k}: the value holds a token or a password, which every file of the run would show; give it by an environment variable (HF_TOKEN, WANDB_API_KEY, …) or by `hf auth login`, and revoke it where it has been written down"
 
 def _explain(cls, e, data):
     "One line for each parameter that pydantic refused"
@@ -86,16 +102,16 @@ def _explain(cls, e, data):
         if k in seen: continue
         if k not in cls.model_fields: seen[k] = err['msg'].removeprefix('Value error, ')
         elif err['type'] == 'value_error': seen[k] = f"{k}: {err['msg'].removeprefix('Value error, ')}"
-        else: seen[k] = f"{k}: got {data.get(k)!r}; expected {_expected(cls.model_fields[k])}"
+        else: seen[k] = f"{k}: got {_short.repr(data.get(k))}; expected {_expected(cls.model_fields[k])}"
     return list(seen.values())
 
-# %% ../nbs/spec.ipynb #923a470c
+# %% ../nbs/spec.ipynb #fab3408f
 class Job(BaseModel):
     "What to do: typed parameters; unknown names and wrong values raise `SpecError`"
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, **data):
-        bad = list(_mismatch(type(self), data))
+        bad = list(_leaks(data)) or list(_mismatch(type(self), data))
         known = {k:v for k,v in data.items() if not any(b.startswith(f'{k}:') for b in bad)}
         try: super().__init__(**known)
         except ValidationError as e: bad += _explain(type(self), e, known)
@@ -157,7 +173,7 @@ def preset(name:str)->Preset:
     if name not in presets(): raise SpecError(f"preset: there is no preset {name!r}{nearest(name, presets())}")
     return presets()[name]
 
-# %% ../nbs/spec.ipynb #c4404775
+# %% ../nbs/spec.ipynb #81394ddf
 @dataclass(frozen=True)
 class ModelRef:
     "Where a job's model comes from"
@@ -174,8 +190,8 @@ def resolve_model(
     if p and p.remote_code and allow_remote_code != p.hub:
         raise SpecError(f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, then allow it by name: allow_remote_code={p.hub!r}")
     if p and p.name == model: return ModelRef('embedded' if p.embedded else 'hub', model if p.embedded else p.hub, p)
-    path = Path(model).expanduser()
-    if path.is_dir(): return ModelRef('local', str(path.resolve()), p)
+    path = Path(os.path.expanduser(model))
+    if os.path.isdir(path): return ModelRef('local', str(path.resolve()), p)
     if model.count('/') == 1 and not model.startswith(('.', '/', '~')): return ModelRef('hub', model, p)
     what = "no such folder" if '/' in model else "neither a preset, nor a folder, nor a Hub id (owner/name)"
     raise SpecError(f"model: {model!r} is {what}{nearest(model, presets())}")
@@ -360,7 +376,7 @@ class BenchmarkJob(Job):
 # %% ../nbs/spec.ipynb #04f49998
 JOBS = dict(finetune=FinetuneJob, evaluate=EvaluateJob, export=ExportJob, benchmark=BenchmarkJob)
 
-# %% ../nbs/spec.ipynb #7b98cda5
+# %% ../nbs/spec.ipynb #4fcda18d
 def fields(cls)->list[dict]: # One dict a parameter: name, expects, default, help, group, unit, source
     "The parameters of a job class, as plain data for forms, tables and `--help`"
     new = lambda f: f.get_default(call_default_factory=True)
@@ -374,7 +390,7 @@ def _cell(v): return str(v).replace('|', r'\|').replace('\n', ' ')
 def _repr_markdown_(self:Job):
     vals,out = self.to_dict(),[f'**{type(self).__name__}**', '', '| parameter | value | unit | meaning |', '|---|---|---|---|']
     for r in fields(type(self)):
-        v = '`'+_cell(vals[r['name']])+'`'
+        v = markdown_code(vals[r['name']])
         out.append(f"| {r['name']} | {v if vals[r['name']] == r['default'] else f'**{v}**'} | {r['unit']} | {_cell(r['help'])} |")
     return '\n'.join(out)
 
@@ -428,7 +444,7 @@ def from_notebook(cls:Job, ns:dict|None=None, sources:list[str]|None=None):
     names = _notebook_names(cls, sources)
     return cls(**{n:ns[n] for n in {**dict.fromkeys(names), **dict.fromkeys(k for k in cls.model_fields if k in ns)}})
 
-# %% ../nbs/spec.ipynb #13e2b4ae
+# %% ../nbs/spec.ipynb #1589a4f9
 def _read_pairs(name, text):
     "`a:b,c:d` as a dict"
     pairs = [s.strip() for s in text.strip('{} ').split(',') if s.strip()]
@@ -451,6 +467,7 @@ def read_params(path)->dict:
     "Parameters from a YAML file"
     try: d = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError: raise SpecError(f"parameters file {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as e: raise SpecError(f"parameters file {path!r} cannot be read: {e}") from None
     except yaml.YAMLError as e: raise SpecError(f"parameters file {path} is not YAML: {' '.join(str(e).split())}") from None
     if d is not None and not isinstance(d, dict): raise SpecError(f"parameters file {path} must hold 'name: value' lines, got a {type(d).__name__}")
     return d or {}

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['STOPPED', 'Watcher', 'write_notebook', 'mark_died', 'Supervisor', 'execute', 'reason', 'conclude', 'write_report']
 
-# %% ../nbs/supervising.ipynb #f36ebf6c
+# %% ../nbs/supervising.ipynb #4f913127
 import logging,os,signal,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.basics import patch
 from . import attempts # noqa: F401 (Run.interrupt)
+from .escaping import mask_secrets,plain_text
 from .runs import RUN_DIR_VARIABLE,Run,read_json,read_lines
 from .spec import fields,jobs_dir,settings
 
-# %% ../nbs/supervising.ipynb #7677f7d7
+# %% ../nbs/supervising.ipynb #dd3470c9
 class Watcher(threading.Thread):
     "Prints the progress of a run as the notebook writes it"
     def __init__(self, run:Run, every:float=5.0, out=None): # seconds between two lines of training
@@ -24,7 +25,7 @@ class Watcher(threading.Thread):
         self.seen,self.step,self.last,self.stage,self.total = 0,0,time.time(),None,getattr(run.job, 'max_steps', None)
     def say(self, text):
         self.last = time.time()
-        print(f'[{self.last-self.start_time:5.0f}s] {text}', file=self.out, flush=True)
+        print(f'[{self.last-self.start_time:5.0f}s] {plain_text(text)}', file=self.out, flush=True)
     def run(self):
         while not self.over.wait(0.5): self.look()
         self.look(final=True)
@@ -55,14 +56,14 @@ def look(self:Watcher, final=False):
         self.say(_step_line(steps[-1], self.total))
     elif quiet >= 15 and self.stage: self.say(f'{self.stage[0]} … {time.time()-self.stage[1]:.0f} s')
 
-# %% ../nbs/supervising.ipynb #c9f3b5f2
+# %% ../nbs/supervising.ipynb #dda32ab9
 def write_notebook(nb, path):
     "Write a notebook whole or not at all"
     import nbformat
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     with tmp.open('w') as f:
-        f.write(nbformat.writes(nb))
+        f.write(mask_secrets(nbformat.writes(nb), named=False)) # What a library's message may have quoted
         f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
@@ -89,7 +90,7 @@ def mark_died(nb, reason:str):
     nb.metadata.setdefault('papermill', {})['exception'] = True
     return nb
 
-# %% ../nbs/supervising.ipynb #11ea16f3
+# %% ../nbs/supervising.ipynb #e6ef8a89
 class Supervisor(threading.Thread):
     "Stands beside one execution of a run's notebook"
     def __init__(self,
@@ -119,7 +120,7 @@ def look(self:Supervisor, now:float):
     silent = now-b.get('time', self.started)
     if silent > self.hang_after: self.end(f'the kernel hangs: no sign of life for {silent:.0f} s', b)
     elif self._training() and self.longest and now-b['step_time'] > max(self.hang_after, 50*self.longest): self.end(f"training hangs: no step for {now-b['step_time']:.0f} s, where the longest took {self.longest:.1f} s", b)
-    elif over_time and not self.asked: self.why = f'it took longer than its {self.timeout:g} s'; self.ask(signal.SIGINT)
+    elif over_time and not self.asked and self.ask(): self.why = f'it took longer than its {self.timeout:g} s'
     if self.asked and now-self.asked > self.grace: self.end(self.why or f'it did not stop within {self.grace:g} s', b)
 
 @patch
@@ -128,11 +129,12 @@ def _training(self:Supervisor)->bool:
     return bool(last) and last[0]['stage'] == 'training' and last[0]['state'] == 'started'
 
 @patch
-def ask(self:Supervisor, number:int):
-    "Pass a request to stop on to the kernel"
-    self.asked = self.asked or time.time()
-    if (pid := self.beat.get('pid')): os.kill(pid, signal.SIGINT)
-    else: raise KeyboardInterrupt # Nothing has started that could be stopped in order
+def ask(self:Supervisor)->bool: # Is there a process to ask?
+    "Ask the kernel to stop, as its stop button would"
+    if not (pid := self.beat.get('pid')): return False
+    self.asked = time.time()
+    os.kill(pid, signal.SIGINT)
+    return True
 
 @patch
 def end(self:Supervisor, why:str, beat:dict):
@@ -143,7 +145,7 @@ def end(self:Supervisor, why:str, beat:dict):
         except ProcessLookupError: pass
     self.over.set()
 
-# %% ../nbs/supervising.ipynb #1c5acf67
+# %% ../nbs/supervising.ipynb #c566ef90
 @contextmanager
 def _passing_on(sup):
     "SIGINT and SIGTERM go to the kernel inside"
@@ -151,13 +153,13 @@ def _passing_on(sup):
     def got(number, frame):
         if sup.asked: raise KeyboardInterrupt
         sup.why = f'stopped by {signal.Signals(number).name}'
-        sup.ask(number)
+        if not sup.ask(): raise KeyboardInterrupt # Nothing has started that could be stopped in order
     old = {s:signal.signal(s, got) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/supervising.ipynb #d7e1d9e9
+# %% ../nbs/supervising.ipynb #ef01f071
 def _changed(job):
     "Parameters that differ from their defaults"
     default = {f['name']:f['default'] for f in fields(type(job))}
@@ -172,6 +174,10 @@ def _environment(**vals):
     finally:
         for k,v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k:v})
 
+def _literal(path):
+    "A path as papermill takes it: braces would be filled with parameters"
+    return str(path).replace('{', '{{').replace('}', '}}')
+
 def execute(job, name, run, sup):
     "The job's notebook through papermill, in the caller's directory; the executed copy goes into the run"
     import papermill as pm
@@ -179,7 +185,7 @@ def execute(job, name, run, sup):
     logging.getLogger('papermill').setLevel(logging.ERROR)
     papermill_engines.register('unsloth_nb', _engine(sup))
     with _passing_on(sup), _environment(**{RUN_DIR_VARIABLE:str(run.path), 'HF_HUB_DISABLE_PROGRESS_BARS':'1', 'UNSLOTH_NB_RUNS_DIR':str(run.path.parent)}):
-        pm.execute_notebook(jobs_dir()/f'{name}.ipynb', None, _changed(job), engine_name='unsloth_nb', kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=ERROR'])
+        pm.execute_notebook(_literal(jobs_dir()/f'{name}.ipynb'), None, _changed(job), engine_name='unsloth_nb', kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=ERROR'])
 
 # %% ../nbs/supervising.ipynb #2426726f
 STOPPED = ('Interrupted', 'KeyboardInterrupt') # Ends that a person or a machine has asked for

@@ -202,7 +202,7 @@ def _routed(model):
     if not why: return model.plan
     return replace(model.plan, padding_free=False, attention='sdpa', changes=[*model.plan.changes, dict(parameter='padding_free', requested=True, effective=False, why=why)])
 
-# %% ../nbs/training.ipynb #98f5b3c6
+# %% ../nbs/training.ipynb #dfe4eac2
 def _found(run, who):
     "The checkpoint to go on from, in this run or in the one that it reuses: (folder, manifest), or None"
     found = newest_checkpoint(run, run.note)
@@ -220,10 +220,10 @@ def _out_of_memory(e, model, job, examples):
     "What to say when memory has run out: the plan, and the smallest change that would fit"
     import torch
     plan,held = model.plan,torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    said = f"memory ran out: {str(e).splitlines()[0]}\nThe plan was {plan.peak/2**30:.2f} GiB, {held/2**30:.2f} GiB were held, and {plan.device.memory_free/2**30:.2f} GiB were free when it was made."
-    return TrainingError(f"{said}\n{smaller_way(job, examples, plan)}")
+    said = f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak/2**30:.2f} GiB, {held/2**30:.2f} GiB were held, and {plan.device.memory_free/2**30:.2f} GiB were free when it was made."
+    return TrainingError(f"{said}\n{smaller_way(job, examples, plan, held)}")
 
-# %% ../nbs/training.ipynb #46c9c2c1
+# %% ../nbs/training.ipynb #828a0da8
 def train(
     model:LoadedModel, # Model with its adapter
     examples:Examples, # What it learns from
@@ -239,6 +239,7 @@ def train(
         except torch.OutOfMemoryError as e: raise _out_of_memory(e, model, job, examples) from e
 
 def _train(model, examples, job, run, live, stop):
+    import torch
     from unsloth import FastLanguageModel
     plan = _routed(model)
     model.tok.padding_side = 'right'
@@ -247,6 +248,7 @@ def _train(model, examples, job, run, live, stop):
     who = cache(lambda: identity(model, examples, job))
     rec = _recorder(run, live, job, Guard(model.model.config.get_text_config().vocab_size, plan.dtype == 'float16'), stop)
     write = _writer(run, job, rec, who)
+    run.save('capsule', who()|dict(threads=torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as tmp:
         asked = trainer_arguments(job, plan, tmp)
         with quiet(): trainer = rec.trainer = _trainer(model, examples, asked, plan, write)
