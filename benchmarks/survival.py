@@ -253,20 +253,22 @@ def disturbed(home, name, number, step, **kw):
         while not _runs(root): time.sleep(0.05)
         os.kill(_pid(_runs(root)[0], step), number)
     threading.Thread(target=send, daemon=True).start()
-    return run_job('finetune', runs_dir=root, show=False, **job(home).replace(logging_steps=1).to_dict() | kw)
+    return run_job('finetune', runs_dir=root, show=False, **long_job(home) | kw)
+
+def long_job(home): return job(home).replace(max_steps=200, save_steps=10).to_dict() # Long enough for a signal to hit it
 
 def kernels(home, a):
     "kill -9 of the kernel of a job under papermill, and one retry"
-    whole, ends, r = run_job('finetune', runs_dir=home/'k', show=False, **job(home).to_dict()), [], random.Random(7)
+    whole, ends, r = run_job('finetune', runs_dir=home/'k', show=False, **long_job(home)), [], random.Random(7)
     for i in range(a.kernel_kills):
-        run = disturbed(home, f'k{i}', signal.SIGKILL, r.randrange(1, STEPS), retries=1)
+        run = disturbed(home, f'k{i}', signal.SIGKILL, r.randrange(1, 150), retries=1)
         ends.append('the same' if run.status == 'finished' and trace(run) == trace(whole) and run.attempt == 2 and run.result['artifacts']['adapter']['adapter_model.safetensors'] == whole.result['artifacts']['adapter']['adapter_model.safetensors'] else f'{run.status} after {run.attempt}')
         print(i, ends[-1], flush=True)
     return dict(kills=len(ends), **count(ends))
 
 def signals(home, a):
     "SIGTERM, SIGINT and SIGSTOP to the kernel of a job"
-    whole, res = run_job('finetune', runs_dir=home/'s', show=False, **job(home).to_dict()), {}
+    whole, res = run_job('finetune', runs_dir=home/'s', show=False, **long_job(home)), {}
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP):
         run = disturbed(home, f's{int(s)}', s, 3, hang_after=12)
         said = f"{run.status}: {run.result['reason']}"

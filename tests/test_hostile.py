@@ -8,11 +8,12 @@ from IPython.core.inputtransformer2 import TransformerManager
 from papermill.parameterize import parameterize_notebook
 from conftest import TOKEN
 import unsloth_nb.jobs as jobs
+import unsloth_nb.supervising as supervising
 from unsloth_nb.escaping import html_text,json_text,markdown_code,markdown_text,mask_secrets,plain_text
 from unsloth_nb.export import save_artifact
 from unsloth_nb.runs import Run,RunError,list_runs,new_run_dir,open_run,read_lines,write_json
 from unsloth_nb.sources import find_source
-from unsloth_nb.spec import FinetuneJob,SpecError,jobs_dir,make_job,parameters_cell,preset,settings
+from unsloth_nb.spec import FinetuneJob,SpecError,make_job,parameters_cell,preset,settings
 
 # Beside HF_TOKEN of conftest: a key of no known form, and a token in the file where `hf auth login` puts it
 WANDB = 'f0e1d2c3b4a59687'*2+'78695a4b'
@@ -67,7 +68,7 @@ def test_no_secret_in_a_run(finished_run):
 def test_no_secret_in_a_failed_run(tmp_path, monkeypatch, capfd, how):
     "A library that quotes the token in its error, or prints it, puts it into no file of the run and not on the screen"
     stand_in(tmp_path/'jobs', 'import os', 'raise RuntimeError("401 for Bearer "+os.environ["HF_TOKEN"]+" "+os.environ["WANDB_API_KEY"])' if how == 'raised' else 'print(os.environ["HF_TOKEN"], os.environ["WANDB_API_KEY"])')
-    monkeypatch.setattr(jobs, 'jobs_dir', lambda: tmp_path/'jobs')
+    monkeypatch.setattr(supervising, 'jobs_dir', lambda: tmp_path/'jobs')
     run = jobs.run_job('finetune', runs_dir=tmp_path/'runs', max_steps=1)
     jobs.print_result(run)
     out = ''.join(capfd.readouterr())
@@ -117,7 +118,7 @@ def canary(tmp_path, monkeypatch):
 def test_names(canary, tmp_path, monkeypatch, capsys, name, way):
     "A name that no parameter has is refused before a kernel starts, by every way in"
     name,argv = name.replace('{c}', canary),['unsloth-nb', 'run', 'finetune', '--runs-dir', str(tmp_path/'runs')]
-    monkeypatch.setattr(jobs, '_execute', lambda *a: pytest.fail('a kernel was started'))
+    monkeypatch.setattr(jobs, 'execute', lambda *a: pytest.fail('a kernel was started'))
     if way == 'params file': Path('p.yaml').write_text(yaml.safe_dump({name:'1'})); argv += ['-f', 'p.yaml']
     if way == 'command line': argv += ['-p', f'{name}=1']
     if way == 'preset': argv += ['--preset', name]
@@ -136,7 +137,7 @@ def test_values(canary, tmp_path, value, way):
     job = make_job('finetune', None, 'p.yaml') if way == 'params file' else make_job('finetune', **(jobs.read_pairs(FinetuneJob, [f'revision={v}']) if way == 'command line' else dict(revision=v, dataset_roles={'a':v})))
     assert job.revision == v
     stand_in(tmp_path/'jobs')
-    nb = parameterize_notebook(papermill.iorw.load_notebook_node(str(tmp_path/'jobs'/'finetune.ipynb')), jobs._changed(job))
+    nb = parameterize_notebook(papermill.iorw.load_notebook_node(str(tmp_path/'jobs'/'finetune.ipynb')), supervising._changed(job))
     cell = next(c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', []))
     ns = {}
     for c in (parameters_cell(FinetuneJob), cell): exec(compile(TransformerManager().transform_cell(c), 'cell', 'exec'), ns)
@@ -165,7 +166,7 @@ def test_settings(canary, tmp_path, monkeypatch, value, way):
     s = settings()
     assert (s.runs_dir, s.kernel) == (tmp_path/value, value)
     stand_in(tmp_path/'jobs')
-    monkeypatch.setattr(jobs, 'jobs_dir', lambda: tmp_path/'jobs')
+    monkeypatch.setattr(supervising, 'jobs_dir', lambda: tmp_path/'jobs')
     run = jobs.run_job('finetune', show=False, max_steps=1)
     assert run.status == 'failed' and 'NoSuchKernel' in run.result['reason'] and run.path.parent == tmp_path/value
 
@@ -208,11 +209,11 @@ def test_links_are_not_listed(place):
 def test_braces(tmp_path, monkeypatch, name):
     "A runs directory with braces is a directory with braces, not a template for papermill"
     stand_in(tmp_path/'jobs', '1+1')
-    monkeypatch.setattr(jobs, 'jobs_dir', lambda: tmp_path/'jobs')
+    monkeypatch.setattr(supervising, 'jobs_dir', lambda: tmp_path/'jobs')
     seen = []
-    monkeypatch.setattr(papermill, 'execute_notebook', lambda i, o, params, **kw: seen.extend(papermill.parameterize.parameterize_path(str(x), params) for x in (i, o)))
+    monkeypatch.setattr(papermill, 'execute_notebook', lambda i, o, params, **kw: seen.extend(papermill.parameterize.parameterize_path(str(x), params) for x in (i, o) if x))
     run = jobs.run_job('finetune', runs_dir=tmp_path/name, show=False, max_steps=1, dataset_revision='../../../outside')
-    assert seen == [str(tmp_path/'jobs'/'finetune.ipynb'), str(run.path/'notebook.ipynb')]
+    assert seen == [str(tmp_path/'jobs'/'finetune.ipynb')]
     assert run.path.parent == tmp_path/name and {p.name for p in tmp_path.iterdir()} == {'jobs', Path(name).parts[0]}
 
 def test_dataset_out_of_its_folder(tmp_path):

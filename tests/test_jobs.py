@@ -158,7 +158,7 @@ def test_wheel(tmp_path, tool):
     wheel, = (tmp_path/'dist').glob('*.whl')
     tool(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel)
     env = os.environ | dict(PYTHONPATH=str(tmp_path/'site'), UNSLOTH_NB_RUNS_DIR=str(tmp_path/'runs'))
-    code = 'import unsloth_nb,unsloth_nb.jobs as j,sys; print(unsloth_nb.__file__, j.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
+    code = 'import unsloth_nb,unsloth_nb.jobs as j,unsloth_nb.spec as s,sys; print(unsloth_nb.__file__, s.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
     pairs = [a for k,v in (TINY | dict(max_steps=1)).items() for a in ('-p', f'{k}={v}')]
     r = subprocess.run([sys.executable, '-c', code, 'run', 'finetune', *pairs], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr

@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unsloth_nb.planning._unknown': ('planning.html#_unknown', 'unsloth_nb/planning.py'),
                                      'unsloth_nb.planning._versus': ('planning.html#_versus', 'unsloth_nb/planning.py'),
                                      'unsloth_nb.planning._ways': ('planning.html#_ways', 'unsloth_nb/planning.py'),
+                                     'unsloth_nb.planning.check_free': ('planning.html#check_free', 'unsloth_nb/planning.py'),
                                      'unsloth_nb.planning.example_lengths': ('planning.html#example_lengths', 'unsloth_nb/planning.py'),
                                      'unsloth_nb.planning.make_plan': ('planning.html#make_plan', 'unsloth_nb/planning.py'),
                                      'unsloth_nb.planning.past_runs': ('planning.html#past_runs', 'unsloth_nb/planning.py'),

@@ -6,7 +6,7 @@
 __all__ = ['TIE', 'LIMITS', 'ExportError', 'answer_trace', 'certificate', 'check_certificate', 'save_artifact', 'keep_artifact',
            'export_run']
 
-# %% ../nbs/export.ipynb #0797a097
+# %% ../nbs/export.ipynb #8d2a1f3f
 import gc
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from .engine import quiet
 from .examples import make_examples
 from .inference import answering,load_run
 from .loading import LoadedModel
+from .planning import check_free
 from .resuming import rows_sha256,weights_sha256
 from .runs import Run,open_run,read_json,start_run,write_json
 from .spec import ExportJob,SpecError
@@ -82,7 +83,7 @@ def _reloaded_merged(model, folder):
         del net
         gc.collect()
 
-# %% ../nbs/export.ipynb #7be2fb10
+# %% ../nbs/export.ipynb #b3673234
 def _write_merged(model, folder):
     "Merge and write in 16 bits, through Unsloth"
     if model.plan.load_in_4bit and model.plan.device.kind != 'cuda':
@@ -99,6 +100,7 @@ def save_artifact(
 )->dict: # The certificate
     "Write an artefact, reload it, compare it, and only then put it in place"
     if to not in ('adapter', 'merged_16bit'): raise SpecError(f"to: got {to!r}; expected 'adapter' or 'merged_16bit'")
+    check_free(parent, model.plan.disk.get(to, 0), model.plan.disk.get('merge_ram', 0) if to != 'adapter' else 0)
     exs = make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate')
     def write(stage):
         write_adapter(model, stage) if to == 'adapter' else _write_merged(model, stage)

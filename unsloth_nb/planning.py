@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'example_lengths', 'Way', 'usable', 'runs_padding_free', 'Plan', 'past_runs', 'make_plan', 'smaller_way',
-           'Beside']
+           'check_free', 'Beside']
 
 # %% ../nbs/planning.ipynb #d78d41b8
 import base64,html,io,itertools,math,os,shutil,tempfile
@@ -292,7 +292,7 @@ def smaller_way(
     change = {k:getattr(less, k) for k in ('load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free') if getattr(less, k) != getattr(plan, k)}
     return f"It should fit with {' '.join(f'-p {k}={str(v).lower() if isinstance(v, bool) else v}' for k,v in change.items())} ({less.peak/_GIB:.2f} GiB)."
 
-# %% ../nbs/planning.ipynb #3ceec3cb
+# %% ../nbs/planning.ipynb #90e3dfb9
 @patch
 def room_needed(self:Plan, job:FinetuneJob)->dict: # [bytes] disk, ram
     "What the run's directory will take at most, and what merging takes in RAM"
@@ -305,12 +305,20 @@ def room_needed(self:Plan, job:FinetuneJob)->dict: # [bytes] disk, ram
 def check_room(self:Plan, job:FinetuneJob, folder):
     "Raise `SpecError` when a run's directory cannot be written, or disk or RAM will not do"
     need = self.room_needed(job)
+    check_free(folder, need['disk'], need['ram'])
+
+def check_free(
+    folder, # Where files will go
+    disk:int, # [bytes]
+    ram:int=0, # [bytes]
+):
+    "Raise `SpecError` when a folder cannot be written, or there is less room than that"
     try:
         with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(4096)); f.flush(); os.fsync(f.fileno())
     except OSError as e: raise SpecError(f"runs_dir: {folder} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
-    free,ram = shutil.disk_usage(folder).free,psutil.virtual_memory().available
-    if free < need['disk']: raise SpecError(f"runs_dir: {folder} has {free/1e9:.2f} GB free, and the run will take up to {need['disk']/1e9:.2f} GB; make room, choose another place with --runs-dir, or keep less: save_total_limit, save=adapter")
-    if ram < need['ram']: raise SpecError(f"save: merging takes up to {need['ram']/1e9:.2f} GB of RAM, and {ram/1e9:.2f} GB are free; use save=adapter, and merge on a larger machine")
+    free,ram_free = shutil.disk_usage(folder).free,psutil.virtual_memory().available
+    if free < disk: raise SpecError(f"runs_dir: {folder} has {free/1e9:.2f} GB free, and up to {disk/1e9:.2f} GB will be written; make room, choose another place with --runs-dir, or keep less: save_total_limit, save=adapter")
+    if ram_free < ram: raise SpecError(f"save: merging takes up to {ram/1e9:.2f} GB of RAM, and {ram_free/1e9:.2f} GB are free; use save=adapter, and merge on a larger machine")
 
 # %% ../nbs/planning.ipynb #895bf822
 _SHOWN = ('dtype', 'load_in_4bit', 'load_in_8bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'attention', 'max_seq_length')
