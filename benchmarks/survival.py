@@ -262,7 +262,7 @@ def kernels(home, a):
     whole, ends, r = run_job('finetune', runs_dir=home/'k', show=False, **long_job(home)), [], random.Random(7)
     for i in range(a.kernel_kills):
         run = disturbed(home, f'k{i}', signal.SIGKILL, r.randrange(1, 150), retries=1)
-        ends.append('the same' if run.status == 'finished' and trace(run) == trace(whole) and run.attempt == 2 and run.result['artifacts']['adapter']['adapter_model.safetensors'] == whole.result['artifacts']['adapter']['adapter_model.safetensors'] else f'{run.status} after {run.attempt}')
+        ends.append('the same' if run.status == 'finished' and trace(run) == trace(whole) and run.attempt == 2 and run.result['artifacts']['adapter']['adapter_model.safetensors'] == whole.result['artifacts']['adapter']['adapter_model.safetensors'] else f"{run.status} after {run.attempt}: {run.result.get('reason', 'other bits')}")
         print(i, ends[-1], flush=True)
     return dict(kills=len(ends), **count(ends))
 

@@ -539,7 +539,7 @@ def test_report(tmp_path, lib, tok):
             if self.script and 'PWN' in d: self.bad.append((self.script, d[:80]))
             if not self.script: self.text += d
     page = Report()
-    page.feed(jobs.write_report(run).read_text())
+    page.feed(supervising.write_report(run).read_text())
     assert not page.bad and page.text.count('PWN') > 100
 
 def test_errors_are_text():

@@ -502,6 +502,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unsloth_nb.guards.StopRequest._ask': ('guards.html#stoprequest._ask', 'unsloth_nb/guards.py'),
                                    'unsloth_nb.guards.TrainingError': ('guards.html#trainingerror', 'unsloth_nb/guards.py'),
                                    'unsloth_nb.guards.check_weights': ('guards.html#check_weights', 'unsloth_nb/guards.py'),
+                                   'unsloth_nb.guards.skip_if_broken': ('guards.html#skip_if_broken', 'unsloth_nb/guards.py'),
                                    'unsloth_nb.guards.step_numbers': ('guards.html#step_numbers', 'unsloth_nb/guards.py'),
                                    'unsloth_nb.guards.stop_requests': ('guards.html#stop_requests', 'unsloth_nb/guards.py')},
             'unsloth_nb.inference': { 'unsloth_nb.inference.Answer': ('inference.html#answer', 'unsloth_nb/inference.py'),

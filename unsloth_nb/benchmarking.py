@@ -63,14 +63,14 @@ def obstacle(
     if c.settings.get('batch_size') == 'fastest': return 'larger steps gain by packing, which needs a GPU; ask for it by name to see'
     return None
 
-# %% ../nbs/benchmarking.ipynb #8b91d6b0
+# %% ../nbs/benchmarking.ipynb #7f3e62ad
 def finetune_job(
     job:BenchmarkJob, # What is measured
     **settings, # Parameters of the configuration
 )->FinetuneJob:
     "The finetune job of one configuration"
     same = {k:getattr(job, k) for k in ('model', 'max_seq_length', 'dataset', 'dataset_format', 'template', 'max_rows', 'seed')}
-    return FinetuneJob(**same, over_length='truncate', max_steps=job.warmup+job.steps, warmup_steps=0, lr_scheduler_type='constant', **settings)
+    return FinetuneJob(**same, over_length='truncate', max_steps=job.warmup+job.steps, warmup_steps=0, save_steps=None, lr_scheduler_type='constant', **settings)
 
 def _make_examples(job):
     "The rows as examples, all of them, with a tokenizer that loads no engine unless the template is Unsloth's"
@@ -168,13 +168,13 @@ def _plain_trainer(engine, model, tok, examples, asked):
     t.remove_callback(PrinterCallback)
     return t
 
-# %% ../nbs/benchmarking.ipynb #11240f39
+# %% ../nbs/benchmarking.ipynb #8bb0c28d
 def _load_plain(r, job, plan, tok, examples):
     "transformers or TRL; packing is theirs to do, on any device"
     with quiet(): model = _plain_model(job, plan, r['device']['kind'])
     def run(clock, folder):
         with tempfile.TemporaryDirectory() as out:
-            asked = trainer_arguments(job, plan, out)|dict(packing=job.packing is True, padding_free=job.padding_free is True, use_liger_kernel=r['liger'], use_cpu=r['device']['kind'] == 'cpu')
+            asked = trainer_arguments(job, plan, out)|dict(packing=job.packing is True, padding_free=job.padding_free is True, use_liger_kernel=r['liger'], use_cpu=r['device']['kind'] == 'cpu', include_num_input_tokens_seen='non_padding')
             with quiet():
                 trainer = _plain_trainer(r['engine'], model, tok, examples, asked)
                 trainer.add_callback(_timer(clock))

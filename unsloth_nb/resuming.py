@@ -110,7 +110,7 @@ def load_weights(model, folder):
             if p.dtype != have[n].dtype: p.data = p.data.to(have[n].dtype)
             p.copy_(have[n])
 
-# %% ../nbs/resuming.ipynb #b7caef2f
+# %% ../nbs/resuming.ipynb #f3cee2a2
 class PassOrder:
     "Rows grouped by length, in an order that only the seed and the number of the pass decide"
     def __init__(self, batch_size:int, lengths, seed:int): self.batch_size,self.lengths,self.seed,self.number = batch_size,list(map(int, lengths)),seed,0
@@ -124,7 +124,7 @@ class PassOrder:
 def resumable(cls, write):
     "A trainer class whose checkpoints are ours; `write(trainer)` makes one"
     class Resumable(cls):
-        loss_of_step,trained_tokens = None,None
+        loss_of_step,trained_tokens,tokens_seen = None,None,0
         def _save_checkpoint(self, model, trial): write(self)
         def _load_from_checkpoint(self, folder, model=None): load_weights(self.model, folder)
         def _load_optimizer_and_scheduler(self, folder):
@@ -142,6 +142,7 @@ def resumable(cls, write):
         def get_batch_samples(self, *args, **kw):
             batches,self.trained_tokens = super().get_batch_samples(*args, **kw)
             self.loss_of_step = None
+            for b in batches: self.tokens_seen = self.tokens_seen+(b['attention_mask'] if 'attention_mask' in b else b['input_ids'] != self.processing_class.pad_token_id).sum() # Read when a step is logged
             return batches,self.trained_tokens
         def training_step(self, *args, **kw):
             loss = super().training_step(*args, **kw)

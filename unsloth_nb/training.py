@@ -6,7 +6,7 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'peak_memory', 'train', 'write_adapter', 'save_adapter',
            'finetune']
 
-# %% ../nbs/training.ipynb #8e623521
+# %% ../nbs/training.ipynb #6c140cfe
 import base64,html,io,shutil,sys,tempfile,time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .engine import quiet
 from .batching import pack
 from .checkpoints import CheckpointError,newest_checkpoint,only_writer,rotate_checkpoints,write_whole
 from .examples import Examples,make_examples
-from .guards import Guard,Interrupted,TrainingError,check_weights,step_numbers,stop_requests
+from .guards import Guard,Interrupted,TrainingError,check_weights,skip_if_broken,step_numbers,stop_requests
 from .loading import LoadedModel
 from .padding_free import FlatCollator,can_route,padding_free
 from .planning import Plan,smaller_way
@@ -26,7 +26,7 @@ from .resuming import check_same,identity,load_weights,resumable,save_state
 from .runs import Run,plot_metrics,start_run
 from .spec import FinetuneJob
 
-# %% ../nbs/training.ipynb #8ebfa1b7
+# %% ../nbs/training.ipynb #4fa35154
 def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of `SFTConfig`
     "Everything that shapes training, stated in full"
     return dict(output_dir=str(out_dir), seed=job.seed, data_seed=job.seed,
@@ -39,7 +39,7 @@ def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of
         packing=plan.packing and not plan.padding_free, max_length=plan.max_seq_length, padding_free=plan.packing and not plan.padding_free, average_tokens_across_devices=False, loss_type='nll',
         dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='group_by_length' if job.group_by_length else 'random', remove_unused_columns=False, dataloader_num_workers=0,
         logging_steps=job.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, save_strategy='no', eval_strategy='no',
-        include_num_input_tokens_seen='non_padding', report_to='none', disable_tqdm=True)
+        include_num_input_tokens_seen='no', report_to='none', disable_tqdm=True)
 
 # %% ../nbs/training.ipynb #2ecc0a6a
 def effective_changes(asked:dict, args)->list[dict]:
@@ -100,7 +100,7 @@ def _display(obj):
     from IPython.display import display
     return display(obj, display_id=True)
 
-# %% ../nbs/training.ipynb #eb4d3869
+# %% ../nbs/training.ipynb #b695e7ae
 class _Sums:
     "What final figures are made of, and what a checkpoint must carry for them"
     def __init__(self): self.seconds,self.tokens,self.loss,self.best,self.best_step,self.first = 0.0,0,0.0,None,None,None
@@ -114,13 +114,18 @@ def _recorder(run, live, job, guard, stop):
         def on_train_begin(self, args, state, control, **kw):
             self.time,self.step,self.saved = time.perf_counter(),state.global_step,time.time()
             run.stop_asked() # What was asked of an earlier attempt is over
-            self.trainer._total_loss_scalar = self.sums.loss
+            self.trainer._total_loss_scalar,self.before = self.sums.loss,self.sums.tokens
             self.metrics = [m for m in self.metrics if m['step'] <= state.global_step]
             run.keep_metrics(self.metrics)
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kw):
-            loss,grad,weight = step_numbers(self.trainer.loss_of_step, model.parameters())
-            guard.check(state.global_step+1, loss, grad, weight, masked=grad == 0 and self.trainer.trained_tokens is not None and int(self.trainer.trained_tokens) == 0)
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kw):
+            self.numbers = step_numbers(self.trainer.loss_of_step, model.parameters())
+            if guard.scaled or not skip_if_broken(optimizer, self.numbers): self.look(state.global_step+1)
+        def look(self, step):
+            if self.numbers is None: return
+            (loss,grad,weight),self.numbers,trained = self.numbers.tolist(),None,self.trainer.trained_tokens
+            guard.check(step, loss, grad, weight, masked=grad == 0 and trained is not None and int(trained) == 0)
         def on_step_end(self, args, state, control, **kw):
+            self.look(state.global_step)
             run.beat(state.global_step)
             stop.by = stop.by or run.stop_asked()
             if stop.by: control.should_save = control.should_training_stop = True
@@ -133,7 +138,7 @@ def _recorder(run, live, job, guard, stop):
             now,n,sums = time.perf_counter(),state.global_step-self.step,self.sums
             secs = now-self.time
             m = dict(step=state.global_step, epoch=round(state.epoch, 4), **{k:float(logs[k]) for k in ('loss', 'learning_rate', 'grad_norm') if k in logs}, seconds=secs/max(n, 1))
-            seen = int(state.num_input_tokens_seen)
+            seen = self.before+int(self.trainer.tokens_seen)
             m |= dict(tokens=seen, tokens_per_second=(seen-sums.tokens)/secs)
             self.time,self.step,sums.tokens,sums.seconds = now,state.global_step,seen,sums.seconds+secs
             sums.first = sums.first or dict(tokens=seen, seconds=secs)
