@@ -248,6 +248,21 @@ def test_hang_and_timeout(tiny, tmp_path):
     run = resume_run(run, show=False, timeout=1)
     assert run.status == 'interrupted' and 'it took longer than its 1 s' in run.result['reason']
 
+def test_replay(whole):
+    "A finished run, done again from its record: the same bits, exit code 0"
+    p = cli('runs', 'replay', whole.name, '--runs-dir', whole.path.parent)
+    out = p.communicate(timeout=180)[0]
+    assert p.returncode == 0 and 'bit-identical: 200 steps and the adapter' in out, out
+
+def test_refused(whole, tmp_path):
+    "Options in the wrong place, unknown names, a finished run and none at all: one line, exit code 2"
+    said = {}
+    for args in (('run', '-p', 'max_steps=5', 'finetune'), ('run', '--resume', 'nosuch'), ('run', '--resume', 'latest', '--allow', 'learnin_rate'), ('run', '--resume', 'latest', '-p', 'max_steps=9'), ('runs', 'stop')):
+        p = cli(*args, *(() if args[-1] == 'finetune' else ('--runs-dir', whole.path.parent)))
+        said[args] = p.communicate(timeout=60)[0]
+        assert p.returncode == 2 and said[args].startswith('unsloth-nb: ') and 'Traceback' not in said[args], said[args]
+    for text,why in zip(said.values(), ('come after its name', 'there is no run', "did you mean 'learning_rate'", 'takes over what it has', 'nothing to stop')): assert why in text
+
 def test_reuse(tiny, whole):
     "Another run of the edited job takes over what it need not do: training is not done again, the evaluation is"
     from unsloth_nb.jobs import run_job

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .runs import Run,RunError,_plain,append_line,fingerprint,read_json,read_lines,write_json
 
-# %% ../nbs/attempts.ipynb #a6186b99
+# %% ../nbs/attempts.ipynb #804d8e52
 @patch
 def interrupt(self:Run, reason:str):
     "The run was stopped from outside and can go on"
@@ -25,7 +25,7 @@ def reopen(self:Run,
     **params, # Parameters that are to be other from now on
 )->Run:
     "Go on with a run that has ended without being finished"
-    if self.status in ('finished', 'running'): raise RunError(f"{self.name} is {self.status}; "+('there is nothing left to do' if self.status == 'finished' else 'wait for it, or stop it'))
+    if self.status in ('finished', 'running'): raise RunError(f"{self.name} is {self.status}; "+('there is nothing left to do; a new run with --reuse takes over what it has' if self.status == 'finished' else 'wait for it, or stop it'))
     job = self.job.replace(**params)
     attempt = dict(result=self.result, reopened=datetime.now().astimezone().isoformat(), allow=sorted({*allow, *params}), changed=params)
     append_line(self.path/'attempts.jsonl', attempt)

@@ -9,7 +9,7 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
            'check_files', 'check_command', 'list_command', 'diff_command', 'replay_command', 'stop_command',
            'show_command', 'talk', 'chat_command', 'main']
 
-# %% ../nbs/jobs.ipynb #3d341c0f
+# %% ../nbs/jobs.ipynb #0a0aed10
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ from .planning import make_plan
 from .profiling import profile_examples
 from .scanning import ScanError
 from .runs import Run,RunError,before_after,new_run_dir,open_run,record_job
-from .spec import JOBS,BenchmarkJob,FinetuneJob,Job,SpecError,fields,make_job,read_value,settings
+from .spec import JOBS,BenchmarkJob,FinetuneJob,Job,SpecError,fields,make_job,nearest,read_value,settings
 from .supervising import Supervisor,Watcher,conclude,execute
 from .templates import FormatError
 
@@ -84,7 +84,7 @@ def run_job(
     except OSError as e: raise SpecError(f"runs_dir: {run.path} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
     return _attempts(run, name, show, retries, hang_after=hang_after, timeout=timeout)
 
-# %% ../nbs/jobs.ipynb #632cc1c8
+# %% ../nbs/jobs.ipynb #4b4b3093
 def resume_run(
     run='latest', # Name, unique part of a name, or directory
     runs_dir=None, # Where runs are
@@ -97,6 +97,8 @@ def resume_run(
 )->Run:
     "Go on with a run"
     run = open_run(run, runs_dir)
+    known = [f['name'] for f in fields(JOBS[run.kind])]+['data', 'model', 'code', 'plan']
+    if (bad := next((n for n in allow if n not in known), None)): raise SpecError(f"allow: {bad!r} is nothing that could differ{nearest(bad, known)}")
     if run.status == 'finished' and not params: return run
     preflight(run.job.replace(**params), run.path.parent)
     return _attempts(run.reopen(allow, **params), run.kind, show, retries, hang_after=hang_after, timeout=timeout)
@@ -138,8 +140,8 @@ def read_pairs(cls, pairs:list[str])->dict:
     if bad: raise SpecError(f"-p {bad[0]}: expected name=value, as in -p max_steps=20")
     return {k.strip():read_value(cls, k.strip(), v.strip()) for k,v in (p.split('=', 1) for p in pairs)}
 
-# %% ../nbs/jobs.ipynb #f2ae12ba
-Params = Annotated[list[str], typer.Option('-p', '--param', metavar='NAME=VALUE', help='A parameter; may be repeated.', default_factory=list)]
+# %% ../nbs/jobs.ipynb #84614ac9
+Params = Annotated[list[str], typer.Option('-p', '--param', metavar='NAME=VALUE', help='A parameter; may be repeated.', default_factory=list, show_default=False)]
 ParamsFile = Annotated[Path|None, typer.Option('-f', '--file', help='YAML file with parameters.')]
 PresetName = Annotated[str|None, typer.Option('--preset', help='Model preset: sets the model and the parameters that suit it.')]
 RunsDir = Annotated[Path|None, typer.Option('--runs-dir', help='Where run directories are; default: settings.ini, else ./runs.')]
@@ -172,6 +174,7 @@ def resume_command(ctx:typer.Context, param:Params, resume:Annotated[str|None, t
     "Run a job notebook, or go on with a run."
     if ctx.invoked_subcommand:
         if resume: raise SpecError(f"run: --resume {resume} names the job already; leave {ctx.invoked_subcommand} out")
+        if param or allow or runs_dir or retries or timeout: raise SpecError(f"run: options of the job come after its name: unsloth-nb run {ctx.invoked_subcommand} -p …")
         return
     if resume is None: print(ctx.get_help()); return
     run = open_run(resume, runs_dir)
