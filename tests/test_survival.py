@@ -78,6 +78,17 @@ def test_finished_does_nothing(lab):
     again,_,got = lab.train(run)
     assert got == want and run.metrics == before and weights(again) == weights(model)
 
+def test_stopped_at_the_end(lab):
+    "Asked to stop during the last step, and again after a longer run was allowed: no step too many, no step too few"
+    model,whole,want = lab.train()
+    run = lab.stopped(5) # It stops after the sixth, which is the last one
+    again,_,got = lab.train(run)
+    assert got['steps'] == 6 and weights(again) == weights(model) and trace(run) == trace(whole) and got['train_loss'] == want['train_loss']
+    run.interrupt('a test')
+    run.reopen(max_steps=8)
+    _,_,more = lab.train(run, max_steps=8)
+    assert more['steps'] == 8 and [m['step'] for m in run.metrics] == list(range(1, 9))
+
 CHANGES = dict(learning_rate=dict(learning_rate=2e-3), per_device_train_batch_size=dict(per_device_train_batch_size=2), r=dict(r=8), seed=dict(seed=1), data=dict(rows=12), model=dict(model='other'))
 
 @pytest.mark.parametrize('change', CHANGES)

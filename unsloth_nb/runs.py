@@ -7,8 +7,8 @@ __all__ = ['RUN_DIR_VARIABLE', 'write_json', 'read_json', 'append_line', 'read_l
            'Run', 'Heart', 'record_job', 'start_run', 'sha256', 'fingerprint', 'before_after', 'run_dirs', 'open_run',
            'RunList', 'list_runs', 'plot_metrics']
 
-# %% ../nbs/runs.ipynb #b0f6fc7b
-import hashlib,json,math,os,re,secrets,socket,subprocess,threading,time
+# %% ../nbs/runs.ipynb #88c61332
+import hashlib,json,math,os,re,secrets,socket,subprocess,threading,time,weakref
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -125,7 +125,7 @@ class Run:
     def metrics(self): return read_lines(self.path/'metrics.jsonl')
     def __repr__(self): return plain_text(f"Run({self.name}, {self.status})")
 
-# %% ../nbs/runs.ipynb #8cfc8834
+# %% ../nbs/runs.ipynb #94409ff4
 _HEARTS = {} # Directory to Heart, in this process
 
 def _exists(beat)->bool:
@@ -140,21 +140,21 @@ class Heart(threading.Thread):
     "Writes `heartbeat.json` until the run is over"
     def __init__(self, path, every:float=5.0): # seconds
         super().__init__(daemon=True)
-        self.path,self.every,self.step,self.step_time = Path(path),every,None,None
+        self.path,self.every,self.step,self.step_time,self.over = Path(path),every,None,None,threading.Event()
     def beat(self):
         write_json(self.path/'heartbeat.json', dict(time=time.time(), pid=os.getpid(), host=socket.gethostname(), step=self.step, step_time=self.step_time))
     def run(self):
-        while self.path.is_dir() and not (self.path/'result.json').exists():
+        while not self.over.wait(self.every) and self.path.is_dir() and not (self.path/'result.json').exists():
             try: self.beat()
             except OSError: pass # A full disk must not end the beating
-            time.sleep(self.every)
+        _HEARTS.pop(str(self.path), None)
 
 @patch
 def beat(self:Run, step:int):
     "An optimizer step is done"
     if (h := _HEARTS.get(str(self.path))): h.step,h.step_time = step,time.time()
 
-# %% ../nbs/runs.ipynb #763c2cd4
+# %% ../nbs/runs.ipynb #1701ece0
 def record_job(path, job:Job, **more):
     "Write `job.json` and `env.json` into a run directory"
     kind = next(k for k,v in JOBS.items() if type(job) is v)
@@ -177,8 +177,9 @@ def start_run(
 
 @patch
 def start_heart(self:Run):
-    "Say from now on that this process is alive"
+    "Say that this process is alive, as long as it holds this object and the run is not over"
     h = _HEARTS[str(self.path)] = Heart(self.path)
+    weakref.finalize(self, h.over.set)
     h.beat()
     h.start()
 

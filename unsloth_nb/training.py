@@ -6,7 +6,7 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'peak_memory', 'train', 'write_adapter', 'save_adapter',
            'finetune']
 
-# %% ../nbs/training.ipynb #6c140cfe
+# %% ../nbs/training.ipynb #31e79aff
 import base64,html,io,shutil,sys,tempfile,time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,14 +16,14 @@ from pathlib import Path
 from . import attempts # noqa: F401 (Run.interrupt, Run.keep)
 from .engine import quiet
 from .batching import pack
-from .checkpoints import CheckpointError,newest_checkpoint,only_writer,rotate_checkpoints,write_whole
+from .checkpoints import CheckpointError,check_whole,newest_checkpoint,only_writer,rotate_checkpoints,write_whole
 from .examples import Examples,make_examples
 from .guards import Guard,Interrupted,TrainingError,check_weights,skip_if_broken,step_numbers,stop_requests
 from .loading import LoadedModel
 from .padding_free import FlatCollator,can_route,padding_free
 from .planning import Plan,smaller_way
 from .resuming import check_same,identity,load_weights,resumable,save_state
-from .runs import Run,plot_metrics,start_run
+from .runs import Run,plot_metrics,read_json,start_run
 from .spec import FinetuneJob
 
 # %% ../nbs/training.ipynb #4fa35154
@@ -148,18 +148,20 @@ def _recorder(run, live, job, guard, stop):
             live.show(Progress(self.metrics, state.max_steps))
     return Recorder()
 
-# %% ../nbs/training.ipynb #e0700491
+# %% ../nbs/training.ipynb #6818150d
 def _writer(run, job, rec, who):
     "Writes a checkpoint of a trainer: state, identity and sums"
-    def write(trainer, **more):
+    def write(trainer):
         step,sums = trainer.state.global_step,rec.sums
         folder = run.path/'checkpoints'/f'step-{step:06d}'
         check_weights(trainer.model)
-        if folder.exists(): shutil.rmtree(folder) # A damaged one, or one without the final figures
+        if folder.exists():
+            try: return check_whole(folder)
+            except CheckpointError: shutil.rmtree(folder)
         sums.loss,mean = trainer._total_loss_scalar,sum(rec.window)/len(rec.window) if rec.window else None
         if mean is not None and (sums.best is None or mean <= sums.best): sums.best,sums.best_step = mean,step
         rec.window.clear()
-        write_whole(folder, lambda d: save_state(trainer, d), step=step, max_steps=trainer.state.max_steps, identity=who(), sums=sums.to_dict(), **more)
+        write_whole(folder, lambda d: save_state(trainer, d), step=step, max_steps=trainer.state.max_steps, identity=who(), sums=sums.to_dict())
         rotate_checkpoints(run, job.save_total_limit, sums.best_step)
     return write
 
@@ -228,7 +230,7 @@ def _out_of_memory(e, model, job, examples):
     said = f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak/2**30:.2f} GiB, {held/2**30:.2f} GiB were held, and {plan.device.memory_free/2**30:.2f} GiB were free when it was made."
     return TrainingError(f"{said}\n{smaller_way(job, examples, plan, held)}")
 
-# %% ../nbs/training.ipynb #828a0da8
+# %% ../nbs/training.ipynb #6cea71e7
 def train(
     model:LoadedModel, # Model with its adapter
     examples:Examples, # What it learns from
@@ -253,13 +255,13 @@ def _train(model, examples, job, run, live, stop):
     who = cache(lambda: identity(model, examples, job))
     rec = _recorder(run, live, job, Guard(model.model.config.get_text_config().vocab_size, plan.dtype == 'float16'), stop)
     write = _writer(run, job, rec, who)
-    run.save('capsule', who()|dict(threads=torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as tmp:
         asked = trainer_arguments(job, plan, tmp)
         with quiet(): trainer = rec.trainer = _trainer(model, examples, asked, plan, write)
         trainer.add_callback(rec)
         if (found := _found(run, who)): vars(rec.sums).update(found[1]['sums'])
-        if found and found[1].get('result') and found[1]['step'] == found[1]['max_steps']: return _already(model, run, found)
+        if found and found[1]['step'] == (job.max_steps or found[1]['max_steps']): return _already(model, run, found, rec.sums, trainer)
+        run.save('capsule', who()|dict(threads=torch.get_num_threads()))
         changes = [*plan.changes, *effective_changes(asked, trainer.args)]
         for c in changes: run.note(f"{c['parameter']}: {c['requested']} asked for, {c['effective']} in effect: {c['why']}")
         if found: run.note(f'goes on after step {found[1]["step"]}')
@@ -267,23 +269,27 @@ def _train(model, examples, job, run, live, stop):
             out = trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
         if stop.by: raise Interrupted(f"stopped by {stop.by} after step {trainer.state.global_step}, with a checkpoint; go on with: unsloth-nb run --resume {run.name}")
         check_weights(model.model)
-        res = _figures(rec.sums, out.training_loss, trainer, plan)
-        if job.save_steps is not None: write(trainer, result=res)
+        res = _figures(rec.sums, out.training_loss, trainer.state.global_step, trainer, plan)
+        if job.save_steps is not None: write(trainer)
+        run.save('trained', res)
     live.show(Progress(rec.metrics, trainer.state.max_steps), final=True)
     run.save('plan', plan.to_dict()|dict(changes=changes, measured=res))
     return res
 
-def _figures(s, train_loss, trainer, plan):
+def _figures(s, train_loss, steps, trainer, plan):
     "What a whole training run comes to, over all its attempts"
     rest = s.seconds-s.first['seconds']
-    return dict(train_loss=train_loss, steps=trainer.state.global_step, rows=len(trainer.train_dataset), tokens=s.tokens, seconds=s.seconds, tokens_per_second=s.tokens/s.seconds,
+    return dict(train_loss=train_loss, steps=steps, rows=len(trainer.train_dataset), tokens=s.tokens, seconds=s.seconds, tokens_per_second=s.tokens/s.seconds,
         steady_tokens_per_second=(s.tokens-s.first['tokens'])/rest if rest > 0 else None, peak_bytes=peak_memory(plan.device.kind))
 
-def _already(model, run, found):
+def _already(model, run, found, sums, trainer):
     "The weights and figures of a run that has done all its steps"
-    load_weights(model.model, found[0])
-    run.note(f"training: all {found[1]['step']} steps are done already")
-    return found[1]['result']
+    (folder,manifest),home = found,Path(found[0]).parent.parent
+    load_weights(model.model, folder)
+    run.note(f"training: all {manifest['step']} steps are done already")
+    res = read_json(home/'trained.json') or _figures(sums, sums.loss/manifest['step'], manifest['step'], trainer, model.plan)
+    run.save('trained', res)
+    return res
 
 # %% ../nbs/training.ipynb #adf5c25a
 def write_adapter(model:LoadedModel, folder):
