@@ -125,8 +125,8 @@ class Run:
     def metrics(self): return read_lines(self.path/'metrics.jsonl')
     def __repr__(self): return plain_text(f"Run({self.name}, {self.status})")
 
-# %% ../nbs/runs.ipynb #94409ff4
-_HEARTS = {} # Directory to Heart, in this process
+# %% ../nbs/runs.ipynb #68ef242c
+_HEARTS = weakref.WeakValueDictionary() # Directory to Heart, in this process
 
 def _exists(beat)->bool:
     "Is the process that wrote this beat still there? Unknown on another machine, and then yes"
@@ -147,7 +147,6 @@ class Heart(threading.Thread):
         while not self.over.wait(self.every) and self.path.is_dir() and not (self.path/'result.json').exists():
             try: self.beat()
             except OSError: pass # A full disk must not end the beating
-        _HEARTS.pop(str(self.path), None)
 
 @patch
 def beat(self:Run, step:int):
