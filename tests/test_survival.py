@@ -100,6 +100,18 @@ def test_changes_refused(lab, change):
     with pytest.raises(lab.lib.CheckpointError) as e: lab.train(run, **kw)
     assert f'{change}: ' in str(e.value) and ' then, ' in str(e.value) and f'--allow {change}' in str(e.value).replace('data,seed', 'seed') and trace(run) == before
 
+def test_hub_weights(lib, tmp_path, monkeypatch):
+    "A model in the Hub's cache is known by the hashes that its files are named by"
+    import huggingface_hub.constants as c
+    from unsloth_nb.loading import base_fingerprint
+    home,sha = tmp_path/'models--a--b','ab'*32
+    for p,text in ((home/'refs'/'main', 'c0ffee'), (home/'blobs'/sha, 'weights'), (home/'snapshots'/'c0ffee'/'config.json', '{}')):
+        p.parent.mkdir(parents=True, exist_ok=True)
+        p.write_text(text)
+    (home/'snapshots'/'c0ffee'/'model.safetensors').symlink_to(home/'blobs'/sha)
+    monkeypatch.setattr(c, 'HF_HUB_CACHE', str(tmp_path))
+    assert base_fingerprint('a/b') == {'model.safetensors':sha} and base_fingerprint('a/c') == {}
+
 def test_code_refused(lab, monkeypatch):
     "Another version of a package is a difference as well"
     from unsloth_nb import resuming

@@ -6,7 +6,7 @@
 __all__ = ['examples_sha256', 'code_hashes', 'identity', 'differences', 'check_same', 'trained_weights', 'weights_sha256',
            'rows_sha256', 'save_state', 'load_state', 'load_weights', 'PassOrder', 'resumable']
 
-# %% ../nbs/resuming.ipynb #3cfb3eb8
+# %% ../nbs/resuming.ipynb #36153a87
 import hashlib,importlib.util,random
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from .engine import versions
 from .examples import Examples
 from .loading import LoadedModel
 from .runs import read_json,write_json
-from .spec import fields
+from .spec import FinetuneJob,fields
 
-# %% ../nbs/resuming.ipynb #2beca536
+# %% ../nbs/resuming.ipynb #8bb5e746
 _AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit') # Parameters of training that change no step
 _PLANNED = ('dtype', 'load_in_4bit', 'load_in_8bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'attention')
 _PACKAGES = ('torch', 'transformers', 'trl', 'peft', 'unsloth', 'unsloth_zoo', 'bitsandbytes', 'accelerate')
@@ -36,18 +36,30 @@ def code_hashes()->dict: # Module or package to hash or version
     home,have = Path(importlib.util.find_spec('unsloth_nb').origin).parent,versions()
     return {f'{m}.py':hashlib.sha256((home/f'{m}.py').read_bytes()).hexdigest()[:16] for m in _MODULES}|{p:have[p] for p in _PACKAGES if p in have}
 
-def identity(model:LoadedModel, examples:Examples, job)->dict: # Part to value
+def identity(
+    model:LoadedModel, # Its base weights, adapter and plan count
+    examples:Examples, # Their token ids and labels count
+    job:FinetuneJob, # Its parameters of training count
+)->dict: # parameters, plan, data, model, code: each names to values
     "What a training run is a run of"
     shaping = [f['name'] for f in fields(type(job)) if f['group'] in ('LoRA', 'Training') and f['name'] not in (*_AFTERWARDS, *_PLANNED)]
     return dict(parameters={k:job.to_dict()[k] for k in (*shaping, 'seed', 'max_seq_length')}, plan={k:getattr(model.plan, k) for k in _PLANNED}|dict(device=model.plan.device.kind), data=dict(examples=len(examples), sha256=examples_sha256(examples)), model=model.base, code=code_hashes())
 
-def differences(then:dict, now:dict)->list[tuple]: # (name, part, then, now)
+def differences(
+    then:dict, # Identity of the checkpoint
+    now:dict, # Of what is asked for now
+)->list[tuple]: # (name, part, then, now)
     "What differs between two identities"
     flat = lambda d: {(k, n):v for k,part in d.items() for n,v in part.items()}
     a,b = flat(then),flat(now)
     return [(n, part, a.get((part, n)), b.get((part, n))) for part,n in dict.fromkeys([*a, *b]) if a.get((part, n)) != b.get((part, n))]
 
-def check_same(then:dict, now:dict, allow=(), what='the run')->list[str]: # What differs and may
+def check_same(
+    then:dict, # Identity of the checkpoint
+    now:dict, # Of what is asked for now
+    allow=(), # Names or parts that may differ
+    what:str='the run', # What cannot go on, for the message
+)->list[str]: # What differs and may
     "Raise `CheckpointError` with all that differs and is not allowed to"
     diff = [(f"{n if part in ('parameters', 'plan') else f'{part}: {n}'}: {str(x)[:60]} then, {str(y)[:60]} now", n in allow or part in allow) for n,part,x,y in differences(then, now)]
     bad = [text for text,ok in diff if not ok]
