@@ -164,7 +164,7 @@ def test_nan_stops(lab):
         lab.spoiled = model
     with pytest.raises(lab.lib.TrainingError, match='step 4: the gradient norm is nan'): lab.train(watch=spoil)
     run = lab.lib.Run(next(lab.home.glob('*-finetune-*')))
-    assert [m['step'] for m in run.metrics] == [1, 2, 3] and [p.name for p in (run.path/'checkpoints').iterdir()] == ['step-000002']
+    assert [(m['step'], m['grad_norm']) for m in run.metrics][2:] == [(3, run.metrics[2]['grad_norm']), (4, 'nan')] and [p.name for p in (run.path/'checkpoints').iterdir()] == ['step-000002']
     assert all(p.isfinite().all() for p in lab.spoiled.model.parameters() if p.requires_grad)
     _,_,m = lab.train(run)
     assert m['steps'] == 6

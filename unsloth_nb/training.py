@@ -100,7 +100,7 @@ def _display(obj):
     from IPython.display import display
     return display(obj, display_id=True)
 
-# %% ../nbs/training.ipynb #b695e7ae
+# %% ../nbs/training.ipynb #9574c103
 class _Sums:
     "What final figures are made of, and what a checkpoint must carry for them"
     def __init__(self): self.seconds,self.tokens,self.loss,self.best,self.best_step,self.first = 0.0,0,0.0,None,None,None
@@ -123,7 +123,10 @@ def _recorder(run, live, job, guard, stop):
         def look(self, step):
             if self.numbers is None: return
             (loss,grad,weight),self.numbers,trained = self.numbers.tolist(),None,self.trainer.trained_tokens
-            guard.check(step, loss, grad, weight, masked=grad == 0 and trained is not None and int(trained) == 0)
+            try: guard.check(step, loss, grad, weight, masked=grad == 0 and trained is not None and int(trained) == 0)
+            except TrainingError:
+                run.log(step=step, loss=loss, grad_norm=grad) # What was wrong stays on record
+                raise
         def on_step_end(self, args, state, control, **kw):
             self.look(state.global_step)
             run.beat(state.global_step)
