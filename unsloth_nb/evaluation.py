@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['response_loss', 'exact_match', 'valid_json', 'default_scorers', 'evaluate', 'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #efb212bb
+# %% ../nbs/evaluation.ipynb #29a8e036
 import json,math
 from dataclasses import asdict,dataclass,field
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from .escaping import html_text,plain_text
 from .examples import make_examples
 from .inference import Answer,Sampling,answering,generate
 from .loading import LoadedModel
-from .resuming import rows_sha256,weights_sha256
+from .resuming import code_hashes,rows_sha256,weights_sha256
 from .runs import Run,before_after
 
 # %% ../nbs/evaluation.ipynb #01aca992
@@ -75,10 +75,10 @@ def evaluate(
     scores = {k:sum(float(f(e, a.text)) for e,a in zip(expected, answers))/len(convs) for k,f in scorers.items()}
     return scores|metrics|dict(rows=len(convs), cut_off=sum(not a.stopped for a in answers)),answers
 
-# %% ../nbs/evaluation.ipynb #fee5a10c
+# %% ../nbs/evaluation.ipynb #610507ce
 def _kept(model, convs, run, how):
     "What `evaluate` found, from the run where it is there"
-    inputs = how|dict(base=model.base, trained=weights_sha256(model.model) if how['tuned'] else None, rows=rows_sha256(convs), plan={k:getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')}, template=model.formatter_for(convs).template)
+    inputs = how|dict(base=model.base, trained=weights_sha256(model.model) if how['tuned'] else None, rows=rows_sha256(convs), plan={k:getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')}, template=model.formatter_for(convs).template, code=code_hashes(('evaluation', 'formatting', 'inference', 'loading')))
     def make():
         metrics,answers = evaluate(model, convs, **how)
         return dict(metrics=metrics, answers=[asdict(a) for a in answers])

@@ -6,7 +6,7 @@
 __all__ = ['TIE', 'LIMITS', 'ExportError', 'answer_trace', 'certificate', 'check_certificate', 'save_artifact', 'keep_artifact',
            'export_run']
 
-# %% ../nbs/export.ipynb #8d2a1f3f
+# %% ../nbs/export.ipynb #ec512b76
 import gc
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from .examples import make_examples
 from .inference import answering,load_run
 from .loading import LoadedModel
 from .planning import check_free
-from .resuming import rows_sha256,weights_sha256
+from .resuming import code_hashes,rows_sha256,weights_sha256
 from .runs import Run,open_run,read_json,start_run,write_json
 from .spec import ExportJob,SpecError
 from .training import write_adapter
@@ -110,7 +110,7 @@ def save_artifact(
         write_json(stage/'certificate.json', cert)
     return read_json(write_whole(Path(parent)/to, write)/'certificate.json')
 
-# %% ../nbs/export.ipynb #4bc27cdc
+# %% ../nbs/export.ipynb #3ae3851e
 def keep_artifact(
     model:LoadedModel, # Trained model
     run:Run, # Where it goes
@@ -118,7 +118,7 @@ def keep_artifact(
     convs, # Held-out conversations to compare on
 )->dict: # The certificate
     "An artefact of a run, with its certificate"
-    return run.keep(to, dict(to=to, base=model.base, trained=weights_sha256(model.model), rows=rows_sha256(convs)), lambda: save_artifact(model, run.path, to, convs), [to])
+    return run.keep(to, dict(to=to, base=model.base, trained=weights_sha256(model.model), rows=rows_sha256(convs), code=code_hashes(('export', 'loading', 'training'))), lambda: save_artifact(model, run.path, to, convs), [to])
 
 # %% ../nbs/export.ipynb #ec439f70
 def export_run(

@@ -47,7 +47,7 @@ def preflight(job:Job, runs_dir=None):
     if run.status != 'finished': raise SpecError(f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest")
     if getattr(job, 'dataset', None): find_source(job.dataset)
 
-# %% ../nbs/jobs.ipynb #912181d3
+# %% ../nbs/jobs.ipynb #ce5b58f9
 def _attempts(run, name, show, retries, **watch):
     "Execute a run's notebook, again while that may help"
     for left in range(retries, -1, -1):
@@ -62,7 +62,7 @@ def _attempts(run, name, show, retries, **watch):
         again = conclude(run, error, sup)
         if not again or not left: return run
         run.note(f"attempt {run.attempt}: {run.result['reason']}; trying again")
-        run.reopen()
+        run.reopen(run.allowed) # What a person has allowed stays allowed
 
 def run_job(
     name:str='finetune', # `finetune`, `evaluate`, `export` or `benchmark`

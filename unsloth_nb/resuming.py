@@ -18,7 +18,7 @@ from .loading import LoadedModel
 from .runs import read_json,write_json
 from .spec import FinetuneJob,fields
 
-# %% ../nbs/resuming.ipynb #8bb5e746
+# %% ../nbs/resuming.ipynb #e78f091e
 _AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit') # Parameters of training that change no step
 _PLANNED = ('dtype', 'load_in_4bit', 'load_in_8bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'attention')
 _PACKAGES = ('torch', 'transformers', 'trl', 'peft', 'unsloth', 'unsloth_zoo', 'bitsandbytes', 'accelerate')
@@ -31,10 +31,12 @@ def examples_sha256(examples:Examples)->str:
     for a in (ids, trained, ends): h.update(memoryview(a).cast('B'))
     return h.hexdigest()
 
-def code_hashes()->dict: # Module or package to hash or version
-    "What the code of training is: our own modules, and the packages below"
+def code_hashes(
+    modules=_MODULES, # Of this package; default: those that training depends on
+)->dict: # Module or package to hash or version
+    "What code a result depends on: our own modules, and the packages below"
     home,have = Path(importlib.util.find_spec('unsloth_nb').origin).parent,versions()
-    return {f'{m}.py':hashlib.sha256((home/f'{m}.py').read_bytes()).hexdigest()[:16] for m in _MODULES}|{p:have[p] for p in _PACKAGES if p in have}
+    return {f'{m}.py':hashlib.sha256((home/f'{m}.py').read_bytes()).hexdigest()[:16] for m in modules}|{p:have[p] for p in _PACKAGES if p in have}
 
 def identity(
     model:LoadedModel, # Its base weights, adapter and plan count
