@@ -29,6 +29,7 @@ _homes = dict(
     training='finetune train',
     inference='Chat Sampling chat generate load_run stream',
     evaluation='Comparison compare evaluate',
+    gguf='GgufError GgufInfo gguf_info install_converter llama_cpp_answers modelfile write_gguf',
     export='export_run keep_artifact save_artifact',
     measured='Benchmark',
     benchmarking='CONFIGURATIONS benchmark random_model',
