@@ -31,6 +31,7 @@ _homes = dict(
     evaluation='Comparison compare evaluate',
     gguf='GgufError GgufInfo gguf_info install_converter llama_cpp_answers modelfile write_gguf',
     export='export_run keep_artifact save_artifact',
+    serving='Service serve serve_command',
     measured='Benchmark',
     benchmarking='CONFIGURATIONS benchmark random_model',
     jobs='inspect_data replay_run resume_run run_job',

