@@ -57,7 +57,7 @@ def check_whole(folder)->dict: # The manifest
     if lost: raise CheckpointError(f"{folder.name}: {' and '.join(lost)} missing, so nothing vouches for its files")
     if (folder/MANIFEST_SUM).read_bytes() != _sum(folder).encode(): raise CheckpointError(f"{folder.name}: {MANIFEST} and {MANIFEST_SUM} do not agree; one of them has changed")
     manifest = read_json(folder/MANIFEST)
-    want,have = manifest['files'],{str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}-{MANIFEST, MANIFEST_SUM}
+    want,have = manifest['files'],{str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}-{MANIFEST, MANIFEST_SUM, '.gitattributes'} # The last one is the Hub's own
     bad = [f'{n} is missing' for n in want if n not in have]+[f'{n} is not in the manifest' for n in sorted(have-set(want))]
     bad += [_damage(folder/n, n, w) for n,w in want.items() if n in have]
     if any(bad): raise CheckpointError(f"{folder.name}: {'; '.join(filter(None, bad))}")
