@@ -179,11 +179,17 @@ def _recipe(run):
 def _number(v): return f'{v:.4g}' if isinstance(v, float) else markdown_text(v)
 
 def _figures(run):
-    "Base and tuned model on the held-out rows"
-    m = _metrics(run)
+    "Base and tuned model on the held-out rows, with intervals and tests where the run has them"
+    m,stats = _metrics(run),read_json(run.path/'statistics.json') or {}
     if not m: return 'Not evaluated.'
-    names = list(dict.fromkeys(k for s in m.values() for k,v in s.items() if isinstance(v, (int, float))))
-    return _table([(markdown_text(n.replace('_', ' ')), *(_number(m[s].get(n, '')) for s in m)) for n in names], ('metric', *m))
+    scores,names = stats.get('scores', {}),list(dict.fromkeys(k for s in m.values() for k,v in s.items() if isinstance(v, (int, float))))
+    def cell(n, s):
+        e = scores.get(n, {}).get(s) or {}
+        return _number(m[s].get(n, ''))+(f" [{_number(e['low'])}, {_number(e['high'])}]" if e.get('low') is not None else '')
+    tested = {n:scores[n]['difference'] for n in names if 'difference' in scores.get(n, {})}
+    table = _table([(markdown_text(n.replace('_', ' ')), *(cell(n, s) for s in m), *([f"{tested[n]['p']:.2g}" if n in tested else ''] if tested else [])) for n in names], ('metric', *m, *(['p'] if tested else [])))
+    tests = ', '.join(dict.fromkeys(markdown_text(d['test']) for d in tested.values()))
+    return table+(f"\n\nIn brackets: {100*stats['confidence']:g}% intervals"+(f'; p: {tests}' if tests else '')+'.' if scores else '')
 
 def _certificate(cert):
     "What the export was compared in, beside the model in memory"

@@ -105,7 +105,7 @@ def _card(folder, run, repo_id)->str:
     return model_card(run if run.kind == 'finetune' else open_run(run.job.run, run.path.parent), folder.name, cert if 'checks' in cert else None, repo_id)
 
 # %% ../nbs/hub.ipynb #735d924a
-@dataclass
+@dataclass(repr=False)
 class Publication:
     "What is to stand in a repository"
     files:dict # Name to path, or to bytes where they differ from the folder's
@@ -212,9 +212,10 @@ def find_export(
         return folder,Run(folder.parent) if (folder.parent/'job.json').exists() else None
     run = open_run(what)
     have = sorted(p.parent.name for p in run.path.glob(f'*/{MANIFEST}'))
-    if to not in have: raise SpecError(f"to: {run.name} holds no {to!r}; it holds {', '.join(have) or 'no export'}; export it first: unsloth-nb export {run.name} --to {to}")
+    if to not in have: raise SpecError(f"to: {run.name} holds no {to!r}; it holds {', '.join(have) or 'no export'}; export it first: unsloth-nb run export -p run={run.name} -p to={to}")
     return run.path/to,run
 
+# %% ../nbs/hub.ipynb #00b82e33
 def push(
     what='latest', # Run, its name or directory; or the folder of an export
     repo_id:str='', # owner/name
