@@ -8,7 +8,7 @@ from conftest import ROOT
 from unsloth_nb.checkpoints import CheckpointError,write_whole
 from unsloth_nb.hub import HubError,pull,push
 from unsloth_nb.runs import fingerprint,read_lines,start_run
-from unsloth_nb.spec import FinetuneJob,SpecError
+from unsloth_nb.spec import ExportJob,FinetuneJob,SpecError
 
 TOKEN,READER,OTHER,UNKNOWN = ('hf_'+x*3 for x in ('aB3dE5gH7j', 'K9mN1pQ3rS', 'tU5vW7xY9z', 'Zz8Yx6Wv4U'))
 USERS = {TOKEN:dict(name='me', role='write', orgs=['us']), READER:dict(name='me', role='read'), OTHER:dict(name='you', role='write')}
@@ -18,9 +18,9 @@ def hub(monkeypatch, tmp_path):
     "A Hub, an environment that knows its address and a token, and a cache of its own"
     from huggingface_hub import constants
     server = Hub(USERS)
-    monkeypatch.delenv('HF_HUB_OFFLINE')
+    for k in ('HF_HUB_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK'): monkeypatch.delenv(k, raising=False)
     for k,v in dict(HF_ENDPOINT=server.url, HF_TOKEN=TOKEN).items(): monkeypatch.setenv(k, v)
-    for k,v in dict(HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=True, HF_HUB_CACHE=str(tmp_path/'cache'), HF_TOKEN_PATH=str(tmp_path/'no_token')).items(): monkeypatch.setattr(constants, k, v)
+    for k,v in dict(HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=False, HF_HUB_CACHE=str(tmp_path/'cache'), HF_TOKEN_PATH=str(tmp_path/'no_token')).items(): monkeypatch.setattr(constants, k, v)
     yield server
     server.faults.clear()
     server.shutdown()
@@ -165,6 +165,23 @@ def test_offline_and_a_full_disk(hub, tmp_path, no, monkeypatch):
     no(lambda: pull('me/model'), 'the Hub cannot be reached at http://127.0.0.1:9; is this machine offline?')
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     no(lambda: push(run, 'me/model'), 'HF_HUB_OFFLINE is set, so the Hub is not asked; unset it')
+
+def test_cards_of_what_has_no_finetune_run_beside_it(hub, tmp_path):
+    def write(d):
+        (d/'small.safetensors').write_bytes(weights('small', 1))
+        (d/'certificate.json').write_text(json.dumps(dict(to='merged_16bit', passed=True, software=['transformers 5'], rows=4, tokens=99, checks=[dict(name='greedy agreement', value=1.0, limit=0.95, ok=True, unit='')])))
+    read = lambda repo_id: held(hub, repo_id, hub.repos[repo_id].branches['main'])['README.md'].decode()
+    source = make(tmp_path, names=['small'])
+    record = start_run(ExportJob(run=source.name, to='merged_16bit'), tmp_path/'runs')
+    push(write_whole(record.path/'merged_16bit', write), 'me/exported')
+    assert '| greedy agreement | 1 | 0.95 | yes |' in read('me/exported') and ModelCard(read('me/exported')).data.base_model_relation == 'finetune'
+    alone = write_whole(tmp_path/'alone', lambda d: (d/'README.md').write_text('load("path/to/this/folder")'))
+    push(alone, 'me/alone')
+    assert read('me/alone') == 'load("me/alone")'
+    with pytest.raises(SpecError, match='no README.md, and no run beside'): push(write_whole(tmp_path/'bare', write), 'me/bare')
+    with pytest.raises(SpecError, match='README.md name folders of this machine'): push(write_whole(tmp_path/'told', lambda d: (d/'README.md').write_text(f'{Path.home()}/models')), 'me/told')
+    (tmp_path/'loose').mkdir()
+    with pytest.raises(CheckpointError, match='nothing vouches for its files'): push(tmp_path/'loose', 'me/loose')
 
 def test_another_commit_in_between(hub, tmp_path, monkeypatch):
     from huggingface_hub import HfApi

@@ -589,6 +589,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'unsloth_nb.hub._endpoint': ('hub.html#_endpoint', 'unsloth_nb/hub.py'),
                                 'unsloth_nb.hub._first': ('hub.html#_first', 'unsloth_nb/hub.py'),
                                 'unsloth_nb.hub._make_ready': ('hub.html#_make_ready', 'unsloth_nb/hub.py'),
+                                'unsloth_nb.hub._names_places': ('hub.html#_names_places', 'unsloth_nb/hub.py'),
                                 'unsloth_nb.hub._portable': ('hub.html#_portable', 'unsloth_nb/hub.py'),
                                 'unsloth_nb.hub._record': ('hub.html#_record', 'unsloth_nb/hub.py'),
                                 'unsloth_nb.hub._refusal': ('hub.html#_refusal', 'unsloth_nb/hub.py'),

@@ -6,7 +6,7 @@
 __all__ = ['AGAIN', 'LOGIN', 'SUFFIXES', 'NAMES', 'HubError', 'told', 'check_repo_id', 'Publication', 'publication', 'Pushed',
            'find_export', 'push', 'pull']
 
-# %% ../nbs/hub.ipynb #454d1b1e
+# %% ../nbs/hub.ipynb #cf83c6f2
 import hashlib,json,os,re,sys,time
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .engine import quiet,set_environment
 from .escaping import find_secrets,markdown_code,plain_text
 from .loading import BASE_FILE
 from .runs import Run,RunError,append_line,open_run,read_json,read_lines
-from .spec import SpecError,resolve_model
+from .spec import SpecError,resolve_model,settings
 
 # %% ../nbs/hub.ipynb #20742162
 class HubError(RunError):
@@ -59,7 +59,8 @@ def told(
         elif isinstance(e, httpx.TransportError): why = f'the connection to the Hub broke ({type(e).__name__}); {AGAIN}'
         elif isinstance(e, OSError) and e.strerror: why = f'{e.strerror}: {Path(e.filename).name if e.filename else "on the disk"}'
         elif 'xet' in f'{type(e).__module__} {e}'.lower(): why = f'the transfer by Xet failed ({_first(e)}); {AGAIN}; for a server without Xet set HF_HUB_DISABLE_XET=1'
-        else: why = f'{type(e).__name__}: {_first(e)}'
+        elif isinstance(e, ValueError): why = _first(e) # Of the card's front matter, or an answer that is none of the Hub's
+        else: raise
         raise HubError(f'{repo_id}: {why}'.replace(token or '\0', '…')) from None
 
 def _first(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -97,12 +98,20 @@ def _portable(folder, name):
     if hub is None: raise SpecError(f"{folder.name}: {name} names a model that only this machine has, {Path(model).name!r}, so nobody else could load the adapter; push merged_16bit instead, or put the base on the Hub and train from there")
     return d|dict.fromkeys(keys, hub)|(dict(revision=base['revision']) if base.get('revision') and 'revision' in d else {})
 
+def _names_places(text)->bool:
+    "Does a text name this user's folders?"
+    places = {str(Path(p).resolve()) for p in (Path.home(), settings().runs_dir, settings().cache_dir)}
+    return any(f'{p}/' in text for p in places if len(p) > 1)
+
 def _card(folder, run, repo_id)->str:
-    "The card of an export, with the repository's name"
-    if (folder/'README.md').exists(): return (folder/'README.md').read_text().replace(PLACE, repo_id)
-    if run is None: raise SpecError(f"{folder.name}: no README.md, and no run beside the folder that one could be written from; push the run, or export it again")
+    "The card of an export with the repository's name: from the run as it is known by now, else the folder's own"
     cert = read_json(folder/'certificate.json') or {}
-    return model_card(run if run.kind == 'finetune' else open_run(run.job.run, run.path.parent), folder.name, cert if 'checks' in cert else None, repo_id)
+    try:
+        if run is not None: return model_card(run if run.kind == 'finetune' else open_run(run.job.run, run.path.parent), folder.name, cert if 'checks' in cert else None, repo_id)
+    except SpecError: # The run of an export, or its base, is not on this machine any more
+        if not (folder/'README.md').exists(): raise
+    if not (folder/'README.md').exists(): raise SpecError(f"{folder.name}: no README.md, and no run beside the folder that one could be written from; push the run, or export it again")
+    return (folder/'README.md').read_text().replace(PLACE, repo_id)
 
 # %% ../nbs/hub.ipynb #735d924a
 @dataclass(repr=False)
@@ -123,6 +132,8 @@ def publication(
     text = lambda obj: json.dumps(obj, indent=1, ensure_ascii=False).encode()
     new = {n:text(d) for n in manifest['files'] if n.endswith('config.json') or n == BASE_FILE if (d := _portable(folder, n)) is not None}
     new['README.md'] = _card(folder, run, repo_id).encode()
+    here = [n for n in manifest['files']|new if n.endswith(('config.json', '.md', 'Modelfile', BASE_FILE, 'certificate.json')) and _names_places((new.get(n) or (folder/n).read_bytes()).decode(errors='replace'))]
+    if here: raise SpecError(f"{folder.name}: {', '.join(here)} name folders of this machine; export again, or take the paths out of what was exported")
     entry = lambda b: dict(sha256=hashlib.sha256(b).hexdigest(), bytes=len(b))
     entries = manifest['files']|{n:entry(b) for n,b in new.items()}
     new[MANIFEST] = text(dict(manifest, files=entries))
@@ -169,8 +180,9 @@ def _make_ready(api, repo_id, branch, private, create, overwrite):
 @contextmanager
 def _client(repo_id, token):
     "The Hub's client with a token"
-    set_environment()
+    off = set_environment()['HF_HUB_DISABLE_TELEMETRY'] == '1'
     from huggingface_hub import HfApi,constants,get_token
+    constants.HF_HUB_DISABLE_TELEMETRY |= off # It may have been imported before
     if constants.is_offline_mode() or os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE'): raise HubError(f'{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it')
     token = token or get_token()
     with told(repo_id, token): yield HfApi(endpoint=_endpoint(), token=token or False)
@@ -207,7 +219,7 @@ def find_export(
     to:str='adapter', # Which of a run's exports
 )->tuple[Path,Run|None]: # (folder, run)
     "The folder that is meant, and the run that it belongs to"
-    if not isinstance(what, Run) and (Path(what)/MANIFEST).is_file():
+    if not isinstance(what, Run) and os.path.isdir(what) and not (Path(what)/'job.json').exists():
         folder = Path(what).resolve()
         return folder,Run(folder.parent) if (folder.parent/'job.json').exists() else None
     run = open_run(what)
