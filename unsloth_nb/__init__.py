@@ -30,6 +30,7 @@ _homes = dict(
     inference='Chat Sampling chat generate load_run stream',
     evaluation='Comparison compare evaluate',
     gguf='GgufError GgufInfo gguf_info install_converter llama_cpp_answers modelfile write_gguf',
+    certificate='Certificate ExportError',
     export='export_run keep_artifact save_artifact',
     serving='Service serve serve_command',
     cards='model_card',
