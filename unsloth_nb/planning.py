@@ -141,7 +141,7 @@ class Plan:
     tokens_per_second:float=0. # Predicted; 0 when the card's rate is unknown
     seconds:float=0. # Predicted for all steps; 0 when unknown
     bound:str='' # What it waits for: `compute` or `launches`
-    disk:dict=field(default_factory=dict) # [bytes] adapter, checkpoint, merged_16bit; merge_ram at most
+    disk:dict=field(default_factory=dict) # [bytes] adapter, checkpoint, and what each form of export takes while it is made; merge_ram at most
     reasons:dict=field(default_factory=dict) # Parameter to reason
     changes:list=field(default_factory=list) # dicts with parameter, requested, effective, why
     runners_up:list=field(default_factory=list) # dicts with way, peak_bytes, tokens_per_second, fits
@@ -243,7 +243,9 @@ def _disk(counts):
     "What a run leaves on disk, and RAM for merging at most"
     if counts is None: return {}
     adapter,merged = 4*counts['adapter'],2*(counts['linear']+counts['embedding'])
-    return dict(adapter=adapter, checkpoint=adapter+8*counts['adapter'], merged_16bit=merged, merge_ram=merged)
+    weights = counts['linear']+counts['embedding']
+    others = dict(merged_4bit=0.56*counts['linear']+2*counts['embedding'], gguf_f16=merged, gguf_q8_0=1.07*weights, gguf_q4_k_m=merged+0.65*weights) # Made from a merged model, which stands beside them meanwhile
+    return dict(adapter=adapter, checkpoint=adapter+8*counts['adapter'], merged_16bit=merged, merge_ram=merged)|{k:int(merged+v) for k,v in others.items()}
 
 def _runners_up(ways, w):
     "The best other ways, one for each precision, checkpointing and optimizer"
@@ -298,8 +300,8 @@ def room_needed(self:Plan, job:FinetuneJob)->dict: # [bytes] disk, ram
     "What the run's directory will take at most, and what merging takes in RAM"
     if not self.disk: return dict(disk=0, ram=0)
     kept = 0 if job.save_steps is None else job.save_total_limit+2 # The best one, and one that is being written
-    merged = job.save == 'merged_16bit'
-    return dict(disk=self.disk['adapter']+kept*self.disk['checkpoint']+merged*self.disk['merged_16bit'], ram=merged*self.disk['merge_ram'])
+    merged = job.save != 'adapter'
+    return dict(disk=self.disk['adapter']+kept*self.disk['checkpoint']+merged*self.disk[job.save], ram=merged*self.disk['merge_ram'])
 
 @patch
 def check_room(self:Plan, job:FinetuneJob, folder):

@@ -7,7 +7,7 @@ __all__ = ['RUN_DIR_VARIABLE', 'write_json', 'read_json', 'append_line', 'read_l
            'Run', 'Heart', 'record_job', 'start_run', 'sha256', 'fingerprint', 'before_after', 'run_dirs', 'open_run',
            'RunList', 'list_runs', 'plot_metrics']
 
-# %% ../nbs/runs.ipynb #88c61332
+# %% ../nbs/runs.ipynb #111742c8
 import hashlib,json,math,os,re,secrets,socket,subprocess,threading,time,weakref
 from contextlib import contextmanager
 from datetime import datetime
@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .engine import versions
 from .escaping import markdown_code,markdown_text,mask_secrets,plain_text
-from .spec import JOBS,Job,SpecError,nearest,settings
+from .spec import EXPORTS,JOBS,Job,SpecError,nearest,settings
 
 # %% ../nbs/runs.ipynb #7af3b48f
 def _plain(o):
@@ -246,7 +246,7 @@ def fingerprint(folder)->dict: # File name to `sha256` and `bytes`
     return {str(f.relative_to(folder)):dict(sha256=sha256(f), bytes=f.stat().st_size) for f in sorted(folder.rglob('*')) if f.is_file()}
 
 @patch
-def artifacts(self:Run, names=('adapter', 'merged_16bit'))->dict:
+def artifacts(self:Run, names=EXPORTS)->dict:
     "The artefacts that stand in the run, each file with its hash"
     return {n:fingerprint(self.path/n) for n in names if (self.path/n).is_dir()}
 

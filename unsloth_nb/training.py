@@ -6,7 +6,7 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'peak_memory', 'train', 'write_adapter', 'save_adapter',
            'finetune']
 
-# %% ../nbs/training.ipynb #31e79aff
+# %% ../nbs/training.ipynb #938ded77
 import base64,html,io,shutil,sys,tempfile,time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +23,7 @@ from .loading import LoadedModel
 from .padding_free import FlatCollator,can_route,padding_free
 from .planning import Plan,smaller_way
 from .resuming import check_same,identity,load_weights,resumable,save_state
-from .runs import Run,plot_metrics,read_json,start_run
+from .runs import Run,plot_metrics,read_json,start_run,write_json
 from .spec import FinetuneJob
 
 # %% ../nbs/training.ipynb #4fa35154
@@ -296,10 +296,12 @@ def _already(model, run, found, sums, trainer):
 
 # %% ../nbs/training.ipynb #adf5c25a
 def write_adapter(model:LoadedModel, folder):
-    "Adapter, tokenizer and `base.json` into a folder"
+    "Adapter, tokenizer, `base.json` and a generation config that ends where training ended, into a folder"
     check_weights(model.model)
-    with quiet(): model.model.save_pretrained(folder, safe_serialization=True); model.tok.save_pretrained(folder)
-    (Path(folder)/'README.md').unlink(missing_ok=True) # PEFT's card is a form to fill in
+    folder,ref = Path(folder),model.source.ref
+    with quiet(): model.model.save_pretrained(folder, safe_serialization=True); model.exported_tokenizer(adapter=True).save_pretrained(folder); model.generation_config().save_pretrained(folder)
+    if ref.kind == 'embedded': write_json(folder/'adapter_config.json', read_json(folder/'adapter_config.json')|dict(base_model_name_or_path=ref.preset.hub)) # Its folder is in this machine's cache
+    (folder/'README.md').unlink(missing_ok=True) # PEFT's card is a form to fill in
     model.save_base(folder)
 
 def save_adapter(
