@@ -1,10 +1,11 @@
 "Pushing to and loading from a Hub on loopback: commits, interruptions, refusals, and tokens that must turn up nowhere."
-import errno,json,os,subprocess,sys,time
+import errno,json,os,re,subprocess,sys,time
 from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from hub_server import Hub
 from conftest import ROOT
+from unsloth_nb.cards import model_card
 from unsloth_nb.checkpoints import CheckpointError,write_whole
 from unsloth_nb.hub import HubError,pull,push
 from unsloth_nb.runs import fingerprint,read_lines,start_run
@@ -183,6 +184,24 @@ def test_cards_of_what_has_no_finetune_run_beside_it(hub, tmp_path):
     (tmp_path/'loose').mkdir()
     with pytest.raises(CheckpointError, match='nothing vouches for its files'): push(tmp_path/'loose', 'me/loose')
 
+@pytest.mark.parametrize('template', ['chat', 'alpaca', 'raw'])
+def test_cards_of_runs_that_know_little(tmp_path, template):
+    "A base that is a folder with a licence of its own, no plan, no figures; code that is Python whatever the template"
+    base = tmp_path/'my base'
+    base.mkdir()
+    for n,t in {'config.json':'{}', 'model.safetensors':'', 'README.md':'---\nlicense: cc-by-nc-4.0\n---\n'}.items(): (base/n).write_text(t)
+    data = tmp_path/'rows.jsonl'
+    run = start_run(FinetuneJob(model=str(base), dataset=str(data), max_steps=None, num_train_epochs=2), tmp_path/'runs')
+    run.save('data', dict(source=str(data), revision=None, format='messages', fingerprint='f', system='Say "no"\n\n```', ledger=dict(unit='rows', came=3, kept=dict(train=2), left_out=dict(empty=1)), examples=dict(template=template)))
+    for to in ('adapter', 'merged_16bit', 'merged_4bit', 'gguf_q8_0'):
+        text = model_card(run, to)
+        card = ModelCard(text)
+        assert (card.data.license, card.data.base_model, card.data.datasets, card.data.eval_results) == ('cc-by-nc-4.0', None, None, None)
+        assert str(tmp_path) not in text and '`rows.jsonl`' in text and 'my base' in text and '| left out: empty | 1 |' in text and '| 2 passes over the rows |' in text
+        code = re.findall('^(`{3,})python\n(.*?)\n\\1$', text, re.S|re.M)
+        assert len(code) == (0 if to.startswith('gguf') else 1)
+        for _,c in code: compile(c, to, 'exec')
+
 def test_another_commit_in_between(hub, tmp_path, monkeypatch):
     from huggingface_hub import HfApi
     run,real = make(tmp_path),HfApi.create_commit
@@ -230,6 +249,7 @@ print(json.dumps(dict(totals=[total(load_model(job(model=model, revision=c))) fo
 MAKE = '''
 import shutil,sys
 from unsloth_nb.benchmarking import random_model
+from unsloth_nb.cards import model_card
 from unsloth_nb.checkpoints import write_whole
 from safetensors.torch import load_file
 shape = dict(model_type='llama', hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=49152, tie_word_embeddings=True)

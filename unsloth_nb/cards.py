@@ -172,7 +172,7 @@ def _recipe(run):
     bits = 'NF4, 4 bits' if get('load_in_4bit') is True else '8 bits' if j.load_in_8bit else get('dtype')
     batch = f"{p['per_device_train_batch_size']*p['gradient_accumulation_steps']} rows ({p['per_device_train_batch_size']} x {p['gradient_accumulation_steps']})" if p else j.batch_size
     rows = dict(method='LoRA, supervised', **{'rank, alpha, dropout':f'{j.r}, {j.lora_alpha}, {j.lora_dropout:g}'}, layers=', '.join(j.target_modules), **{'frozen weights':bits, 'computation':get('dtype'), 'learning rate':f'{j.lr_scheduler_type}, peak {j.learning_rate:g}, warm-up steps: {j.warmup_steps}', 'optimizer':f"{get('optim')}, weight decay {j.weight_decay:g}, gradients clipped to {j.max_grad_norm:g}", 'batch':batch,
-        'steps':done.get('steps', j.max_steps or f'{j.num_train_epochs} passes'), 'longest example':f'{j.max_seq_length:,} tokens', 'packed rows':'yes' if get('packing') is True else 'no', 'template':_template(run) if j.template == 'auto' else j.template, 'loss on':j.loss_on, 'seed':j.seed})
+        'steps':done.get('steps', j.max_steps or f'{j.num_train_epochs:g} passes over the rows'), 'longest example':f'{j.max_seq_length:,} tokens', 'packed rows':'yes' if get('packing') is True else 'no', 'template':_template(run) if j.template == 'auto' else j.template, 'loss on':j.loss_on, 'seed':j.seed})
     return _table([(k, markdown_text(v)) for k,v in rows.items()])
 
 # %% ../nbs/cards.ipynb #ad2ae7ac
