@@ -6,7 +6,7 @@
 __all__ = ['CONFIGURATIONS', 'Configuration', 'obstacle', 'finetune_job', 'write_examples', 'read_examples', 'Clock', 'exclusive',
            'failure', 'measure', 'outcome', 'benchmark', 'random_model']
 
-# %% ../nbs/benchmarking.ipynb #ce695c9a
+# %% ../nbs/benchmarking.ipynb #190a7475
 import fcntl,importlib.metadata,importlib.util,os,signal,statistics,subprocess,sys,tempfile,threading,time,traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack,contextmanager
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 from .batching import pack
 from .data import load_data
+from .devices import peak_memory
 from .engine import Device,device_info,quiet,start_engine,versions
 from .examples import Examples,length_profile,make_examples
 from .formatting import IGNORE,Example,Formatter
@@ -25,7 +26,7 @@ from .measured import Benchmark
 from .planning import make_plan
 from .runs import Run,read_json,read_lines,write_json
 from .spec import BenchmarkJob,FinetuneJob,SpecError,preset,presets
-from .training import peak_memory,train,trainer_arguments
+from .training import train,trainer_arguments
 
 # %% ../nbs/benchmarking.ipynb #4d04823d
 @dataclass(frozen=True)
