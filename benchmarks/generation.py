@@ -10,10 +10,10 @@ Ways, each in a process of its own, in turn, the order reversed in every other r
     plain_single  transformers, one prompt at a time
 
 Prompts are of mixed lengths. The clock runs from text to text, after a warm-up of two short answers; loading is not in it. The
-figures are medians over the rounds. Answers may differ in 16 bits, where a batch of another shape is rounded at other places: how
+figures are medians over the rounds; tokens per second of processor time are given too, which other work on the machine disturbs less. Answers may differ in 16 bits, where a batch of another shape is rounded at other places: how
 many are equal to those of `plain_single` is counted. Peak memory is of the GPU, weights included; on a CPU, of the whole process."""
 
-import argparse, json, os, random, statistics, subprocess, sys, tempfile, time
+import argparse, json, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 WAYS = ('ours', 'ours_adapter', 'plain_batch', 'plain_single')
@@ -51,9 +51,12 @@ def plain(a, texts, size):
     "transformers' `generate` on the same prompts"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
     spec = json.loads(Path(a.spec).read_text())
+    logging.set_verbosity_error(); logging.disable_progress_bar()
     tok,device = AutoTokenizer.from_pretrained(spec['folder'], padding_side='left'),'cuda' if torch.cuda.is_available() else 'cpu'
     if tok.pad_token is None: tok.pad_token = tok.eos_token
+    tok.clean_up_tokenization_spaces = False
     model = AutoModelForCausalLM.from_pretrained(spec['folder'], dtype=getattr(torch, spec['dtype'])).to(device).eval()
     def run(texts, n):
         config = GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=spec['stops'], pad_token_id=tok.pad_token_id)
@@ -76,12 +79,12 @@ def one(a):
     import torch
     run(texts[:2], 4)
     if torch.cuda.is_available(): torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    start,cpu = time.perf_counter(),time.process_time()
     answers,tokens = run(texts, a.max_new_tokens)
-    seconds = time.perf_counter()-start
+    seconds,cpu = time.perf_counter()-start,time.process_time()-cpu
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
     assert a.way.startswith('ours') or 'unsloth' not in sys.modules
-    Path(a.result).write_text(json.dumps(dict(way=a.way, seconds=seconds, tokens=tokens, peak_bytes=peak, dtype=dtype, answers=answers)))
+    Path(a.result).write_text(json.dumps(dict(way=a.way, seconds=seconds, cpu_seconds=cpu, tokens=tokens, peak_bytes=peak, dtype=dtype, answers=answers)))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -111,7 +114,7 @@ def main():
                 rounds[way].append(json.loads(result.read_text()))
                 print(f"round {r+1} {way}: {rounds[way][-1]['tokens']/rounds[way][-1]['seconds']:,.1f} tokens/s", file=sys.stderr, flush=True)
     reference = rounds[a.ways[-1]][0]['answers']
-    ways = {w:dict(tokens_per_second=round(statistics.median(r['tokens']/r['seconds'] for r in rs), 1), rounds=[round(r['tokens']/r['seconds'], 1) for r in rs], tokens=rs[0]['tokens'], peak_gib=round(max(r['peak_bytes'] for r in rs)/2**30, 2),
+    ways = {w:dict(tokens_per_second=round(statistics.median(r['tokens']/r['seconds'] for r in rs), 1), rounds=[round(r['tokens']/r['seconds'], 1) for r in rs], tokens_per_cpu_second=round(statistics.median(r['tokens']/r['cpu_seconds'] for r in rs), 1), tokens=rs[0]['tokens'], peak_gib=round(max(r['peak_bytes'] for r in rs)/2**30, 2),
         equal_answers=sum(x == y for x,y in zip(rs[0]['answers'], reference)), dtype=rs[0]['dtype']) for w,rs in rounds.items()}
     res = dict(date=time.strftime('%Y-%m-%d'), device=device_info().name, model=Path(a.model).name, prompts=a.prompts, prompt_tokens=[min(lengths), max(lengths), sum(lengths)], max_new_tokens=a.max_new_tokens, batch_size=a.batch_size, ways=ways, versions=versions())
     print(json.dumps(res, indent=1))

@@ -186,8 +186,8 @@ def as_messages(prompt, system:str|None=None, tools:list|None=None, where:str='p
     if isinstance(prompt, str): prompt = ([dict(role='system', content=system)] if system else [])+[dict(role='user', content=prompt)]
     elif not isinstance(prompt, Conversation):
         msgs = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        bad = next((m for m in msgs if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str))), None)
-        if bad is not None or not msgs: raise SpecError(f"{where}: expected a text, or messages with role and content, got {prompt if bad is None else bad!r}")
+        bad = [m for m in msgs if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str))]
+        if bad or not msgs: raise SpecError(f"{where}: expected a text, or messages with role and content, got {(bad or [prompt])[0]!r}")
         prompt = list(msgs)
     if not tools: return prompt
     if not isinstance(prompt, Conversation): return Conversation(prompt, tools=as_tools(tools))
