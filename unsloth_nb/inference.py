@@ -156,10 +156,10 @@ def _answer(tok, ids, ends, stop=(), tools=None, prompt=())->Answer:
     n = next((i for i,t in enumerate(ids) if t in ends), None)
     kept,tokens,finish = (len(ids), len(ids), 'length') if n is None else (n, n+1, 'stop')
     text = decode(kept)
-    cut = _first(text, stop)
-    if cut is not None:
+    if _first(text, stop) is not None: # Only what was there when the first one was complete counts, as in a stream
         kept = tokens = bisect.bisect_left(range(kept+1), True, key=lambda n: _first(decode(n), stop) is not None)
-        text,finish = text[:cut],'stop_string'
+        text,finish = decode(kept),'stop_string'
+        text = text[:_first(text, stop)]
     if not tools: return Answer(text, tokens, finish != 'length', finish)
     raw = decode(kept, True)
     return Answer(text, tokens, finish != 'length', finish, *parse_calls(tok, raw[:_first(raw, stop)], tools, tok.decode(prompt)))
