@@ -9,7 +9,7 @@ __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'BENCHMARKS', 'JOBS', 'SpecError',
            'BenchmarkJob', 'fields', 'ParamTable', 'parameters_cell', 'read_value', 'read_params', 'make_job',
            'Settings', 'settings']
 
-# %% ../nbs/spec.ipynb #b87dfc3f
+# %% ../nbs/spec.ipynb #aeb8c9f1
 import ast,configparser,difflib,importlib.util,os,re,reprlib,typing
 from dataclasses import dataclass,field
 from functools import cache
@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from pydantic import BaseModel,ConfigDict,Field,ValidationError,field_validator,model_validator
 
 from .escaping import find_secrets,markdown_code,mask_secrets,plain_text
+from .scoring import named_scorers
 
 # %% ../nbs/spec.ipynb #7dd3bcdd
 class SpecError(ValueError):
@@ -332,7 +333,28 @@ class EvaluateJob(GenerateParams):
     dataset:str|None = param(None, "File, folder, Hub id or 'events'; null: the run's own held-out rows", _DATA)
     test_size:int|None = param(None, "Rows to score; null: as many as the run held out", _DATA, 'rows', ge=1)
     compare_base:bool = param(True, 'Score the base model as well', _EVAL)
+    scorers:list[str] = param([], "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; empty: what suits the rows", _EVAL)
+    confidence:float = param(0.95, 'Confidence of the intervals', _EVAL, gt=0, lt=1)
+    bootstrap_samples:int = param(9999, 'Samples of the bootstrap and of permutation tests', _EVAL, 'samples', 'scipy.stats.bootstrap', ge=99, le=1000000)
+    seed:int = param(0, 'Seed of the bootstrap and of permutation tests', _EVAL, ge=0, lt=2**32)
+    tasks:list[str] = param([], 'Tasks of the lm-evaluation-harness, by name; empty: none', _EVAL)
+    task_dir:str|None = param(None, 'Folder with tasks of your own (.yaml) and their data', _EVAL)
+    task_limit:int|None = param(None, 'Rows of each task; null: all', _EVAL, 'rows', ge=1)
+    num_fewshot:int|None = param(None, 'Solved examples in front of each question of a task; null: what the task says', _EVAL, 'examples', ge=0, le=1000)
+    apply_chat_template:bool = param(False, "Ask the tasks through the model's chat template", _EVAL, '', 'lm-evaluation-harness')
 
+    @field_validator('scorers')
+    @classmethod
+    def _known_scorers(cls, v):
+        named_scorers(v)
+        return list(dict.fromkeys(v))
+
+    @model_validator(mode='after')
+    def _tasks_named(self):
+        if self.task_dir is not None and not self.tasks: raise ValueError("task_dir: given, and tasks is empty; name the tasks that are to be asked")
+        return self
+
+# %% ../nbs/spec.ipynb #1ea51939
 class ExportJob(Job):
     "Write a finished run in a form that other programs load"
     run:str = param('latest', "Run to export: its name, its directory or 'latest'", 'Run')
