@@ -218,7 +218,7 @@ def notes(self:Comparison)->list[str]:
     lines = [caution(few, st['confidence'])]
     if chance: lines.append(f"not told apart from chance: {', '.join(chance)}")
     if tests: lines.append('; '.join(f"{t}: {', '.join(n for n,d in ds.items() if d['test'] == t)}" for t in tests)+'; each score is tested alone')
-    return [*filter(None, lines), f"intervals: Wilson's for yes or no, else bootstrap (BCa, {st['bootstrap_samples']:,} samples, seed {st['seed']}); –: no row differs from another"]
+    return [*filter(None, lines), f"intervals: Wilson's and Newcombe's for yes or no, else bootstrap (BCa, {st['bootstrap_samples']:,} samples, seed {st['seed']}); –: there is no spread to resample"]
 
 # %% ../nbs/evaluation.ipynb #a6faace1
 def _html_table(rows, left=False):

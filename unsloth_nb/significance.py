@@ -75,6 +75,18 @@ def _sign_flips(a, b, w, samples, seed):
     if not d.any(): return 1.0
     return permutation_test((d,), lambda x,axis=-1: x.mean(axis=axis), permutation_type='samples', vectorized=True, n_resamples=samples, rng=np.random.default_rng(seed), batch=max(1, 2**22//len(d))).pvalue
 
+# %% ../nbs/significance.ipynb #43878f57
+def _newcombe(a, b, confidence):
+    "Interval of the paired difference b - a of 0/1 scores"
+    from scipy.stats import binomtest
+    n,both,only_a,only_b = len(a),int((a*b).sum()),int((a > b).sum()),int((b > a).sum())
+    neither,p,q = n-both-only_a-only_b,(both+only_b)/n,(both+only_a)/n
+    x,y = (binomtest(k, n).proportion_ci(confidence, 'wilson') for k in (both+only_b, both+only_a))
+    margins,cross = (both+only_b)*(neither+only_a)*(both+only_a)*(neither+only_b),both*neither-only_a*only_b
+    phi = (max(cross-n/2, 0) if cross > 0 else cross)/math.sqrt(margins) if margins else 0.0 # With the paper's correction for continuity
+    side = lambda u,v: math.sqrt(max(0.0, u*u-2*phi*u*v+v*v))
+    return p-q-side(p-x.low, y.high-q),p-q+side(x.high-p, q-y.low)
+
 # %% ../nbs/significance.ipynb #287446b9
 @dataclass(frozen=True)
 class Difference:
@@ -96,12 +108,12 @@ def difference(
     samples:int=SAMPLES, # Of the bootstrap, and of the permutation test
     seed:int=0,
 )->Difference:
-    "Paired difference of two sides: bootstrap interval (BCa), and McNemar's exact or a permutation test"
+    "Paired difference: Newcombe's interval and McNemar's exact test for yes and no, else the bootstrap's (BCa) and a permutation test"
     if len(first) != len(second): raise ValueError(f"a paired test needs the same rows on both sides, and here are {len(first)} and {len(second)}")
     (a,w),(b,_) = _arrays(first, weights),_arrays(second, weights)
     if len(a) == 0: return Difference(math.nan, None, None, 1.0, 'none', 0, 0, 0)
-    low,high = _bootstrap(b-a, w, confidence, samples, seed) or (None, None)
     exact = weights is None and _is_binary(a) and _is_binary(b)
+    low,high = _newcombe(a, b, confidence) if exact else _bootstrap(b-a, w, confidence, samples, seed) or (None, None)
     p = _mcnemar(a, b) if exact else _sign_flips(a, b, w, samples, seed)
     return Difference(float(_weighted(b-a, w)), low, high, float(p), "McNemar's exact test" if exact else 'paired permutation test', len(a), int((b > a).sum()), int((b < a).sum()))
 
@@ -115,7 +127,7 @@ def caution(
     "What must be said of intervals and p-values of so few rows"
     least = 2/2**n if n < 60 else 0.0
     if least > 1-confidence+1e-12: return f"{n} row{'s'*(n != 1)}: too few to tell a difference from chance, since no test on them can give less than p = {min(1, least):.3g}; score more rows"
-    return f"{n} rows: few, so the intervals are narrower than they should be; score more rows" if n < FEW else ''
+    return f"{n} rows: few, and bootstrap intervals of so few are too narrow; score more rows" if n < FEW else ''
 
 # %% ../nbs/significance.ipynb #72bb4242
 def number(v, sign=False)->str:
