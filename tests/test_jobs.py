@@ -1,7 +1,7 @@
 "Jobs end to end: by our runner, by plain papermill and from the command line, when all is well and when it is not."
 import json,os,re,subprocess,sys
 from pathlib import Path
-import nbformat,papermill,pytest
+import nbformat,papermill,pytest,yaml
 from conftest import TINY
 from unsloth_nb.jobs import run_job
 from unsloth_nb.runs import Run,read_json
@@ -126,11 +126,17 @@ def test_failing_job(tmp_path):
     assert 'more than max_seq_length=64' in run.result['reason'] and run.result['reason'] in r.stdout
     assert (run.path/'notebook.ipynb').exists() and (run.path/'report.html').exists()
 
-def test_follow_up_jobs(finished_run):
-    "Evaluate and export a finished run, by name, from the command line"
+def test_follow_up_jobs(finished_run, tmp_path):
+    "Evaluate, with a task from a folder, and export a finished run, by name, from the command line"
     runs = finished_run.path.parent
-    r = cli('run', 'evaluate', '--runs-dir', runs, '-p', f'run={finished_run.name}', '-p', 'test_size=2', '-p', 'max_new_tokens=8')
+    (tmp_path/'rows.jsonl').write_text('\n'.join(json.dumps(dict(q=f'{n} plus {n} is', options=['red', str(2*n)], gold=1)) for n in range(1, 4)))
+    (tmp_path/'sums.yaml').write_text(yaml.safe_dump(dict(task='sums', dataset_path='json', dataset_kwargs=dict(data_files=dict(test='rows.jsonl')), test_split='test', output_type='multiple_choice', doc_to_text='{{q}}', doc_to_choice='options', doc_to_target='gold', metric_list=[dict(metric='acc')])))
+    r = cli('run', 'evaluate', '--runs-dir', runs, '-p', f'run={finished_run.name}', '-p', 'test_size=2', '-p', 'max_new_tokens=8', '-p', 'scorers=exact_match,json_fields', '-p', 'tasks=sums', '-p', f'task_dir={tmp_path}', '-p', 'task_limit=2')
     assert r.returncode == 0 and 'exact_match' in r.stdout, r.stdout+r.stderr
+    run = next(x for x in map(Run, runs.iterdir()) if x.kind == 'evaluate')
+    stats,tasks = (json.loads((run.path/f'{n}.json').read_text()) for n in ('statistics', 'tasks'))
+    assert stats['scores']['json_fields']['difference']['n'] == 2 and len(tasks['values']['base']['sums/acc']) == 2
+    assert set(run.result['metrics']['tasks']) == {'base', 'tuned'} and 'McNemar' in (run.path/'report.html').read_text()
     r = cli('run', 'export', '--runs-dir', runs, '-p', f'run={finished_run.name}', '-p', 'check_rows=2')
     assert r.returncode == 0, r.stdout+r.stderr
     run = next(x for x in map(Run, runs.iterdir()) if x.kind == 'export')

@@ -56,6 +56,7 @@ def row_losses(
             out |= {i:(float(v), int(n)) for i,v,n in zip(part, sums, at.sum(1))}
     return [out[i] for i in range(len(examples))]
 
+# %% ../nbs/evaluation.ipynb #8dd99633
 def response_loss(
     model:LoadedModel, # Model
     examples, # Examples
@@ -207,6 +208,7 @@ def _score_rows(self:Comparison):
         d = Difference(**v['difference']) if 'difference' in v else None
         yield [name, *(f'{number(e.mean)} {interval(e)}' if e else '' for e in sides), *(([number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}'] if d else ['']*4) if both else []), str(max(e.n for e in sides if e))]
 
+# %% ../nbs/evaluation.ipynb #5615a30e
 @patch
 def notes(self:Comparison)->list[str]:
     "What must be known to read the statistics"

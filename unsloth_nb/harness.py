@@ -39,6 +39,7 @@ def _data_files(v, folder, where):
     if not f.is_relative_to(folder) or not f.is_file(): raise SpecError(f"{where}: data_files: there is no file {str(v)!r} in the folder of the tasks")
     return str(f)
 
+# %% ../nbs/harness.ipynb #4c9bc9fa
 def _task(f, folder):
     "One task file, checked"
     where = f"task_dir: {f.relative_to(folder)}"
@@ -84,6 +85,7 @@ def _check_metrics(cfg):
         name = m.get('metric') if isinstance(m, dict) else m
         if not isinstance(name, str) or name not in registry.metric_registry or m.get('hf_evaluate'): raise SpecError(f"task_dir: {cfg['task']}: {name!r} is no metric of lm-eval")
 
+# %% ../nbs/harness.ipynb #54eebfee
 def find_tasks(
     tasks:list[str], # Names, of standard tasks or of those in `task_dir`
     task_dir=None, # Folder with tasks of your own

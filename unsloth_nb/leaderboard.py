@@ -21,8 +21,9 @@ def _numbers(d): return isinstance(d, dict) and all(isinstance(v, list) and v an
 
 def _scores(run, side)->tuple[dict,dict,str|None]: # Scores and weights of rows by name, hash of the rows
     "What a run's `statistics.json` holds of one side; nothing where there is none"
-    try: d = read_json(run.path/'statistics.json') or {}
+    try: d = read_json(run.path/'statistics.json')
     except ValueError as e: raise RunError(f"{run.name}: statistics.json is not JSON ({e})") from None
+    if d is None: return {},{},None
     values,weights = (d.get('values', {}),d.get('weights', {})) if isinstance(d, dict) else (None,None)
     mine = values.get(side, {}) if isinstance(values, dict) else None
     if not _numbers(mine) or not _numbers(weights) or any(len(mine[n]) != len(w) for n,w in weights.items() if n in mine): raise RunError(f"{run.name}: statistics.json does not hold a number for each row")

@@ -30,8 +30,8 @@ def valid_json(expected:str, answer:str)->bool:
 # %% ../nbs/scoring.ipynb #6b325afc
 def json_paths(v, path=())->dict: # Path of keys and positions to leaf
     "The leaves of JSON data; an empty object or list is a leaf"
-    items = v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else ()
-    return {p:leaf for k,x in items for p,leaf in json_paths(x, (*path, k)).items()} if items else {path:v}
+    if not (isinstance(v, (dict, list)) and v): return {path:v}
+    return {p:leaf for k,x in (v.items() if isinstance(v, dict) else enumerate(v)) for p,leaf in json_paths(x, (*path, k)).items()}
 
 def json_fields(expected:str, answer:str)->float: # From 0 to 1
     "Share of the expected fields that the answer has, each under its path and with an equal value"

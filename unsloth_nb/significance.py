@@ -43,6 +43,7 @@ class Estimate:
     high:float|None
     n:int # Rows
 
+# %% ../nbs/significance.ipynb #d2d297e1
 def estimate(
     values, # One score a row
     weights=None, # Of the rows; default: all the same
