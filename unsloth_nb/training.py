@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'train', 'write_adapter', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #938ded77
-# %% ../nbs/training.ipynb #1e08164f
+# %% ../nbs/training.ipynb #4e95419e
 import base64,html,io,shutil,sys,tempfile,time
 from contextlib import nullcontext
 from dataclasses import replace
