@@ -457,7 +457,8 @@ def objects(tmp_path, payload, lib, tok):
     from unsloth_nb.advice import Finding,Findings
     from unsloth_nb.evaluation import Comparison
     from unsloth_nb.formatting import Example
-    from unsloth_nb.inference import Answer,Turn
+    from unsloth_nb.chatting import Turn
+    from unsloth_nb.inference import Answer
     from unsloth_nb.measured import Benchmark
     from unsloth_nb.spec import BenchmarkJob
     data = hostile_data(tmp_path, payload)

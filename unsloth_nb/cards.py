@@ -6,7 +6,7 @@
 __all__ = ['LICENSES', 'KIND', 'PLACE', 'base_license', 'hub_id', 'Base', 'find_base', 'hub_dataset', 'card_data', 'loading_code',
            'model_card']
 
-# %% ../nbs/cards.ipynb #4ee89506
+# %% ../nbs/cards.ipynb #1fad37cf
 import json,math,re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .ledger import Ledger
 from .loading import BASE_FILE
 from .runs import Run,read_json
 from .sources import KINDS
-from .spec import ModelRef,SpecError,presets,resolve_model
+from .spec import ModelRef,SpecError,resolve_model
 from .templates import ALPACA
 
 # %% ../nbs/cards.ipynb #70030cdf
@@ -131,9 +131,10 @@ def _question(run):
 
 def _python(run, to, place):
     "Load and ask, with PEFT or transformers"
+    ends = f'generation_config=GenerationConfig.from_pretrained("{place}"), ' if to == 'adapter' else '' # PEFT takes that of the base, which may end elsewhere
     cls,home = ('AutoPeftModelForCausalLM', 'peft') if to == 'adapter' else ('AutoModelForCausalLM', 'transformers')
-    imports = f'from peft import {cls}\nfrom transformers import AutoTokenizer' if home == 'peft' else f'from transformers import {cls},AutoTokenizer'
-    return f'{imports}\n\nmodel = {cls}.from_pretrained("{place}")\ntok = AutoTokenizer.from_pretrained("{place}")\n{_question(run)}\nout = model.generate(**inputs.to(model.device), max_new_tokens={run.job.max_new_tokens}, do_sample=False)\nprint(tok.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))'
+    imports = f'from peft import {cls}\nfrom transformers import AutoTokenizer,GenerationConfig' if home == 'peft' else f'from transformers import {cls},AutoTokenizer'
+    return f'{imports}\n\nmodel = {cls}.from_pretrained("{place}")\ntok = AutoTokenizer.from_pretrained("{place}")\n{_question(run)}\nout = model.generate(**inputs.to(model.device), {ends}max_new_tokens={run.job.max_new_tokens}, do_sample=False)\nprint(tok.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))'
 
 # %% ../nbs/cards.ipynb #b3afc270
 def loading_code(run:Run, to:str, place:str=PLACE)->str: # Markdown

@@ -6,12 +6,11 @@
 __all__ = ['LOGITS', 'MOST', 'row_losses', 'response_loss', 'Choice', 'choose', 'Evaluation', 'evaluate', 'contrast',
            'Comparison', 'compare']
 
-# %% ../nbs/evaluation.ipynb #5bb8e37b
+# %% ../nbs/evaluation.ipynb #5fb9699e
 import math
 from dataclasses import asdict,dataclass,field
 from fastcore.basics import patch
 
-from .conversations import Conversation
 from .engine import quiet
 from .escaping import html_text,plain_text
 from .examples import make_examples
@@ -165,7 +164,7 @@ def evaluate(
 # %% ../nbs/evaluation.ipynb #610507ce
 def _kept(model, convs, run, how):
     "What `evaluate` found, from the run where it is there"
-    inputs = how|dict(base=model.base, trained=weights_sha256(model.model) if how['tuned'] else None, rows=rows_sha256(convs), plan={k:getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')}, template=model.formatter_for(convs).template, code=code_hashes(('evaluation', 'formatting', 'inference', 'loading', 'scoring')))
+    inputs = how|dict(base=model.base, trained=weights_sha256(model.model) if how['tuned'] else None, rows=rows_sha256(convs), plan={k:getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')}, template=model.formatter_for(convs).template, code=code_hashes(('evaluation', 'formatting', 'inference', 'loading', 'scoring', 'tool_calls')))
     def make():
         e = evaluate(model, convs, **how)
         return dict(metrics=e.metrics, answers=[asdict(a) for a in e.answers], scores=e.scores, weights=e.weights)

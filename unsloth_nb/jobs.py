@@ -6,12 +6,13 @@
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'Retries', 'Timeout', 'HangAfter',
            'RunName', 'gguf_app', 'preflight', 'run_job', 'resume_run', 'replay_run', 'param_help', 'read_pairs',
            'print_result', 'resume_command', 'plan_command', 'inspect_data', 'print_data', 'data_command',
-           'data_profile', 'check_files', 'check_command', 'list_command', 'diff_command', 'replay_command',
-           'stop_command', 'show_command', 'talk', 'chat_command', 'export_command', 'push_command', 'serve_command',
-           'gguf_install_command', 'main']
+           'data_profile', 'check_files', 'check_command', 'list_command', 'diff_command', 'compare_command',
+           'replay_command', 'stop_command', 'show_command', 'talk', 'chat_command', 'export_command', 'push_command',
+           'serve_command', 'gguf_install_command', 'main']
 
-# %% ../nbs/jobs.ipynb #88c90311
+# %% ../nbs/jobs.ipynb #b3b5646f
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,10 @@ from .devices import find_device
 from .escaping import json_text,mask_secrets,plain_text
 from .examples import make_examples
 from .formatting import Formatter
+from .gguf import GgufError,check_gguf_kind,find_llama
+from .harness import check_tasks
 from .sources import find_source
+from .leaderboard import compare_runs,write_comparison
 from .loading import check_model,load_tokenizer
 from .planning import make_plan
 from .profiling import profile_examples
@@ -41,6 +45,8 @@ from .templates import FormatError
 def preflight(job:Job, runs_dir=None):
     "Raise `SpecError` for what can be known to fail before anything starts"
     if isinstance(job, BenchmarkJob): job = finetune_job(job)
+    if (form := getattr(job, 'save', getattr(job, 'to', ''))).startswith('gguf_'): check_gguf_kind(form[5:]); find_llama()
+    if getattr(job, 'tasks', None): check_tasks(job.tasks, job.task_dir)
     if isinstance(job, FinetuneJob):
         check_model(job)
         if find_source(job.dataset, job.dataset_split).kind != 'hub': load_data(job).check_supervised()
@@ -287,6 +293,14 @@ def diff_command(a:Annotated[str, typer.Argument(metavar='A', help="Name, unique
     d = diff_runs(a, b, runs_dir)
     print(json_text(d.to_dict(), indent=1) if as_json else d)
 
+@runs_app.command('compare')
+def compare_command(runs:Annotated[list[str], typer.Argument(metavar='RUN...', help='Names, unique parts of names, or directories.')], runs_dir:RunsDir=None,
+    html:Annotated[Path|None, typer.Option(help='Write a page too.')]=None):
+    "Compare what several runs scored on the same held-out rows, with intervals."
+    found = [open_run(r, runs_dir) for r in runs]
+    print(compare_runs(found))
+    if html: print(plain_text(write_comparison(found, html)))
+
 @runs_app.command('replay')
 def replay_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
     "Do a run again from what it has recorded, and compare; exit code 0: it repeats, 1: it does not."
@@ -317,14 +331,22 @@ def talk(chat, lines=None, out=None):
 def chat_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None,
     base:Annotated[bool, typer.Option(help='Ask the base model as well.')]=True):
     "Talk to a run's model, beside its base model; an empty line is skipped, 'exit' or end of input ends."
-    from unsloth_nb.inference import chat
+    from unsloth_nb.chatting import chat
     r = open_run(run, runs_dir, kind='finetune')
     print(f'loading {r.name} …', flush=True)
     c = chat(r, compare=base)
     try: talk(c, None if sys.stdin.isatty() else (l for l in sys.stdin))
     except EOFError: print()
 
-# %% ../nbs/jobs.ipynb #741943ab
+# %% ../nbs/jobs.ipynb #6b30c899
+@contextmanager
+def _ending(error):
+    "Exit code 1 and one message for what was tried and failed"
+    try: yield
+    except error as e:
+        print(plain_text(f'unsloth-nb: {e}'), file=sys.stderr)
+        raise typer.Exit(1) from None
+
 def _place(run, runs_dir, to=None):
     "A folder as it is, or a run; `latest` is the one that was trained unless another export is asked for"
     return run if Path(run).exists() else open_run(run, runs_dir, kind='finetune' if run == 'latest' and to in (None, 'adapter') else None)
@@ -342,15 +364,15 @@ def push_command(repo:Annotated[str, typer.Argument(metavar='OWNER/NAME', help='
     public:Annotated[bool, typer.Option(help='A new repository is public, and a public one is accepted.')]=False, branch:Annotated[str|None, typer.Option(help='Default: main.')]=None,
     overwrite:Annotated[bool, typer.Option(help='Replace files that no export of ours wrote.')]=False, runs_dir:RunsDir=None):
     "Put an export on the Hub in one commit, and check that it is there; the token comes from HF_TOKEN or `hf auth login`."
-    from unsloth_nb.hub import push
-    print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
+    from unsloth_nb.hub import HubError,push
+    with _ending(HubError): print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
 
 @app.command('serve')
 def serve_command(run:RunName='latest', to:Annotated[str|None, typer.Option(help='Which export of the run; default: the best that a server here fits.')]=None, host:Annotated[str, typer.Option(help='Other machines reach it on another address than this, and no server asks who they are.')]='127.0.0.1',
     port:Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)]=8000, backend:Annotated[str, typer.Option(help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits.')]='auto', runs_dir:RunsDir=None):
     "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
-    from unsloth_nb.serving import serve
-    with serve(_place(run, runs_dir), to, host, port, backend) as s:
+    from unsloth_nb.serving import ServeError,serve
+    with _ending(ServeError), serve(_place(run, runs_dir), to, host, port, backend) as s:
         print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
         s.wait()
 
@@ -367,7 +389,7 @@ def gguf_install_command():
 def main():
     "Entry point: refusals are one message and exit code 2"
     try: app()
-    except (SpecError, RunError) as e:
+    except (SpecError, RunError, GgufError) as e:
         print('\n'.join(f'unsloth-nb: {l}' for l in plain_text(mask_secrets(str(e))).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
