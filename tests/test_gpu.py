@@ -92,7 +92,7 @@ def test_packed_apart(lib, tmp_path):
 def test_exports(lib, trained, four_bit):
     "Adapter and merged model of a 16-bit and an NF4 base, reloaded and compared"
     model,run,data = trained(load_in_4bit=four_bit)
-    certs = {to:lib.save_artifact(model, run.path, to, data.test) for to in ('adapter', 'merged_16bit')}
+    certs = {to:lib.save_artifact(model, run, to, data.test) for to in ('adapter', 'merged_16bit', 'merged_4bit')}
     FIGURES[f"exports_{'nf4' if four_bit else '16bit'}"] = certs
     assert (run.path/'merged_16bit'/'model.safetensors').exists()
 

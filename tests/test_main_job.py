@@ -1,19 +1,42 @@
-"The main job: the embedded model learns the built-in set on a CPU, as `make run` does it."
-import subprocess,sys
+"The main job: the embedded model learns the built-in set on a CPU, as `make run` does it, and what it has learned goes out in every common form."
+import json,subprocess,sys
 from pathlib import Path
 import pytest
 from unsloth_nb.runs import Run
 
+BIN = Path(sys.executable).parent
+
+@pytest.fixture(scope='module')
+def main_job(tmp_path_factory):
+    "The finished process, and where its runs are"
+    runs = tmp_path_factory.mktemp('runs')
+    return subprocess.run([BIN/'unsloth-nb', 'run', 'finetune', '--preset', 'smollm2-135m', '--runs-dir', runs], capture_output=True, text=True, timeout=1800),runs
+
 @pytest.mark.slow
-def test_main_job(tmp_path, record_property):
+def test_main_job(main_job, record_property):
     "Base at most 5% exact, tuned at least 90% exact and 98% valid JSON, on 64 held-out rows"
-    r = subprocess.run([str(Path(sys.executable).parent/'unsloth-nb'), 'run', 'finetune', '--preset', 'smollm2-135m', '--runs-dir', str(tmp_path)], capture_output=True, text=True, timeout=1800)
+    r,runs = main_job
     print(r.stdout[-3000:])
     assert r.returncode == 0, r.stdout+r.stderr
-    run, = map(Run, tmp_path.iterdir())
+    run, = map(Run, runs.iterdir())
     m = run.result['metrics']
     record_property('exact_match', m['tuned']['exact_match'])
     assert m['base']['rows'] >= 64
     assert m['base']['exact_match'] <= 0.05
     assert m['tuned']['exact_match'] >= 0.90 and m['tuned']['valid_json'] >= 0.98
     assert 'exact_match' in r.stdout and str(run.path) in r.stdout and 'report.html' in r.stdout
+
+@pytest.mark.slow
+def test_exports(main_job, converter, tmp_path):
+    "Adapter, merged model and GGUF are loaded by PEFT, transformers and llama.cpp, and answer held-out rows as exactly as the model in memory"
+    _,runs = main_job
+    run = next(r for r in map(Run, runs.iterdir()) if r.kind == 'finetune')
+    kinds,rows = ['adapter', 'merged_16bit', 'gguf_q8_0'],16
+    r = subprocess.run([sys.executable, Path(__file__).parent.parent/'benchmarks/exports.py', run.path, '--kinds', *kinds, '--rows', str(rows), '--check-rows', '4', '--out', tmp_path/'exports.json'], capture_output=True, text=True, timeout=1200)
+    print(r.stdout[-5000:])
+    assert r.returncode == 0, r.stdout+r.stderr
+    res = json.loads((tmp_path/'exports.json').read_text())
+    assert set(res['exports']) == set(kinds)
+    for to,e in res['exports'].items():
+        assert e['certificate']['passed'], to
+        assert abs(e['exact']-res['in_memory']) <= (1 if to != 'gguf_q8_0' else 2)/rows, to

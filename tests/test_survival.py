@@ -190,8 +190,8 @@ def test_room_estimate(trained):
     model,run,data = trained(max_steps=1)
     plan = read_json(run.path/'plan.json')
     size = lambda d: sum(p.stat().st_size for p in d.rglob('*') if p.is_file())
-    save_artifact(model, run.path, 'adapter', data.test)
-    save_artifact(model, run.path, 'merged_16bit', data.test)
+    save_artifact(model, run, 'adapter', data.test)
+    save_artifact(model, run, 'merged_16bit', data.test)
     have = dict(adapter=size(run.path/'adapter'), checkpoint=size(next((run.path/'checkpoints').iterdir())), merged_16bit=size(run.path/'merged_16bit'))
     for k,v in have.items(): assert plan['disk'][k] == pytest.approx(v, rel=0.2), (k, v, plan['disk'])
 

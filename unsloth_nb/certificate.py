@@ -134,11 +134,11 @@ def adapter_error(model:LoadedModel, folder)->int: # Tensors that differ, are mi
 
 # %% ../nbs/certificate.ipynb #5ebeb589
 LIMITS = {
-    'adapter':        dict(agreement=0.98, kl_divergence=0.005, max_difference=2.0, perplexity_change=0.01, greedy_agreement=0.75, tie=0.5),
-    'merged_16bit':   dict(agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.02, greedy_agreement=0.75, tie=1.0),
+    'adapter':        dict(agreement=0.98, kl_divergence=0.005, max_difference=2.0, perplexity_change=0.05, greedy_agreement=0.75, tie=0.5),
+    'merged_16bit':   dict(agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.05, greedy_agreement=0.75, tie=1.0),
     'merged_4bit':    dict(agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5),
-    'gguf_f16':       dict(agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.02, greedy_agreement=0.75, tie=1.0),
-    'gguf_q8_0':      dict(agreement=0.96, kl_divergence=0.02, max_difference=4.0, perplexity_change=0.03, greedy_agreement=0.5, tie=1.0),
+    'gguf_f16':       dict(agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.05, greedy_agreement=0.75, tie=1.0),
+    'gguf_q8_0':      dict(agreement=0.96, kl_divergence=0.02, max_difference=4.0, perplexity_change=0.08, greedy_agreement=0.5, tie=1.0),
     'gguf_q4_k_m':    dict(agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5),
     'from quantized': dict(agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5), # Merged from an adapter on NF4 or 8-bit weights
 }

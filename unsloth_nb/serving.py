@@ -6,13 +6,13 @@
 __all__ = ['ORDER', 'BACKENDS', 'ServeError', 'form_of', 'artifacts_of', 'find_backend', 'find_served', 'serve_command',
            'Service', 'serve']
 
-# %% ../nbs/serving.ipynb #103f403d
+# %% ../nbs/serving.ipynb #413c2f53
 import http.client,importlib.util,json,os,re,shlex,signal,socket,subprocess,sys,tempfile,threading,time
 from pathlib import Path
 from fastcore.basics import patch
 
 from .checkpoints import MANIFEST,check_whole
-from .devices import find_device
+from .engine import device_info
 from .escaping import markdown_code,mask_secrets,plain_text
 from .loading import _base_job,_snapshot,_view,base_fingerprint,locate
 from .runs import open_run,read_json,run_dirs
@@ -58,7 +58,7 @@ def find_backend(
         if backend not in fits: raise SpecError(f"backend: {backend} serves {' and '.join(BACKENDS[backend][0])}, and this is {form}; take {' or '.join(fits)}")
         if (lacks := _lacks(backend)): raise ServeError(f"backend: {backend} needs {', '.join(lacks)}; install with: pip install {BACKENDS[backend][2]}")
         return backend
-    found = next((b for b in fits if not _lacks(b) and (b != 'vllm' or find_device().kind == 'cuda')), None)
+    found = next((b for b in fits if not _lacks(b) and (b != 'vllm' or device_info().kind == 'cuda')), None)
     if not found: raise ServeError(f"serve: no server for {form} is installed; install one of: {', '.join(f'pip install {BACKENDS[b][2]}' for b in fits)}")
     return found
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trainer_arguments', 'effective_changes', 'Progress', 'Live', 'train', 'write_adapter', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #4e95419e
+# %% ../nbs/training.ipynb #1e08164f
 import base64,html,io,shutil,sys,tempfile,time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,7 +23,7 @@ from .loading import LoadedModel
 from .padding_free import FlatCollator,can_route,padding_free
 from .planning import Plan,smaller_way
 from .resuming import check_same,identity,load_weights,resumable,save_state
-from .runs import Run,plot_metrics,read_json,start_run,write_json
+from .runs import Run,plot_metrics,read_json,start_run
 from .spec import FinetuneJob
 
 # %% ../nbs/training.ipynb #4fa35154
@@ -287,9 +287,8 @@ def _already(model, run, found, sums, trainer):
 def write_adapter(model:LoadedModel, folder):
     "Adapter, tokenizer, `base.json` and a generation config that ends where training ended, into a folder"
     check_weights(model.model)
-    folder,ref = Path(folder),model.source.ref
+    folder = Path(folder)
     with quiet(): model.model.save_pretrained(folder, safe_serialization=True); model.exported_tokenizer(adapter=True).save_pretrained(folder); model.generation_config().save_pretrained(folder)
-    if ref.kind == 'embedded': write_json(folder/'adapter_config.json', read_json(folder/'adapter_config.json')|dict(base_model_name_or_path=ref.preset.hub)) # Its folder is in this machine's cache
     (folder/'README.md').unlink(missing_ok=True) # PEFT's card is a form to fill in
     model.save_base(folder)
 
