@@ -26,7 +26,7 @@ def main():
     source = u.open_run(a.run, kind='finetune')
     model,rows = u.load_run(source),u.held_out(source.job, n=a.rows)
     in_memory = [x.text.strip() == model.formatter.answer(c).strip() for x,c in zip(u.generate(model, list(rows), u.Sampling(max_new_tokens=source.job.max_new_tokens)), rows)]
-    res = dict(run=source.name, model=source.job.model, rows=len(rows), check_rows=a.check_rows, device=device_info().name, machine=platform.machine(), versions=versions(), in_memory=sum(in_memory)/len(rows), exports={})
+    res = dict(date=time.strftime('%Y-%m-%d'), run=source.name, model=source.job.model, rows=len(rows), check_rows=a.check_rows, device=device_info().name, machine=platform.machine(), versions=versions(), in_memory=sum(in_memory)/len(rows), exports={})
     print(f"in memory: {res['in_memory']:.3f} exact of {len(rows)}", flush=True)
     for to in a.kinds:
         start,tok = time.time(),model.exported_tokenizer(to == 'adapter')

@@ -91,7 +91,7 @@ def test_packed_apart(lib, tmp_path):
 @pytest.mark.parametrize('four_bit', [False, True], ids=['16bit', 'nf4'])
 def test_exports(lib, trained, four_bit):
     "Adapter and merged model of a 16-bit and an NF4 base, reloaded and compared"
-    model,run,data = trained(load_in_4bit=four_bit)
+    model,run,data = trained(load_in_4bit=four_bit, max_rows=96, max_steps=24)
     certs = {to:lib.save_artifact(model, run, to, data.test) for to in ('adapter', 'merged_16bit', 'merged_4bit')}
     FIGURES[f"exports_{'nf4' if four_bit else '16bit'}"] = certs
     assert (run.path/'merged_16bit'/'model.safetensors').exists()
