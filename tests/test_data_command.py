@@ -1,5 +1,5 @@
 "`unsloth-nb data` as a shell sees it, and a job on data with tools under a template by name."
-import json,subprocess,sys
+import json,os,subprocess,sys
 from pathlib import Path
 import pytest
 
@@ -10,7 +10,7 @@ def data(tmp_path):
     "Run the command on rows: (exit code, stdout, stderr)"
     def f(rows, *args, name='rows.jsonl'):
         (tmp_path/name).write_text(rows if isinstance(rows, str) else '\n'.join(map(json.dumps, rows)))
-        r = subprocess.run([Path(sys.executable).parent/'unsloth-nb', 'data', name, *args], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        r = subprocess.run([Path(sys.executable).parent/'unsloth-nb', 'data', name, *args], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={k:v for k,v in os.environ.items() if k != 'HF_HUB_ENABLE_HF_TRANSFER'}) # Set by Unsloth, where an earlier test has imported it
         return r.returncode,r.stdout,r.stderr
     return f
 

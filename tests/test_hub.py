@@ -19,7 +19,7 @@ def hub(monkeypatch, tmp_path):
     "A Hub, an environment that knows its address and a token, and a cache of its own"
     from huggingface_hub import constants
     server = Hub(USERS)
-    for k in ('HF_HUB_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK'): monkeypatch.delenv(k, raising=False)
+    for k in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK'): monkeypatch.delenv(k, raising=False)
     for k,v in dict(HF_ENDPOINT=server.url, HF_TOKEN=TOKEN).items(): monkeypatch.setenv(k, v)
     for k,v in dict(HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True, HF_HUB_DISABLE_TELEMETRY=False, HF_HUB_CACHE=str(tmp_path/'cache'), HF_TOKEN_PATH=str(tmp_path/'no_token')).items(): monkeypatch.setattr(constants, k, v)
     yield server

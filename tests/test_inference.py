@@ -149,7 +149,8 @@ def test_room_for_long_prompts(inf, model):
 
 def test_chat(inf, model):
     "History and system message on both sides; a failure leaves them as they were; streams tell the side"
-    talk = inf.Chat(model, 'Answer in one word.', inf.Sampling(max_new_tokens=8))
+    from unsloth_nb.chatting import Chat
+    talk = Chat(model, 'Answer in one word.', inf.Sampling(max_new_tokens=8))
     parts,turn = rest(talk.stream(FRANCE))
     assert {k for k,_ in parts} == {'base', 'tuned'} and ''.join(p for k,p in parts if k == 'tuned') == turn.answers['tuned'].text
     assert [m['role'] for m in talk.histories['base']] == ['system', 'user', 'assistant'] and talk.turns == [turn]

@@ -71,7 +71,7 @@ def _adapter_view(folder, view):
     if base.get('weights') and base['weights'] != base_fingerprint(home): raise ServeError(f"serve: the adapter {folder} was trained on other weights than those of {job.model!r} here; find the same model")
     _view(folder, str(home), view)
     for n in ('config.json', 'generation_config.json'):
-        if (home/n).is_file(): (view/n).symlink_to((home/n).resolve())
+        if (home/n).is_file() and not (view/n).exists(): (view/n).symlink_to((home/n).resolve())
     return bool(base.get('load_in_4bit'))
 
 def _transformers(path, name, host, port):
