@@ -31,7 +31,7 @@ def test_exports(main_job, converter, tmp_path):
     "Adapter, merged model and GGUF are loaded by PEFT, transformers and llama.cpp, and answer held-out rows as exactly as the model in memory"
     _,runs = main_job
     run = next(r for r in map(Run, runs.iterdir()) if r.kind == 'finetune')
-    kinds,rows = ['adapter', 'merged_16bit', 'gguf_f16'],16
+    kinds,rows = ['adapter', 'merged_16bit', 'gguf_q8_0'],16
     r = subprocess.run([sys.executable, Path(__file__).parent.parent/'benchmarks/exports.py', run.path, '--kinds', *kinds, '--rows', str(rows), '--check-rows', '4', '--out', tmp_path/'exports.json'], capture_output=True, text=True, timeout=1200)
     print(r.stdout[-5000:])
     assert r.returncode == 0, r.stdout+r.stderr
@@ -39,4 +39,4 @@ def test_exports(main_job, converter, tmp_path):
     assert set(res['exports']) == set(kinds)
     for to,e in res['exports'].items():
         assert e['certificate']['passed'], to
-        assert abs(e['exact']-res['in_memory']) <= 1/rows, to
+        assert abs(e['exact']-res['in_memory']) <= (1 if to != 'gguf_q8_0' else 2)/rows, to
