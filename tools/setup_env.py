@@ -2,14 +2,17 @@
 
 Standard library only; run it with any Python that the project supports: `python3 tools/setup_env.py`.
 It does nothing, quickly, when nothing has changed since the last time; `--force` installs anyway. The variable
-UNSLOTH_NB_VENV names another folder for the environment."""
+UNSLOTH_NB_VENV names another folder for the environment.
+
+`--here [EXTRA,…]` installs the package, without what only its developers need, into the Python that runs this, as the
+first cell of a tutorial does on Colab."""
 
 import hashlib, json, os, platform, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get('UNSLOTH_NB_VENV') or ROOT/'.venv').absolute()
-PY, UV, CLI = (VENV/'bin'/n for n in ('python', 'uv', 'unsloth-nb'))
+PY, CLI = (VENV/'bin'/n for n in ('python', 'unsloth-nb'))
 STAMP = VENV/'.setup.json'
 OLDEST, NEWEST = (3, 11), (3, 13)
 START = time.time()
@@ -53,7 +56,7 @@ def stamped():
 
 def can_install():
     "Is there a uv, or a pip in `.venv` to get one with?"
-    return any(output(*c) for c in (['uv', '--version'], [UV, '--version'], [PY, '-m', 'pip', '--version']))
+    return any(output(*c) for c in (['uv', '--version'], [PY, '-m', 'uv', '--version'], [PY, '-m', 'pip', '--version']))
 
 def make_venv():
     "Create `.venv`, or a new one in place of one that does not work; returns its Python's version"
@@ -68,14 +71,15 @@ def make_venv():
         if r.returncode: stop('this Python cannot make a virtual environment. Install its venv module (on Debian and Ubuntu the package python3-venv), or put uv on the PATH; then run this again.')
     return venv_version()
 
-def find_uv():
-    "uv from the PATH, else installed into `.venv`"
+def find_uv(py):
+    "The command for uv: from the PATH, else installed for the interpreter `py`"
     found = shutil.which('uv')
-    if found and output(found, '--version'): return found
-    if not output(UV, '--version'):
+    if found and output(found, '--version'): return [found]
+    own = [str(py), '-m', 'uv']
+    if not output(*own, '--version'):
         say('getting uv')
-        call('pip install uv', PY, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', 'uv')
-    return str(UV)
+        call('pip install uv', py, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', 'uv')
+    return own
 
 def find_links():
     "Folders and pages that pip or uv was told to look in for wheels"
@@ -105,32 +109,46 @@ def cpu_wheel(links, version):
             if w and fits(w.group(2), version) and number(m.group(1)) <= number(w.group(1)) < number(m.group(2)): found.add(w.group(1))
     return 'torch==' + max(found, key=number) if found else None
 
-def torch_choice(uv, links, version, gpu):
+def torch_choice(uv, py, links, version, gpu):
     "Arguments for uv that settle which build of torch is installed"
     if os.environ.get('UV_TORCH_BACKEND'): return [], 'the torch build of UV_TORCH_BACKEND=' + os.environ['UV_TORCH_BACKEND']
     local = None if gpu else cpu_wheel(links, version)
     if local: return [local], local + ' from the find-links folder'
     probe = dict(os.environ, UV_HTTP_TIMEOUT='5', UV_HTTP_RETRIES='1')
-    r = subprocess.run([uv, 'pip', 'install', '-q', '--python', str(PY), '--dry-run', '--no-deps', '--reinstall', '--torch-backend=auto', 'torch'],
+    r = subprocess.run([*uv, 'pip', 'install', '-q', '--python', str(py), '--dry-run', '--no-deps', '--reinstall', '--torch-backend=auto', 'torch'],
         env=probe, cwd=str(ROOT), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if r.returncode == 0: return ['--torch-backend=auto'], 'the torch build that uv finds for ' + (gpu or 'this CPU')
     return [], "torch from the default index, because PyTorch's own cannot be reached" + ('' if gpu else '; on Linux that is the CUDA build, several GB')
 
-def main():
-    check_python()
-    gpu = (output('nvidia-smi', '-L') or '').split(' (UUID')[0]
-    if not gpu.startswith('GPU'): gpu = ''
-    v = venv_version()
-    if v and '--force' not in sys.argv and stamped() == key(v, gpu): return say('.venv is up to date (Python %s)' % v)
-    v = make_venv()
-    STAMP.unlink() if STAMP.exists() else None
-    uv, links = find_uv(), find_links()
-    torch, why = torch_choice(uv, links, v, gpu)
+def find_gpu():
+    "Name of the first NVIDIA GPU, or an empty text"
+    name = (output('nvidia-smi', '-L') or '').split(' (UUID')[0]
+    return name if name.startswith('GPU') else ''
+
+def install(py, version, gpu, *what):
+    "Install `what` for the interpreter `py`; returns which torch was chosen and why"
+    uv, links = find_uv(py), find_links()
+    torch, why = torch_choice(uv, py, links, version, gpu)
     say('%s: installing with %s' % (gpu or 'no NVIDIA GPU', why))
     env = dict(UV_FIND_LINKS=','.join(links)) if links else {}
-    call('uv pip install', uv, 'pip', 'install', '--python', PY, *torch, '-e', '.[dev]', **env)
-    call('the check of the new environment', PY, '-c', 'import importlib.metadata as m, torch; print("torch", torch.__version__, "| unsloth", m.version("unsloth"), "| GPU:", torch.cuda.is_available())')
+    call('uv pip install', *uv, 'pip', 'install', '--python', py, *torch, *what, **env)
+    call('the check of the new environment', py, '-c', 'import importlib.metadata as m, torch; print("torch", torch.__version__, "| unsloth", m.version("unsloth"), "| GPU:", torch.cuda.is_available())')
+    return why
+
+def install_here(extras):
+    "The package itself for the Python that runs this; torch stays where there is one that fits"
+    install(sys.executable, '%d.%d' % sys.version_info[:2], find_gpu(), '-q', '.[%s]' % extras if extras else '.')
+    say('unsloth_nb is installed in %s' % sys.prefix)
+
+def main(args):
+    check_python()
+    if args[:1] == ['--here']: return install_here(''.join(args[1:2]))
+    gpu, v = find_gpu(), venv_version()
+    if v and '--force' not in args and stamped() == key(v, gpu): return say('.venv is up to date (Python %s)' % v)
+    v = make_venv()
+    STAMP.unlink() if STAMP.exists() else None
+    why = install(PY, v, gpu, '-e', '.[dev]')
     STAMP.write_text(json.dumps(dict(key=key(v, gpu), torch=why)))
     say('.venv is ready (Python %s)' % v)
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': main(sys.argv[1:])
