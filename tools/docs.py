@@ -142,8 +142,8 @@ def front_matter(nb):
 def to_copy(m):
     "A link to a page, led to its copy"
     s = urlsplit(m[2])
-    if s.scheme or s.netloc or not s.path.endswith('.html'): return m[0]
-    return f"[{m[1]}]({s.path[:-5]}.md{'#'+s.fragment if s.fragment else ''})"
+    if s.scheme or s.netloc or not s.path.endswith(('.html', '.ipynb')): return m[0]
+    return f"[{m[1]}]({s.path.rsplit('.', 1)[0]}.md{'#'+s.fragment if s.fragment else ''})"
 
 def copies(dest):
     "A Markdown copy beside each page, and `llms.txt`, which lists them by section; returns how many"
