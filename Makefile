@@ -8,14 +8,14 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do $
 BIN := .venv/bin
 # Test files side by side
 JOBS ?= 2
-# More arguments for `make run` and `make test`: make test ARGS='-k spec'
+# More arguments for `make run`, `make test` and `make preview`: make test ARGS='-k spec'
 ARGS ?=
 
 # A busy machine must not slow training down
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help setup run test docs readme export clean-nbs lock
+.PHONY: help setup run test docs preview readme export clean-nbs lock
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test: setup ## Run every test (make test ARGS='-k spec' for some)
 
 docs: setup ## Render the site into _docs and check its links
 	$(BIN)/python tools/docs.py
+
+preview: setup ## Serve the site on this machine, rendered again after each change
+	$(BIN)/python tools/docs.py --preview $(ARGS)
 
 readme: setup ## Write README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py

@@ -25,16 +25,18 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure(): shutil.rmtree(RUNS, ignore_errors=True)
 
-@pytest.fixture
-def tree(tmp_path):
+def checkout(dest):
     "A copy of the checkout as git sees it, to be written into"
     names = subprocess.run(['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for n in filter(None, names.split('\0')):
-        src,dst = ROOT/n,tmp_path/'tree'/n
+        src,dst = ROOT/n,dest/n
         if not src.exists(): continue
         dst.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(src, dst, follow_symlinks=False)
-    return tmp_path/'tree'
+    return dest
+
+@pytest.fixture
+def tree(tmp_path): return checkout(tmp_path/'tree')
 
 @pytest.fixture
 def tool():

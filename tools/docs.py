@@ -1,17 +1,28 @@
 """Build the site from the notebooks into `_docs`, without Quarto, and check every link in it.
 
+    python tools/docs.py                 stage, render with smalldocs, finish, check
+    python tools/docs.py --preview       the same, served on this machine and built again after each change
+    python tools/docs.py --stage         stop before rendering, for `quarto render _proc`, which builds the published site
+    python tools/docs.py --finish DIR    finish and check a site that was rendered into DIR; `--base /path/` is where it will be
+
 The notebooks are staged into `_proc` by nbdev's own processors, with one difference: nothing is executed. Pages show
 the outputs that the notebooks hold, and the reference of each function comes from the module that is imported.
-smalldocs renders `_proc`. `--stage` stops before that, for `quarto render _proc`, which builds the published site."""
+Finishing is the same for both renderers: a Markdown copy of each page and `llms.txt` for agents, no fonts from
+elsewhere, names for what screen readers announce, and a 404 page that works at any depth."""
 
-import ast, os, re, shutil, subprocess, sys, time
+import argparse, ast, os, re, shutil, subprocess, sys, time
+from functools import partial
+from html import escape, unescape
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, PROC, DOCS = ROOT/'nbs', ROOT/'_proc', ROOT/'_docs'
+STATIC = ('site.css', 'site.html', '404.qmd') # What pages share; pictures are found by their kind
 sys.path.insert(0, str(ROOT)) # This checkout's modules, not an installed copy
 
 import yaml
@@ -19,6 +30,9 @@ from nbdev import processors as P
 from nbdev.process import NBProcessor
 from nbdev.showdoc import show_doc
 from fastcore.nbio import read_nb, write_nb
+
+from readme import markdown, site
+from reference import Reference
 
 def notebooks():
     "The notebooks that become pages"
@@ -74,8 +88,23 @@ def fill_show_docs(nb, mod):
     for c in cells:
         code = '\n'.join(l for l in c.source.splitlines() if not l.startswith('#|'))
         if c.cell_type != 'code' or not code.startswith('show_doc('): continue
-        md = eval(code, {**vars(mod), 'show_doc':show_doc})._repr_markdown_()
+        md = eval(code, {**vars(mod), 'show_doc':partial(show_doc, renderer=Reference)})._repr_markdown_()
         c.outputs = [dict(output_type='display_data', metadata={}, data={'text/markdown':md})]
+
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+def still(nb):
+    "Outputs that need no kernel and no script: a widget is what it shows as HTML, and every picture says what is on it"
+    nb.metadata.pop('widgets', None)
+    heading = 'the page'
+    for c in nb.cells:
+        if c.cell_type == 'markdown': heading = ([heading]+re.findall(r'^#+ (.+)', c.source, re.M))[-1]
+        kinds = [o.get('data', {}) for o in c.get('outputs', [])]
+        for d in kinds:
+            if d.pop(WIDGET, None) is None: continue
+            if not {'text/html', 'text/markdown', 'image/png', 'image/svg+xml'} & set(d): raise ValueError(f'a widget below "{heading}" was saved without text/html: its page would show its repr')
+        pictures = any('image/png' in d or 'image/svg+xml' in d for d in kinds)
+        if pictures and not re.search(r'^#\|\s*fig-alt:', c.source, re.M): c.source = f'#| fig-alt: "Picture: {heading.strip("#` ")}"\n{c.source}'
 
 def stage_nb(path, links):
     nb, page = read_nb(path), path.relative_to(NBS)
@@ -87,6 +116,7 @@ def stage_nb(path, links):
     swap = {'exec_show_docs':show_docs, 'add_links':add_links}
     NBProcessor(nb=nb, procs=[swap.get(p.__name__, p) for p in P.FilterDefaults().procs()], rm_directives='quarto').process()
     for c in nb.cells[:1]: c.source = re.sub(r'^output-file: .*\n', '', c.source, flags=re.M) # The file's own name, already
+    still(nb)
     (PROC/page).parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, PROC/page)
 
@@ -96,13 +126,66 @@ def stage():
     PROC.mkdir()
     shutil.copy(ROOT/'_quarto.yml', PROC/'_quarto.yml')
     for p in NBS.rglob('*'):
-        if p.suffix in ('.png', '.svg', '.jpg', '.css'):
+        if p.suffix in ('.png', '.svg', '.jpg') or p.name in STATIC:
             (PROC/p.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(p, PROC/p.relative_to(NBS))
     links = Links({p.relative_to(NBS):reference(p) for p in notebooks()})
     for p in notebooks():
         try: stage_nb(p, links)
         except Exception as e: raise SystemExit(f'{p.relative_to(ROOT)} could not be staged: {type(e).__name__}: {e}') from e
+
+def front_matter(nb):
+    "Title and description of a staged page"
+    first = nb.cells[0].source
+    return yaml.safe_load(first.strip().strip('-')) if first.startswith('---') else {}
+
+def to_copy(m):
+    "A link to a page, led to its copy"
+    s = urlsplit(m[2])
+    if s.scheme or s.netloc or not s.path.endswith(('.html', '.ipynb')): return m[0]
+    return f"[{m[1]}]({s.path.rsplit('.', 1)[0]}.md{'#'+s.fragment if s.fragment else ''})"
+
+def copies(dest):
+    "A Markdown copy beside each page, and `llms.txt`, which lists them by section; returns how many"
+    about = {}
+    for p in PROC.rglob('*.ipynb'):
+        page, nb = p.relative_to(PROC), read_nb(p)
+        head = about[str(page)] = front_matter(nb)
+        cells = [c for c in nb.cells[1:] if 'THIS FILE WAS AUTOGENERATED' not in c.source]
+        lines = [f"# {head.get('title', page.stem)}", *([f"> {head['description']}"] if head.get('description') else []), *markdown(cells, to_copy)]
+        (dest/page.with_suffix('.md')).write_text('\n\n'.join(lines)+'\n')
+    web = yaml.safe_load((ROOT/'_quarto.yml').read_text())['website']
+    base = site().rstrip('/')+'/' if site() else ''
+    def entry(o): return f"- [{about[o].get('title', o)}]({base}{o[:-6]}.md)"+(f": {about[o]['description']}" if about[o].get('description') else '')
+    def block(o, trail=()):
+        if isinstance(o, str): return [entry(o)]
+        if isinstance(o, list): return sum((block(x, trail) for x in o), [])
+        trail, own = (*trail, o['section']), [x for x in o['contents'] if isinstance(x, str)]
+        head = ['', f"## {': '.join(trail)}", '', *block(own)] if own else []
+        return [*head, *block([x for x in o['contents'] if not isinstance(x, str)], trail)]
+    (dest/'llms.txt').write_text('\n'.join([f"# {web['title']}", '', f"> {web['description']}", '', *block(web['sidebar']['contents'])]).rstrip()+'\n')
+    return len(about)
+
+NAMES = {'quarto-sidebar':'Pages', 'quarto-secondary-nav':'Where this page is', 'page-navigation':'Page before and after', 'TOC':'On this page'}
+
+def finish_page(text, page, base):
+    "One rendered page, made to work for everyone: labels, tables that scroll inside themselves, a link to its Markdown"
+    for k,name in NAMES.items(): text = re.sub(rf'<nav\b(?![^>]*aria-label)(?=[^>]*(?:id|class)="[^"]*\b{k}\b)', f'<nav aria-label="{name}"', text)
+    text = re.sub(r'(<a class="sidebar-item-text [^>]*?) role="navigation"', r'\1 role="button" tabindex="0"', text) # A toggle is no landmark
+    text = re.sub(r'(<a\b[^>]*?) role="navigation"', r'\1 role="button"', text)
+    text = re.sub(r'(?<!<div class="sd-table">)(?<!<div class="sd-table">\n)(<table\b.*?</table>)', r'<div class="wide">\1</div>', text, flags=re.S)
+    if page.name == '404.html': # Shown for addresses of any depth, so its links begin at the root
+        return re.sub(r'((?:href|src)=")(?:\./)?(?![#/"]|[a-z]+:)', lambda m: m[1]+base, text).replace('name="smalldocs:offset" content="./"', f'name="smalldocs:offset" content="{base}"')
+    return text.replace('</head>', f'<link rel="alternate" type="text/markdown" href="{escape(page.stem)}.md">\n</head>', 1)
+
+def finish(dest, base='/'):
+    "What both renderers leave to do, in the folder of a rendered site"
+    dest = Path(dest)
+    for f in dest.rglob('*.html'): f.write_text(finish_page(f.read_text(), f, base))
+    for f in dest.rglob('*.css'): # Fonts from elsewhere: a page must not wait for them, nor tell anyone that it is read
+        css = f.read_text()
+        if (own := re.sub(r'@import\s+(?:url\(\s*["\']?https?:[^)]*\)|(["\'])https?:.*?\1)[^;{}]*;', '', css)) != css: f.write_text(own)
+    return copies(dest)
 
 class Page(HTMLParser):
     "Ids and links of one page"
@@ -116,7 +199,7 @@ class Page(HTMLParser):
         u = d.get('href') if tag in ('a', 'link') else d.get('src') if tag in ('img', 'script', 'source') else None
         if u: self.refs.append(u)
 
-def check_links(site):
+def check_links(site, base='/'):
     "Number of pages and of local links, and what is broken"
     site = Path(site).resolve()
     pages, bad, n = {f:Page(f.read_text()) for f in sorted(site.rglob('*.html'))}, [], 0
@@ -126,25 +209,92 @@ def check_links(site):
             if s.scheme or s.netloc: continue
             n += 1
             path = unquote(s.path)
-            t = ((site/path.lstrip('/') if path.startswith('/') else f.parent/path) if path else f).resolve()
+            t = ((site/path.removeprefix(base).lstrip('/') if path.startswith('/') else f.parent/path) if path else f).resolve()
             if t.is_dir(): t = t/'index.html'
             if not t.exists() or site not in t.parents: bad.append(f'{f.relative_to(site)}: {u}: no such file')
             elif s.fragment and t in pages and unquote(s.fragment) not in pages[t].ids: bad.append(f'{f.relative_to(site)}: {u}: no such anchor')
     return len(pages), n, bad
 
-def main(args):
+def check(dest, base='/'):
+    "Say how many pages and links there are, and end with 1 where one is broken"
+    pages, n, bad = check_links(dest, base)
+    print(*bad, sep='\n', end='\n' if bad else '')
+    print(f'{pages} pages, {n} local links, {len(bad)} broken')
+    return not bad
+
+def build():
+    "The site in `_docs`, by smalldocs"
     start = time.time()
     if (bad := check_sidebar()): sys.exit('\n'.join(bad))
     stage()
-    if '--stage' in args: return print(f'staged {len(notebooks())} notebooks in {PROC.name}')
     exe = shutil.which('smalldocs', path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')]))
     if exe is None: sys.exit('smalldocs is not installed: run `make setup`')
     if subprocess.run([exe, 'render', '--quiet', '--strict', str(PROC)]).returncode: sys.exit('docs: smalldocs found something; the lines above say what')
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(PROC/DOCS.name, DOCS)
-    pages, n, bad = check_links(DOCS)
-    print(*bad, sep='\n', end='\n' if bad else '')
-    print(f'{pages} pages, {n} local links, {len(bad)} broken; {time.time()-start:.1f} s; open {DOCS.name}/index.html')
-    sys.exit(bool(bad))
+    finish(DOCS)
+    good = check(DOCS)
+    print(f'{time.time()-start:.1f} s; open {DOCS.name}/index.html')
+    return good
 
-if __name__ == '__main__': main(sys.argv[1:])
+class Served(SimpleHTTPRequestHandler):
+    "A folder as the published site serves it: the 404 page where there is nothing"
+    def send_error(self, code, message=None, explain=None):
+        page = Path(self.directory)/'404.html'
+        if code != 404 or not page.exists(): return super().send_error(code, message, explain)
+        body = page.read_bytes()
+        self.send_response(404)
+        self.send_header('Content-Type', 'text/html; charset=utf-8')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        if self.command != 'HEAD': self.wfile.write(body)
+    def end_headers(self):
+        self.send_header('Cache-Control', 'no-store')
+        super().end_headers()
+    def log_message(self, *args): pass
+
+def served(dest, port=0):
+    "A server of the folder, on this machine only, in a thread"
+    server = ThreadingHTTPServer(('127.0.0.1', port), partial(Served, directory=str(dest)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+def changed():
+    "When the newest of what the site is made from was written"
+    files = [p for d in ('nbs', 'unsloth_nb', 'tools', 'benchmarks/results') for p in (ROOT/d).rglob('*') if p.is_file() and not any(o[0] == '.' or o == '__pycache__' for o in p.relative_to(ROOT).parts)]
+    return max(p.stat().st_mtime for p in [ROOT/'_quarto.yml', *files])
+
+def preview(port):
+    "Build, serve, and build again after each change, until the keyboard interrupts"
+    seen = changed()
+    build()
+    server = served(DOCS, port)
+    print(f'http://127.0.0.1:{server.server_port}/ (Ctrl-C stops)', flush=True)
+    try:
+        while True:
+            time.sleep(1)
+            if (now := changed()) == seen: continue
+            seen = now
+            subprocess.run([sys.executable, __file__]) # A process of its own sees changed modules
+    except KeyboardInterrupt: server.shutdown()
+
+def main():
+    p = argparse.ArgumentParser(description='Build the site and check it.')
+    p.add_argument('--stage', action='store_true', help='only stage the notebooks in _proc')
+    p.add_argument('--finish', metavar='DIR', help='finish and check the site that was rendered into DIR')
+    p.add_argument('--base', default='/', help='path of the published site, for the 404 page')
+    p.add_argument('--preview', action='store_true', help='serve the site on this machine, and build it again after each change')
+    p.add_argument('--port', type=int, default=4200, help='port of --preview')
+    args = p.parse_args()
+    base = f"/{args.base.strip('/')}/".replace('//', '/')
+    if args.preview: return preview(args.port)
+    if args.stage:
+        if (bad := check_sidebar()): sys.exit('\n'.join(bad))
+        stage()
+        return print(f'staged {len(notebooks())} notebooks in {PROC.name}')
+    if args.finish:
+        finish(args.finish, base)
+        sys.exit(not check(args.finish, base))
+    sys.exit(not build())
+
+if __name__ == '__main__': main()
