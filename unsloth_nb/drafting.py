@@ -53,10 +53,11 @@ class Draft:
         self.path,self.source,self.places = str(path),source,where or {}
         self.params,self.exports,self.data = {},[],[] # data: entries of a mix, one a dataset
         self.mapped,self.defaults,self.unneeded,self.left = [],[],[],[]
+        self.told = set() # Parameters that the file speaks of, though they could not be taken over
         self.ratio,self.epochs,self.rslora,self.quantized = None,None,False,False # What can be settled only when all has been read
     def _line(self, name, v, to, why): return Line(str(name), shown(name, v), self.places.get(name, ''), to, why)
     def skip(self, name, v, why): self.unneeded.append(self._line(name, v, {}, why))
-    def leave(self, name, v, why): self.left.append(self._line(name, v, {}, why))
+    def leave(self, name, v, why, *params): self.left.append(self._line(name, v, {}, why)); self.told |= set(params) # params: those that keep our default
     def take(self, name, v, why='', **to):
         other = next((k for k,x in to.items() if k in self.params and self.params[k] != x), None)
         if other: return self.leave(name, v, f"{other} is {shown(other, self.params[other])} by another setting of the same file, and that stands; set {other} yourself if this one is meant")
@@ -70,7 +71,7 @@ def read(self:Draft, rules:dict, values:dict, unknown:str='this importer does no
         rule = rules.get(name)
         if SECRET.search(str(name)) and v: self.leave(name, v, 'a secret, which is never copied; give it by the environment (HF_TOKEN, WANDB_API_KEY) or by `hf auth login`')
         elif v is None: continue # The source says nothing
-        elif v is UNKNOWN and not getattr(rule, 'any_value', False): self.leave(name, v, 'only running the file would tell its value'+(f'; set {rule} yourself' if isinstance(rule, str) else ''))
+        elif v is UNKNOWN and not getattr(rule, 'any_value', False): self.leave(name, v, 'only running the file would tell its value'+(f'; set {rule} yourself' if isinstance(rule, str) else ''), *([rule] if isinstance(rule, str) else []))
         elif rule is None: self.leave(name, v, unknown)
         elif isinstance(rule, str): self.take(name, v, **{rule: v})
         else: rule(self, name, v)
@@ -131,11 +132,11 @@ _schedules = ('linear', 'cosine', 'constant', 'constant_with_warmup')
 
 def optim_rule(d, name, v):
     if str(v) in _optims: d.take(name, v, optim=_optims[str(v)])
-    else: d.leave(name, v, "there is no such optimizer here; optim stays 'auto', which takes AdamW, and its learning rate may have to be another")
+    else: d.leave(name, v, "there is no such optimizer here; optim stays 'auto', which takes AdamW, and its learning rate may have to be another", 'optim')
 
 def schedule_rule(d, name, v):
     if v in _schedules: d.take(name, v, lr_scheduler_type=v)
-    else: d.leave(name, v, f"there is no such schedule here; lr_scheduler_type stays 'linear', the others are {', '.join(_schedules[1:])}")
+    else: d.leave(name, v, f"there is no such schedule here; lr_scheduler_type stays 'linear', the others are {', '.join(_schedules[1:])}", 'lr_scheduler_type')
 
 def warmup_rule(d, name, v):
     v = number(v)
@@ -248,7 +249,7 @@ def finish(
     "The job; what the schema refuses is left, with its words"
     if self.quantized: self.params.setdefault('load_in_4bit', True)
     for k,v in defaults.items():
-        if k in self.params or (k == 'warmup_ratio' and (self.ratio or 'warmup_steps' in self.params)): continue
+        if k in self.params or k in self.told or (k == 'warmup_ratio' and (self.ratio or 'warmup_steps' in self.params)): continue
         if k == 'warmup_ratio': self.ratio = (k, v); self.places[k] = 'not given'
         else: self.params[k] = v; self.defaults.append(Line(k, shown(k, v), 'not given', {k:v}))
     self._scale()

@@ -95,6 +95,7 @@ _fields = dict(field_system='system', field_instruction='instruction', field_inp
 _read_of_entry = {'path', 'type', 'split', 'data_files', 'ds_type', 'name', 'revision', 'field_messages', 'message_property_mappings', 'message_field_role', 'message_field_content', 'roles', 'field', 'chat_template', 'roles_to_train', 'train_on_eos', 'trust_remote_code', 'text_column', *_fields}
 
 def _axolotl_rows(d, name, entries):
+    if off(entries): return d.skip(name, entries, 'nothing in it')
     for e in entries if isinstance(entries, list) else [entries]:
         if not isinstance(e, dict) or not e.get('path'): d.leave(name, e, 'an entry without a path; name the rows: dataset=…'); continue
         kind,more = str(e.get('type') or ('completion' if name == 'pretraining_dataset' else 'chat_template')),{}
@@ -130,13 +131,13 @@ def _adapter(d, name, v):
 
 def _axolotl_template(d, name, v):
     if str(v).startswith('tokenizer_default'): d.named_template = 'chat'; d.mapped.append(d._line(name, v, dict(template='chat'), ''))
-    elif v in _TEMPLATES: d.named_template = _TEMPLATES[v]; d.mapped.append(d._line(name, v, dict(template=_TEMPLATES[v]), 'the same turns; spaces and a default system message may differ: unsloth-nb data FILE --show 1'))
+    elif str(v) in _TEMPLATES: d.named_template = _TEMPLATES[v]; d.mapped.append(d._line(name, v, dict(template=_TEMPLATES[v]), 'the same turns; spaces and a default system message may differ: unsloth-nb data FILE --show 1'))
     else: d.named_template = 'chat'; d.leave(name, v, "no template of that name is there; the model's own is used: template='chat'")
 
 def _plugins(d, name, v):
     fast = ('cut_cross_entropy', 'liger', 'kernels', 'spectrum')
-    for p in v if isinstance(v, list) else [v]:
-        if any(f in str(p) for f in fast): d.skip(name, p, 'makes it faster or smaller, and changes nothing of what is trained')
+    for p in v if isinstance(v, list) and v else [v]:
+        if off(p) or any(f in str(p) for f in fast): d.skip(name, p, 'makes it faster or smaller, and changes nothing of what is trained')
         else: d.leave(name, p, 'a plugin is code, which is not run')
 
 def _pads(d, name, v):
@@ -214,7 +215,7 @@ def _lf_rows(d, name, v):
         else: d.data.append(dict(dataset=str(n))); d.leave(name, n, f"no {d.folder}/dataset_info.json with this name is near; say where it is: --data-dir, or name the file: dataset=…")
 
 def _lf_template(d, name, v):
-    t = _LF_TEMPLATES.get(v)
+    t = _LF_TEMPLATES.get(str(v))
     if t: d.take(name, v, 'the same turns; spaces and a default system message may differ: unsloth-nb data FILE --show 1' if t != 'chat' else "the model's own", template=t)
     else: d.leave(name, v, "no template of that name is there; the model's own is used: template='chat'")
 
