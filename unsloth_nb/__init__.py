@@ -25,6 +25,7 @@ _homes = dict(
     profiling='Profile profile_examples',
     conformance='conformance',
     planning='Plan make_plan',
+    families='card_table family_table',
     advice='check_job',
     review='check_file',
     loading='LoadedModel load_model load_tokenizer',
