@@ -6,9 +6,9 @@
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'Retries', 'Timeout', 'HangAfter',
            'RunName', 'gguf_app', 'preflight', 'run_job', 'resume_run', 'replay_run', 'param_help', 'read_pairs',
            'print_result', 'resume_command', 'plan_command', 'inspect_data', 'print_data', 'data_command',
-           'data_profile', 'check_files', 'check_command', 'list_command', 'diff_command', 'compare_command',
-           'replay_command', 'stop_command', 'show_command', 'talk', 'chat_command', 'export_command', 'push_command',
-           'serve_command', 'gguf_install_command', 'main']
+           'data_profile', 'check_files', 'check_command', 'import_command', 'list_command', 'diff_command',
+           'compare_command', 'replay_command', 'stop_command', 'show_command', 'talk', 'chat_command',
+           'export_command', 'push_command', 'serve_command', 'gguf_install_command', 'main']
 
 # %% ../nbs/jobs.ipynb #b3b5646f
 import sys
@@ -270,6 +270,16 @@ def check_command(param:Params, files:Annotated[list[Path]|None, typer.Argument(
     elif found or not bad: print(found)
     for why in bad.values(): print(plain_text(f'unsloth-nb: {why}'), file=sys.stderr)
     raise typer.Exit(2 if bad else 0 if found.clean else 1)
+
+# %% ../nbs/jobs.ipynb #21a2b49d
+@app.command('import')
+def import_command(param:Params, file:Annotated[Path, typer.Argument(metavar='FILE', help='Unsloth notebook or script, Axolotl or LLaMA-Factory YAML.')], out:Annotated[Path|None, typer.Option('-o', '--out', help='Write a params file for: unsloth-nb run finetune -f.')]=None,
+    data_dir:Annotated[Path|None, typer.Option(help="Folder with LLaMA-Factory's dataset_info.json.")]=None):
+    "Turn another tool's file into a finetune job, and list what could not be taken over; the file is read, never run."
+    from unsloth_nb.migrating import import_job
+    got = import_job(file, data_dir, **read_pairs(FinetuneJob, param))
+    written = got.save(out) if out else []
+    print(got, plain_text(f"\nwritten: {', '.join(map(str, written))}") if written else '')
 
 # %% ../nbs/jobs.ipynb #5a3d4d49
 @runs_app.command('list')
