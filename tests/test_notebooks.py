@@ -1,4 +1,4 @@
-"Every page's notebook runs from top to bottom, each in a process of its own: Unsloth must be imported before transformers."
+"Every page's notebook runs from top to bottom, each in a process of its own: Unsloth must be imported before transformers. Tutorials have a file of their own."
 import os,subprocess,sys
 from pathlib import Path
 import pytest
@@ -6,7 +6,7 @@ from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'tutorials').glob('*.ipynb')])
+NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'guides').glob('*.ipynb')])
 FLAGS = list(get_config(ROOT).tst_flags)
 COVERED = ('jobs', 'benchmarking') # Their slow cells are whole jobs, which test_jobs, test_survival and test_benchmark run
 

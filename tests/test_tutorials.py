@@ -1,0 +1,51 @@
+"Every tutorial from its own first cell: in an environment that has a kernel and nothing else, as on Colab."
+import json,re,subprocess,sys
+from pathlib import Path
+import nbformat,pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb'))
+INSTALL = """import importlib.util,subprocess,sys
+if not getattr(importlib.util.find_spec('unsloth_nb'), 'origin', None):
+    subprocess.run([sys.executable, 'unsloth_nb/tools/setup_env.py', '--here'], check=True)
+    importlib.invalidate_caches()"""
+
+@pytest.mark.parametrize('page', TUTORIALS, ids=lambda p: p.stem)
+def test_beginning(page):
+    "The same install cell everywhere, but for extras that exist; before it, what hardware the page needs and how long it took, when and where"
+    cells = nbformat.read(page, as_version=4).cells
+    first = next(i for i,c in enumerate(cells) if c.cell_type == 'code')
+    extras = re.search(r"'--here', '([a-z,]+)'", cells[first].source)
+    assert re.sub(r"'--here', '[a-z,]+'", "'--here'", cells[first].source) == INSTALL
+    if extras:
+        import tomllib
+        assert set(extras[1].split(',')) <= set(tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['optional-dependencies'])
+    said = '\n'.join(c.source for c in cells[:first])
+    assert '**Hardware and time.**' in said and re.search(r'20\d\d-\d\d-\d\d', said)
+
+@pytest.fixture(scope='module')
+def kernel(tmp_path_factory):
+    "A new environment with a kernel and no package of ours; the clone lies in the folder where the notebooks run"
+    home = tmp_path_factory.mktemp('bare')
+    subprocess.run([sys.executable, '-m', 'venv', home/'env'], check=True)
+    subprocess.run([home/'env/bin/python', '-m', 'pip', 'install', '-q', '--disable-pip-version-check', 'ipykernel'], check=True)
+    (home/'work').mkdir()
+    (home/'work/unsloth_nb').symlink_to(ROOT)
+    spec = home/'jupyter/kernels/bare'
+    spec.mkdir(parents=True)
+    argv = [str(home/'env/bin/python'), '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    (spec/'kernel.json').write_text(json.dumps(dict(argv=argv, display_name='bare', language='python')))
+    return home
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', TUTORIALS, ids=lambda p: p.stem)
+def test_from_nothing(kernel, page, monkeypatch):
+    "Top to bottom; cells for a GPU are left out"
+    for k in ('PYTHONPATH', 'UNSLOTH_NB_RUNS_DIR', 'VIRTUAL_ENV'): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv('JUPYTER_PATH', str(kernel/'jupyter'))
+    nb = nbformat.read(page, as_version=4)
+    nb.cells = [c for c in nb.cells if not re.search(r'^#\| (gpu|eval: false)$', c.source, re.M)]
+    NotebookClient(nb, kernel_name='bare', timeout=1200, resources=dict(metadata=dict(path=str(kernel/'work')))).execute()
+    where = subprocess.run([kernel/'env/bin/python', '-c', 'import unsloth_nb; print(unsloth_nb.__file__)'], cwd=kernel, capture_output=True, text=True).stdout
+    assert where.startswith(str(kernel/'env'))
