@@ -96,7 +96,7 @@ def read_examples(path, tok)->Examples:
 
 # %% ../nbs/benchmarking.ipynb #a1976c9b
 class Clock:
-    "When each optimizer step has ended; stands in for `training.Live`, which is told of every step"
+    "When each optimizer step has ended; stands in for `monitor.Live`, which is told of every step"
     def __init__(self, cuda=False): self.cuda,self.ends,self.metrics = cuda,[],[]
     def show(self, progress, final=False):
         if not final: self.step(progress.metrics[-1])

@@ -62,6 +62,7 @@ def skip_if_broken(optimizer, numbers)->bool: # Can this optimizer?
 # %% ../nbs/guards.ipynb #bd933780
 class Interrupted(RuntimeError):
     "Training was told to stop, and has left a checkpoint"
+    def _render_traceback_(self): return [f'{type(self).__name__}: {self}'] # A notebook shows what was asked for, not where in the code it was done
 
 class StopRequest:
     "What has asked for an end, if anything"
