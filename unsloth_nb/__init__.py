@@ -47,6 +47,8 @@ _homes = dict(
     hub='HubError Pushed pull push',
     measured='Benchmark',
     benchmarking='CONFIGURATIONS benchmark random_model',
+    forms='JobForm check_values job_code job_command',
+    run_browser='RunBrowser',
     jobs='inspect_data replay_run resume_run run_job',
 )
 _home = {name:module for module,names in _homes.items() for name in names.split()}
