@@ -1,0 +1,58 @@
+"The first tutorial as a newcomer goes through it: opened in a real JupyterLab, cell by cell, by keyboard and mouse."
+import time
+from pathlib import Path
+import nbformat,pytest
+from browser import browser,lab,notebook # noqa: F401
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+PAGE = Path(__file__).resolve().parent.parent/'nbs'/'tutorials'/'first_finetune.ipynb'
+
+def fresh():
+    "Its cells, without what they showed when the page was made"
+    cells = nbformat.read(PAGE, as_version=4).cells
+    for c in cells: c.metadata = {}; c.cell_type == 'code' and c.update(outputs=[], execution_count=None)
+    return cells
+
+def test_quickstart(notebook, record_property):
+    "A form filled in wrongly and mended, a monitor that moves, answers side by side, and a conversation; the time to the first tuned answer is kept"
+    cells = fresh()
+    at = lambda text: next(i for i,c in enumerate(cells) if c.cell_type == 'code' and text in c.source)
+    form,train,answers,panel = at('JobForm('),at('finetune('),at("talk('"),at('ChatPanel(')
+    begun = time.perf_counter()
+    nb = notebook(*cells)
+    nb.run(*range(form+1))
+    out = nb.output(form)
+    out.get_by_label('Find').fill('learning_rate')
+    field = out.get_by_label('learning_rate', exact=True)
+    field.fill('0,002')
+    field.press('Tab')
+    wrong = out.get_by_role('alert').filter(has_text='expected a number')
+    wrong.first.wait_for()
+    nb.shot('quickstart_form_wrong')
+    field.fill('0.002')
+    field.press('Tab')
+    wrong.first.wait_for(state='hidden')
+    nb.run(*range(form+1, train))
+    nb.cells.nth(train).locator('.jp-InputArea-prompt').first.click()
+    nb.page.keyboard.press('Control+Enter')
+    steps,monitor = set(),nb.output(train)
+    monitor.get_by_text('time left').wait_for(timeout=60000)
+    while 'finished' not in (said := monitor.inner_text()) and monitor.get_by_role('button', name='Stop with a checkpoint').count():
+        steps.add(said)
+        if len(steps) == 5: nb.shot('quickstart_trains')
+        nb.page.wait_for_timeout(500)
+        assert time.perf_counter()-begun < 900
+    nb.wait(60)
+    assert len(steps) > 5
+    nb.run(*range(train+1, answers+1), seconds=300)
+    record_property('seconds to the first tuned answer', seconds := round(time.perf_counter()-begun))
+    print(f'{seconds} s from opening the notebook to the first tuned answer')
+    assert '"who": "Amelia"' in nb.output(answers).inner_text()
+    nb.shot('quickstart_answers')
+    nb.run(panel)
+    out = nb.output(panel)
+    out.get_by_label('question').fill('Lunch with Nora at Oak Hall on Friday, 12:30')
+    out.get_by_role('button', name='Ask').click()
+    out.get_by_text('"who": "Nora"').first.wait_for(timeout=60000)
+    nb.shot('quickstart_chat')
+    assert not nb.errors and not nb.outside and not nb.failed and not nb.violations('.jp-OutputArea')
