@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Vllm', 'open_vllm']
 
-# %% ../nbs/vllm_server.ipynb #903f9daf
+# %% ../nbs/vllm_server.ipynb #35f0c8d1
 import http.client,json
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from fastcore.basics import patch
 
@@ -28,6 +29,8 @@ class Vllm:
         con = http.client.HTTPConnection(self.service.host, self.service.port, timeout=60)
         try: con.request('GET', path); return self._read(con, path)
         finally: con.close()
+    @cached_property
+    def vocabulary(self)->int: return len(self.complete([0, 0], prompt_logprobs=-1, temperature=0)['prompt_logprobs'][1]) # Tokens that the network knows
     def _read(self, con, path):
         r = con.getresponse()
         text = r.read().decode(errors='replace')
@@ -77,10 +80,7 @@ def ends(self:Vllm, ids:list[int], token:int)->bool:
     "Does this token end an answer?"
     return self.complete(ids, 2, temperature=0, allowed_token_ids=[token])['finish_reason'] == 'stop'
 
-# %% ../nbs/vllm_server.ipynb #f9a38e7e
-@patch(as_prop=True)
-def vocabulary(self:Vllm)->int: return len(self.complete([0, 0], prompt_logprobs=-1, temperature=0)['prompt_logprobs'][1])
-
+# %% ../nbs/vllm_server.ipynb #90187521
 @patch
 def at(self:Vllm, ids:list[int])->dict: # Token to log-probability [nats], the whole vocabulary
     "What would follow a prompt"
