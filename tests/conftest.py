@@ -19,6 +19,10 @@ def pytest_collection_modifyitems(items):
     if not importlib.util.find_spec('llama_cpp'):
         for i in items:
             if i.get_closest_marker('llama_cpp'): i.add_marker(pytest.mark.skip(reason='needs llama-cpp-python; CONTRIBUTING.md says how to install it'))
+    from unsloth_nb.serving import find_vllm
+    if not find_vllm():
+        for i in items:
+            if i.get_closest_marker('vllm'): i.add_marker(pytest.mark.skip(reason='needs vLLM; CONTRIBUTING.md says how to install it'))
     gpu = [i for i in items if i.get_closest_marker('gpu')]
     if gpu and not has_cuda():
         for i in gpu: i.add_marker(pytest.mark.skip(reason='needs a CUDA GPU; there is none'))

@@ -1,5 +1,5 @@
 "An export that is not the model is refused, whatever is wrong with it; what is right is written whole."
-import json,shutil
+import json,shutil,sys
 from pathlib import Path
 import pytest
 from safetensors.torch import load_file,save_file
@@ -145,3 +145,16 @@ def test_no_room(tuned, monkeypatch):
     import shutil as sh
     monkeypatch.setattr('unsloth_nb.planning.shutil.disk_usage', lambda p: sh._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match='GB free'): export.save_artifact(model, run, 'gguf_q8_0', rows)
+
+def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
+    "Asked for as a second witness and not answering: the export is refused, and nothing is kept"
+    from unsloth_nb import export
+    from unsloth_nb.spec import SpecError
+    from unsloth_nb.witness import WitnessError,transformers_answers,ask
+    model,run,rows = tuned
+    (tmp_path/'vllm').write_text(f"#!{sys.executable}\nimport sys; sys.exit('no kernel image for this machine')"); (tmp_path/'vllm').chmod(0o755)
+    monkeypatch.setenv('UNSLOTH_NB_VLLM', str(tmp_path/'vllm'))
+    monkeypatch.setattr(export, 'ask', lambda kind, spec, request: ask(kind, spec, request) if kind == 'vllm' else transformers_answers(spec, request))
+    with pytest.raises(SpecError, match='adapter and merged_16bit, not gguf_f16'): export.save_artifact(model, run, 'gguf_f16', rows, vllm=True)
+    with pytest.raises(WitnessError, match='no kernel image'): export.save_artifact(model, run, 'adapter', rows[:1], vllm=True)
+    assert not (run.path/'adapter').exists() and not list(run.path.glob('.saving-*'))

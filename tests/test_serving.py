@@ -173,7 +173,8 @@ def test_command_can_be_typed(gguf_file):
 
 def test_missing_servers_are_named(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda n,*a: None if n in ('fastapi', 'xllamacpp', 'llama_cpp', 'vllm') else find(n, *a))
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda n,*a: None if n in ('fastapi', 'xllamacpp', 'llama_cpp') else find(n, *a))
+    monkeypatch.setenv('UNSLOTH_NB_VLLM', 'none')
     with pytest.raises(ServeError, match=r"pip install 'unsloth_nb\[serve\]'"): find_backend('adapter')
     with pytest.raises(ServeError, match=r"transformers needs fastapi; install with: pip install 'unsloth_nb\[serve\]'"): find_backend('merged', 'transformers')
     with pytest.raises(ServeError, match=r"'unsloth_nb\[gguf\]', pip install 'llama-cpp-python\[server\]'"): find_backend('gguf')

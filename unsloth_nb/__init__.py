@@ -43,6 +43,7 @@ _homes = dict(
     harness='check_tasks compare_tasks',
     export='export_run keep_artifact save_artifact',
     serving='Service serve serve_command',
+    vllm_server='open_vllm',
     cards='model_card',
     hub='HubError Pushed pull push',
     measured='Benchmark',

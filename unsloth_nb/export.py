@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_artifact', 'keep_artifact', 'export_run']
 
-# %% ../nbs/export.ipynb #ff6eb941
+# %% ../nbs/export.ipynb #d1bbe4a1
 import shutil,tempfile
 from contextlib import contextmanager
 
@@ -16,10 +16,11 @@ from .data import held_out
 from .engine import quiet
 from .gguf import check_gguf_kind,find_llama,modelfile,write_gguf
 from .inference import load_run
-from .loading import LoadedModel
+from .loading import LoadedModel,write_older_names
 from .planning import check_free
 from .resuming import code_hashes,rows_sha256,weights_sha256
 from .runs import Run,open_run,read_json,start_run,write_json
+from .serving import NF4,find_backend
 from .spec import EXPORTS,ExportJob,SpecError,nearest
 from .training import write_adapter
 from .witness import ask
@@ -34,8 +35,9 @@ def _write_merged(model, folder):
     _finish_folder(model, folder)
 
 def _finish_folder(model, folder):
-    "Tokenizer with its template, and a generation config that ends where training ended; no form for a card"
+    "Tokenizer with its template, configuration that transformers 4 reads too, and a generation config that ends where training ended; no form for a card"
     with quiet(): model.exported_tokenizer().save_pretrained(folder)
+    write_older_names(folder)
     write_json(folder/'generation_config.json', (read_json(folder/'generation_config.json') or {})|{k:v for k,v in model.generation_config().to_diff_dict().items() if k.endswith('token_id')})
     (folder/'README.md').unlink(missing_ok=True)
 
@@ -100,6 +102,21 @@ def _roomy(device, size):
     torch.cuda.empty_cache()
     return device if torch.cuda.mem_get_info()[0] > 1.2*size+2**30 else 'cpu'
 
+# %% ../nbs/export.ipynb #a8967fa4
+def _check_vllm(model, to):
+    "Refuse before anything is written what vLLM cannot load here"
+    if to not in ('adapter', 'merged_16bit'): raise SpecError(f"vllm: it is asked about adapter and merged_16bit, not {to}; leave out vllm")
+    find_backend('merged' if to != 'adapter' else NF4 if model.plan.load_in_4bit else 'adapter', 'vllm')
+
+def _vllm_spec(model, folder):
+    "What a witness must know to have vLLM load an export: on a GPU also the share that is free"
+    spec = dict(folder=folder, dtype=model.plan.dtype)
+    if model.plan.device.kind != 'cuda': return spec
+    import torch
+    torch.cuda.empty_cache()
+    free,total = torch.cuda.mem_get_info()
+    return spec|dict(memory=min(0.9, (free-2**30)/total))
+
 # %% ../nbs/export.ipynb #71936cc7
 def save_artifact(
     model:LoadedModel, # Trained model
@@ -107,10 +124,12 @@ def save_artifact(
     to:str, # `adapter`, `merged_16bit`, `merged_4bit`, `gguf_f16`, `gguf_q8_0` or `gguf_q4_k_m`
     convs, # Held-out conversations to compare on
     source:Run|None=None, # The run that trained the model; default: `run`
+    vllm:bool=False, # Have vLLM load and check it too
 )->Certificate:
     "Write an artefact, have it reloaded and compared, and only then put it in place; raises `ExportError` with all that failed, `WitnessError` when it cannot be loaded"
     if to not in EXPORTS: raise SpecError(f"to: got {to!r}{nearest(to, EXPORTS)}")
     if to.startswith('gguf'): check_gguf_kind(to.removeprefix('gguf_')); find_llama()
+    if vllm: _check_vllm(model, to)
     for left in run.path.glob('.saving-*'): shutil.rmtree(left, ignore_errors=True)
     check_free(run.path, model.plan.disk.get(to, 0), model.plan.disk.get('merge_ram', 0) if to != 'adapter' else 0)
     tok = model.exported_tokenizer(to == 'adapter')
@@ -120,6 +139,7 @@ def save_artifact(
         trained = _write(model, stage, to)
         got = ask('gguf' if to.startswith('gguf') else 'transformers', _spec(model, stage/'model.gguf' if to.startswith('gguf') else stage, to), request)
         cert = certify(model, request, want, got, to, trained).check()
+        if vllm: cert = cert.joined(certify(model, request, want, ask('vllm', _vllm_spec(model, stage), request), to)).check()
         write_json(stage/'certificate.json', cert)
         (stage/'README.md').write_text(model_card(source or run, to, cert))
     return Certificate(read_json(write_whole(run.path/to, write)/'certificate.json'))
@@ -131,23 +151,25 @@ def keep_artifact(
     to:str, # As in `save_artifact`
     convs, # Held-out conversations to compare on
     source:Run|None=None, # The run that trained the model; default: `run`
+    vllm:bool=False, # Have vLLM load and check it too
 )->Certificate:
     "An artefact of a run, with its certificate"
-    inputs = dict(to=to, base=model.base, trained=weights_sha256(model.model), rows=rows_sha256(convs), code=code_hashes(('cards', 'certificate', 'export', 'gguf', 'loading', 'training', 'witness')))
-    return Certificate(run.keep(to, inputs, lambda: save_artifact(model, run, to, convs, source), [to]))
+    inputs = dict(to=to, vllm=vllm, base=model.base, trained=weights_sha256(model.model), rows=rows_sha256(convs), code=code_hashes(('cards', 'certificate', 'export', 'gguf', 'loading', 'serving', 'training', 'vllm_server', 'witness')))
+    return Certificate(run.keep(to, inputs, lambda: save_artifact(model, run, to, convs, source, vllm), [to]))
 
 # %% ../nbs/export.ipynb #ec439f70
 def export_run(
     run='latest', # Finetune run, its name or directory
     to:str='merged_16bit', # As in `save_artifact`
     check_rows:int=8, # Held-out rows to compare on
+    vllm:bool=False, # Have vLLM load and check it too
 )->Run: # The export's own run
     "Write a finished run's model in another form, with its certificate"
     source = open_run(run, kind='finetune')
-    record = start_run(ExportJob(run=source.name, to=to, check_rows=check_rows), source.path.parent)
+    record = start_run(ExportJob(run=source.name, to=to, check_rows=check_rows, vllm=vllm), source.path.parent)
     try:
         with record.stage('loading'): model = load_run(source)
-        with record.stage('saving'): cert = save_artifact(model, record, to, held_out(source.job, n=check_rows), source)
+        with record.stage('saving'): cert = save_artifact(model, record, to, held_out(source.job, n=check_rows), source, vllm)
         return record.finish(certificate=cert, run=source.name)
     except BaseException as e:
         record.fail(f'{type(e).__name__}: {e}')

@@ -6,8 +6,9 @@
 __all__ = ['Sampling', 'row_seed', 'answering', 'Answer', 'Answers', 'as_messages', 'context_length', 'check_fits', 'generate',
            'stream', 'show_pieces', 'show_stream', 'load_run', 'vllm_generate']
 
-# %% ../nbs/inference.ipynb #d00a2330
+# %% ../nbs/inference.ipynb #dcbe1563
 import bisect,math,queue,secrets,sys,threading,time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field,replace
 from numbers import Real
@@ -23,6 +24,7 @@ from .planning import make_plan
 from .runs import open_run
 from .spec import FinetuneJob,SpecError,nearest
 from .tool_calls import as_tools,parse_calls
+from .vllm_server import open_vllm
 
 # %% ../nbs/inference.ipynb #43ae27a1
 _whole,_positive = (lambda v: isinstance(v, int) and not isinstance(v, bool)),(lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf)
@@ -370,20 +372,18 @@ def vllm_generate(
     system:str|None=None, # System message for prompts that are texts
     tools:list|None=None, # Functions that the model may call
     template:str='auto', # As in `FinetuneJob`
-    **engine, # More for vLLM's `LLM`, such as `gpu_memory_utilization` or `tensor_parallel_size`
+    options:tuple=(), # More words of `vllm serve`, such as `['--gpu-memory-utilization', '0.5']`
 )->Answers:
-    "Answers by vLLM, which loads the model for this call; raises `SpecError` where it is not installed"
-    try: from vllm import LLM,SamplingParams
-    except ImportError as e: raise SpecError(f"vllm: cannot be imported ({e}); install it in an environment of its own, with a GPU (pip install vllm), or use `generate`") from e
+    "Answers by vLLM, whose server is there for this call; raises `ServeError` where it is not installed"
     from transformers import AutoConfig
     s = _drawn(sampling)
     _check_list(prompts)
     tok = load_tokenizer(FinetuneJob(model=str(folder), template=template), engine=False)
     formatter = Formatter(tok, template)
     asked,ends = _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools),formatter.stop_ids()
-    llm = LLM(model=str(folder), generation_config='vllm', trust_remote_code=False, **engine)
-    params = [SamplingParams(max_tokens=s.max_new_tokens, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k or -1, min_p=s.min_p, repetition_penalty=s.repetition_penalty,
-        seed=row_seed(s.seed, i) if s.temperature else None, stop=list(s.stop) or None, stop_token_ids=ends) for i in range(len(asked))]
-    start = time.perf_counter()
-    got = llm.generate([dict(prompt_token_ids=ids) for ids,_ in asked], params, use_tqdm=False)
-    return Answers([_answer(tok, list(g.outputs[0].token_ids), set(ends), s.stop, t, ids) for g,(ids,t) in zip(got, asked)], time.perf_counter()-start, None, s)
+    how = dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k or 0, min_p=s.min_p, repetition_penalty=s.repetition_penalty, stop=list(s.stop), stop_token_ids=ends)
+    with open_vllm(folder, ('--generation-config', 'vllm', *options)) as v, ThreadPoolExecutor(64) as pool:
+        start = time.perf_counter()
+        got = list(pool.map(lambda i: v.complete(asked[i][0], s.max_new_tokens, **how, **(dict(seed=row_seed(s.seed, i)) if s.temperature else {})), range(len(asked))))
+        seconds = time.perf_counter()-start
+    return Answers([_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g,(ids,t) in zip(got, asked)], seconds, None, s)

@@ -365,9 +365,10 @@ RunName = Annotated[str, typer.Argument(help="Name, unique part of a name, direc
 
 @app.command('export')
 def export_command(run:RunName='latest', to:Annotated[str, typer.Option(help=f"What to write: {', '.join(EXPORTS)}.")]='merged_16bit',
-    check_rows:Annotated[int, typer.Option(help='Held-out prompts on which the export is compared with the run.', min=1)]=8, runs_dir:RunsDir=None):
+    check_rows:Annotated[int, typer.Option(help='Held-out prompts on which the export is compared with the run.', min=1)]=8,
+    vllm:Annotated[bool, typer.Option('--vllm', help='Have vLLM load and check it too, as a server of its own; for merged_16bit and adapter.')]=False, runs_dir:RunsDir=None):
     "Write a finished run in a form that other programs load, with its certificate."
-    _over(run_job('export', runs_dir=runs_dir, run=run, to=to, check_rows=check_rows))
+    _over(run_job('export', runs_dir=runs_dir, run=run, to=to, check_rows=check_rows, vllm=vllm))
 
 @app.command('push')
 def push_command(repo:Annotated[str, typer.Argument(metavar='OWNER/NAME', help='Repository on the Hub.')], run:RunName='latest', to:Annotated[str, typer.Option(help='Which export of the run.')]='adapter',
@@ -379,10 +380,11 @@ def push_command(repo:Annotated[str, typer.Argument(metavar='OWNER/NAME', help='
 
 @app.command('serve')
 def serve_command(run:RunName='latest', to:Annotated[str|None, typer.Option(help='Which export of the run; default: the best that a server here fits.')]=None, host:Annotated[str, typer.Option(help='Other machines reach it on another address than this, and no server asks who they are.')]='127.0.0.1',
-    port:Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)]=8000, backend:Annotated[str, typer.Option(help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits.')]='auto', runs_dir:RunsDir=None):
+    port:Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)]=8000, backend:Annotated[str, typer.Option(help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits; vllm only on a GPU.')]='auto',
+    option:Annotated[list[str]|None, typer.Option('-o', '--option', metavar='NAME=VALUE', help="For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated.")]=None, runs_dir:RunsDir=None):
     "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
     from unsloth_nb.serving import ServeError,serve
-    with _ending(ServeError), serve(_place(run, runs_dir), to, host, port, backend) as s:
+    with _ending(ServeError), serve(_place(run, runs_dir), to, host, port, backend, options=[w for o in option or [] for w in f'--{o}'.split('=', 1)]) as s:
         print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
         s.wait()
 

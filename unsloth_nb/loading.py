@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPACA_TEMPLATE', 'BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel',
-           'load_model', 'base_fingerprint', 'weights_folder', 'load_adapter']
+           'load_model', 'write_older_names', 'base_fingerprint', 'weights_folder', 'load_adapter']
 
 # %% ../nbs/loading.ipynb #81d52757
 import copy,importlib.metadata,importlib.util,os,re,tempfile
@@ -188,6 +188,20 @@ def load_model(
     if (Path(src.path)/'adapter_config.json').exists(): return load_adapter(src.path, job, plan)
     model,tok = _from_pretrained(src, plan)
     return LoadedModel(_add_adapter(model, job, plan), _ready(tok, job), src, plan, job)
+
+# %% ../nbs/loading.ipynb #df35c1cb
+def _older_rope(config):
+    "What `rope_parameters` says, as transformers 4 names it; nothing where layers of different kinds have their own"
+    rope = config.get('rope_parameters') or {}
+    if 'rope_type' not in rope: return {}
+    top = {k:rope[k] for k in ('rope_theta', 'partial_rotary_factor') if k in rope}
+    return top|({} if rope['rope_type'] == 'default' else dict(rope_scaling={k:v for k,v in rope.items() if k not in top}))
+
+def write_older_names(folder):
+    "Write beside today's names in a folder's configuration those that transformers 4 reads"
+    folder = Path(folder)
+    if (c := read_json(folder/'config.json')): write_json(folder/'config.json', c|_older_rope(c)|({'text_config':t|_older_rope(t)} if (t := c.get('text_config')) else {}))
+    if (t := read_json(folder/'tokenizer_config.json')) and t.get('tokenizer_class') == 'TokenizersBackend': write_json(folder/'tokenizer_config.json', t|dict(tokenizer_class='PreTrainedTokenizerFast'))
 
 # %% ../nbs/loading.ipynb #b62fed05
 BASE_FILE = 'base.json'

@@ -360,6 +360,7 @@ class ExportJob(Job):
     run:str = param('latest', "Run to export: its name, its directory or 'latest'", 'Run')
     to:Literal[*EXPORTS] = param('merged_16bit', 'What to write; merged_4bit is quantized to NF4 after merging, gguf_… is for llama.cpp and Ollama', _EVAL)
     check_rows:int = param(8, 'Held-out prompts on which the export is compared with the run', _EVAL, 'rows', ge=1, le=1024)
+    vllm:bool = param(False, 'Have vLLM load and check it too, as a server of its own; for merged_16bit and adapter', _EVAL)
 
 # %% ../nbs/spec.ipynb #78b91497
 BENCHMARKS = ('transformers_qlora', 'transformers_lora', 'classic', 'classic_16bit', 'trl_liger_packed', 'plan', 'plan_nf4', 'plan_fastest')
@@ -518,6 +519,9 @@ class Settings:
     runs_dir:Path # Where run directories go
     cache_dir:Path # Converted models and compiled kernels
     kernel:str='python3' # Jupyter kernel that executes job notebooks
+    vllm:str='vllm' # vLLM's program, which lives in an environment of its own: a name on PATH, or a place
+
+_WORDS = ('kernel', 'vllm') # The others are folders
 
 def _find_ini(start:Path):
     "The nearest `settings.ini` with an `[unsloth_nb]` section"
@@ -534,8 +538,8 @@ def settings(start=None)->Settings: # Read afresh at every call
     names = list(Settings.__dataclass_fields__)
     for k in vals:
         if k not in names: raise SpecError(f"{base/'settings.ini'}: unknown setting {k!r}{nearest(k, names)}")
-    d = dict(runs_dir=start/'runs', cache_dir=platformdirs.user_cache_path('unsloth_nb'), kernel='python3')
-    d |= {k:v if k == 'kernel' else base/Path(v).expanduser() for k,v in vals.items()}
+    d = dict(runs_dir=start/'runs', cache_dir=platformdirs.user_cache_path('unsloth_nb'), kernel='python3', vllm='vllm')
+    d |= {k:v if k in _WORDS else base/Path(v).expanduser() for k,v in vals.items()}
     env = {k:os.environ[f'UNSLOTH_NB_{k.upper()}'] for k in names if os.environ.get(f'UNSLOTH_NB_{k.upper()}')}
-    d |= {k:v if k == 'kernel' else start/Path(v).expanduser() for k,v in env.items()}
+    d |= {k:v if k in _WORDS else start/Path(v).expanduser() for k,v in env.items()}
     return Settings(**d)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trainer_arguments', 'effective_changes', 'train', 'write_adapter', 'save_adapter', 'finetune']
 
-# %% ../nbs/training.ipynb #f1824e82
+# %% ../nbs/training.ipynb #4a4f4d3c
 import shutil,tempfile,time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .devices import peak_memory,reset_peak
 from .checkpoints import CheckpointError,check_whole,newest_checkpoint,only_writer,rotate_checkpoints,write_whole
 from .examples import Examples,make_examples
 from .guards import Guard,Interrupted,TrainingError,check_weights,skip_if_broken,step_numbers,stop_requests
-from .loading import LoadedModel
+from .loading import LoadedModel,write_older_names
 from .monitor import Live,Progress,live_view
 from .padding_free import FlatCollator,can_route,padding_free
 from .planning import Plan,smaller_way
@@ -237,6 +237,7 @@ def write_adapter(model:LoadedModel, folder):
     check_weights(model.model)
     folder = Path(folder)
     with quiet(): model.model.save_pretrained(folder, safe_serialization=True); model.exported_tokenizer(adapter=True).save_pretrained(folder); model.generation_config().save_pretrained(folder)
+    write_older_names(folder)
     (folder/'README.md').unlink(missing_ok=True) # PEFT's card is a form to fill in
     model.save_base(folder)
 

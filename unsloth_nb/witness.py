@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'log_probabilities', 'greedy_answers', 'render_ids', 'template_sha256', 'tokenizer_facts',
-           'transformers_answers', 'WitnessError', 'ask', 'main']
+           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask', 'main']
 
-# %% ../nbs/witness.ipynb #7ab96e83
-import hashlib,importlib.metadata,json,os,subprocess,sys,tempfile
+# %% ../nbs/witness.ipynb #f5c937a1
+import hashlib,importlib.metadata,json,os,re,subprocess,sys,tempfile
 from pathlib import Path
 
 from .escaping import mask_secrets,plain_text
 from .runs import read_json,write_json
+from .serving import find_vllm
+from .spec import settings
+from .vllm_server import open_vllm
 
 # %% ../nbs/witness.ipynb #398bb9a8
 def log_probabilities(
@@ -89,12 +92,39 @@ def transformers_answers(
     net,software = _network(spec)
     return dict(software=software, **tokenizer_facts(tok, request['probes'], config), **greedy_answers(net, tok, request['prompts'], config, request['max_new_tokens']), **log_probabilities(net, request['examples']))
 
+# %% ../nbs/witness.ipynb #4de2bee2
+def _named_tokens(folder, *more):
+    "Token ids that a folder names as end, start or padding, and more"
+    named = [c[k] for f in ('config.json', 'generation_config.json') if (c := read_json(Path(folder)/f)) for k in c if re.fullmatch('(eos|bos|pad)_token_id', k)]
+    return sorted({i for n in [*named, *more] for i in (n if isinstance(n, list) else [n]) if isinstance(i, int)})
+
+def _vllm_facts(v, folder, probes, prompt):
+    "What a vLLM server says and shows of its tokenizer"
+    info = v.get('/tokenizer_info')
+    eos,bos = (ids[0] if (t := info.get(k)) and len(ids := v.tokenize(t, False)) == 1 else None for k in ('eos_token', 'bos_token'))
+    return dict(eos=[t for t in _named_tokens(folder, eos, bos) if v.ends(prompt, t)], tokenizer_eos=eos, bos=bos, adds_bos=bos is not None and v.tokenize('x')[:1] == [bos],
+        template_sha256=template_sha256(info.get('chat_template')), probes=[v.tokenize(t) for t in probes], untold=['vocabulary', 'pad'])
+
+def vllm_answers(
+    spec:dict, # folder, dtype; on a GPU also memory: the share of it that vLLM may use
+    request:dict, # As above
+)->dict:
+    "What vLLM makes of an exported folder"
+    longest = max([len(e['input_ids']) for e in request['examples']]+[len(p['ids'])+request['max_new_tokens'] for p in request['prompts']])
+    options = ['--dtype', spec['dtype'], '--max-model-len', str(longest+256), '--enforce-eager', '--max-logprobs', '-1', '--enable-tokenizer-info-endpoint'] # Its own rendering may be longer than ours
+    if spec.get('memory'): options += ['--gpu-memory-utilization', f"{spec['memory']:.2f}"]
+    env = dict(TORCH_COMPILE_DISABLE='1', VLLM_CPU_KVCACHE_SPACE=os.environ.get('VLLM_CPU_KVCACHE_SPACE', '1')) # Compiling would take half a minute; [GiB]
+    with open_vllm(spec['folder'], options, env) as v:
+        scored,rendered = [v.score(e) for e in request['examples']],[v.rendered(p) for p in request['prompts']]
+        return dict(software=[f"vLLM {v.get('/version')['version']}"], **_vllm_facts(v, spec['folder'], request['probes'], rendered[0]), rendered=rendered,
+            greedy=[v.greedy(ids, request['max_new_tokens']) for ids in rendered], **{k:[s[k] for s in scored] for k in ('logprobs', 'right', 'choice')})
+
 # %% ../nbs/witness.ipynb #2e8e2d57
 class WitnessError(RuntimeError):
     "An export that its own software could not load or run"
 
 def ask(
-    kind:str, # `transformers` or `gguf`
+    kind:str, # `transformers`, `gguf` or `vllm`
     spec:dict, # Where the export is and how to load it
     request:dict, # What is asked
     timeout:float=7200, # [s]
@@ -103,13 +133,13 @@ def ask(
     with tempfile.TemporaryDirectory() as tmp:
         q,a = Path(tmp)/'request.json',Path(tmp)/'answer.json'
         write_json(q, dict(kind=kind, spec={k:str(v) if isinstance(v, Path) else v for k,v in spec.items()}, request=request))
-        env = {k:v for k,v in os.environ.items() if not k.startswith('UNSLOTH') or k.startswith('UNSLOTH_NB')}|dict(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false', PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+        env = {k:v for k,v in os.environ.items() if not k.startswith('UNSLOTH') or k.startswith('UNSLOTH_NB')}|dict(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false', PYTHONPATH=os.pathsep.join(p for p in sys.path if p), UNSLOTH_NB_CACHE_DIR=str(settings().cache_dir), UNSLOTH_NB_VLLM=find_vllm() or '')
         try: r = subprocess.run([sys.executable, '-c', 'import sys; from unsloth_nb.witness import main; main(*sys.argv[1:])', str(q), str(a)], env=env, cwd=tmp, capture_output=True, text=True, errors='replace', timeout=timeout)
         except subprocess.TimeoutExpired: raise WitnessError(f"{Path(spec['folder']).name}: the fresh process did not answer within {timeout:.0f} s") from None
-        if r.returncode or not a.exists(): raise WitnessError(plain_text(mask_secrets(f"{Path(spec['folder']).name}: the fresh process that was to load it ended with code {r.returncode}: {_last_words(r.stderr)}")))
+        if r.returncode or not a.exists(): raise WitnessError(plain_text(mask_secrets(f"{Path(spec['folder']).name}: the fresh process that was to load it ended with code {r.returncode}: {_last_words(r.stderr, 14 if kind == 'vllm' else 3)}")))
         return read_json(a)
 
-def _last_words(stderr): return ' / '.join([l.strip() for l in stderr.splitlines() if l.strip()][-3:])
+def _last_words(stderr, lines): return ' / '.join([l.strip() for l in stderr.splitlines() if l.strip()][-lines:]) # vLLM's own are far up
 
 def main(request, answer):
     "What the fresh process does"
@@ -117,5 +147,5 @@ def main(request, answer):
     if asked['kind'] == 'gguf':
         from unsloth_nb.gguf import llama_cpp_answers
         got = llama_cpp_answers(asked['spec']['folder'], asked['request'])
-    else: got = transformers_answers(asked['spec'], asked['request'])
+    else: got = dict(transformers=transformers_answers, vllm=vllm_answers)[asked['kind']](asked['spec'], asked['request'])
     write_json(answer, got)
