@@ -6,7 +6,7 @@ from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'tutorials').glob('*.ipynb')])
+NBS = sorted(p for d in ('', 'tutorials', 'guides') for p in (ROOT/'nbs'/d).glob('*.ipynb'))
 FLAGS = list(get_config(ROOT).tst_flags)
 COVERED = ('jobs', 'benchmarking') # Their slow cells are whole jobs, which test_jobs, test_survival and test_benchmark run
 
