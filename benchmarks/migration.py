@@ -12,6 +12,11 @@ from unsloth_nb.migrating import MigrationError,import_job
 from unsloth_nb.runs import write_json
 from unsloth_nb.scanning import ScanError
 
+def short(why):
+    "A refusal without places and names"
+    why = re.sub(r' \((?:cell|line)[^)]*\)', '', why)
+    return re.sub(r"^(rl|stage): '?(\w*).*", r'\1: \2', why) if re.match('(rl|stage):', why) else re.sub(r"'[^']*'", '…', why.partition(':')[0]).strip()
+
 def survey(folder):
     "Counts of one folder"
     n,lines,left,refused,crashed,start = Counter(),Counter(),Counter(),[],[],time.perf_counter()
@@ -23,7 +28,7 @@ def survey(folder):
         n['imported'] += 1
         lines.update({k:len(getattr(got, k)) for k in ('mapped', 'defaults', 'unneeded', 'left')})
         left.update(l.name for l in got.left)
-    return dict(n, lines=dict(lines), left=dict(left.most_common(25)), refused_for=dict(Counter(re.sub(r'\(.*|\'.*|:.*', '', r).strip() for r in refused).most_common(15)), crashes=crashed, seconds=round(time.perf_counter()-start, 1)),refused
+    return dict(n, lines=dict(lines), left=dict(left.most_common(25)), refused_for=dict(Counter(short(r) for r in refused).most_common(15)), crashes=crashed, seconds=round(time.perf_counter()-start, 1)),refused
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
