@@ -69,4 +69,4 @@ class Reference(ShowDocRenderer):
         rows = self.rows()
         bases = [b.__name__ for b in self.sym.__mro__[1:] if self.model and hasattr(b, 'model_fields') and vars(b).get('__annotations__') and b.__module__.startswith('unsloth_nb')] if self.model else []
         more = f"Takes the parameters of {', '.join(f'`{b}`' for b in bases)} too." if bases else ''
-        return '\n\n'.join(filter(None, ['---', f"{'#'*self.title_level} {self.nm}".replace('_', r'\_'), f'```python\n{self.signature(rows)}\n```', self.docs if self.sym.__doc__ else '', self.table(rows), more]))
+        return '\n\n'.join(filter(None, ['---', f"{'#'*self.title_level} {self.nm}".replace('__', r'\_\_'), f'```python\n{self.signature(rows)}\n```', self.docs if self.sym.__doc__ else '', self.table(rows), more]))
