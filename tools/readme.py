@@ -52,7 +52,7 @@ def output(o, link, picture):
     if 'text/markdown' in d: return prose(d['text/markdown'].strip(), link)
     if 'image/svg+xml' in d or 'image/png' in d: return picture(d)
     plain = d.get('text/plain', '')
-    if 'text/html' in d and re.match(r'<.* object', plain): plain = words(d['text/html'])
+    if 'text/html' in d and (re.match(r'<.* object', plain) or len(plain.splitlines()) == 1 and len(plain) > 200): plain = words(d['text/html']) # A repr for machines
     return f'```text\n{plain.rstrip()}\n```' if plain.strip() else ''
 
 def markdown(cells, link=link, picture=None):

@@ -7,7 +7,7 @@ from types import UnionType
 
 from fastcore.docments import DocmentText, ShowDocRenderer, empty
 
-WIDTH = 88 # Of a signature on one line
+WIDTH = 80 # Of a signature on one line
 
 def type_text(t):
     "A type as one writes it: without modules, and without pydantic's bounds, which its help states"
@@ -69,4 +69,4 @@ class Reference(ShowDocRenderer):
         rows = self.rows()
         bases = [b.__name__ for b in self.sym.__mro__[1:] if self.model and hasattr(b, 'model_fields') and vars(b).get('__annotations__') and b.__module__.startswith('unsloth_nb')] if self.model else []
         more = f"Takes the parameters of {', '.join(f'`{b}`' for b in bases)} too." if bases else ''
-        return '\n\n'.join(filter(None, ['---', f"{'#'*self.title_level} {self.nm}", f'```python\n{self.signature(rows)}\n```', self.docs, self.table(rows), more]))
+        return '\n\n'.join(filter(None, ['---', f"{'#'*self.title_level} {self.nm}".replace('__', r'\_\_'), f'```python\n{self.signature(rows)}\n```', self.docs if self.sym.__doc__ else '', self.table(rows), more]))
