@@ -24,6 +24,15 @@ def test_beginning(page):
     said = '\n'.join(c.source for c in cells[:first])
     assert '**Hardware and time.**' in said and re.search(r'20\d\d-\d\d-\d\d', said)
 
+def test_badge(monkeypatch):
+    "The site links each tutorial to Colab, in the repository that builds it, whichever that is"
+    monkeypatch.syspath_prepend(str(ROOT/'tools'))
+    import docs
+    monkeypatch.setenv('GITHUB_REPOSITORY', 'someone/fork')
+    page = Path('tutorials/first_finetune.ipynb')
+    assert 'github/someone/fork/blob/main/nbs/tutorials/first_finetune.ipynb"' in docs.badge(page, docs.repository())
+    assert docs.badge(page, None) is None and docs.badge(Path('spec.ipynb'), 'someone/fork') is None
+
 @pytest.fixture(scope='module')
 def kernel(tmp_path_factory):
     "A new environment with a kernel and no package of ours; the clone lies in the folder where the notebooks run"

@@ -106,7 +106,18 @@ def still(nb):
         pictures = any('image/png' in d or 'image/svg+xml' in d for d in kinds)
         if pictures and not re.search(r'^#\|\s*fig-alt:', c.source, re.M): c.source = f'#| fig-alt: "Picture: {heading.strip("#` ")}"\n{c.source}'
 
-def stage_nb(path, links):
+def repository():
+    "`owner/name` on GitHub, as the workflow or the clone says; None for a clone from elsewhere"
+    if os.environ.get('GITHUB_REPOSITORY'): return os.environ['GITHUB_REPOSITORY']
+    r = subprocess.run(['git', 'remote', 'get-url', 'origin'], cwd=ROOT, capture_output=True, text=True)
+    m = re.search(r'github\.com[:/]([\w.-]+/[\w.-]+?)(\.git)?/?$', r.stdout.strip())
+    return m and m[1]
+
+def badge(page, repo):
+    "A link that opens a tutorial's notebook in Colab; nothing for other pages, and where the repository's address is not known"
+    if page.parent.name == 'tutorials' and repo: return f'<a class="colab" href="https://colab.research.google.com/github/{repo}/blob/main/nbs/{page.as_posix()}">Open in Colab</a>'
+
+def stage_nb(path, links, repo):
     nb, page = read_nb(path), path.relative_to(NBS)
     name = P._default_exp(nb)
     class show_docs(P.Processor):
@@ -116,6 +127,7 @@ def stage_nb(path, links):
     swap = {'exec_show_docs':show_docs, 'add_links':add_links}
     NBProcessor(nb=nb, procs=[swap.get(p.__name__, p) for p in P.FilterDefaults().procs()], rm_directives='quarto').process()
     for c in nb.cells[:1]: c.source = re.sub(r'^output-file: .*\n', '', c.source, flags=re.M) # The file's own name, already
+    if (b := badge(page, repo)): nb.cells[1].source = f'{b}\n\n{nb.cells[1].source}' # Below title and promise
     still(nb)
     (PROC/page).parent.mkdir(parents=True, exist_ok=True)
     write_nb(nb, PROC/page)
@@ -129,9 +141,9 @@ def stage():
         if p.suffix in ('.png', '.svg', '.jpg') or p.name in STATIC:
             (PROC/p.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(p, PROC/p.relative_to(NBS))
-    links = Links({p.relative_to(NBS):reference(p) for p in notebooks()})
+    links,repo = Links({p.relative_to(NBS):reference(p) for p in notebooks()}),repository()
     for p in notebooks():
-        try: stage_nb(p, links)
+        try: stage_nb(p, links, repo)
         except Exception as e: raise SystemExit(f'{p.relative_to(ROOT)} could not be staged: {type(e).__name__}: {e}') from e
 
 def front_matter(nb):
