@@ -71,7 +71,7 @@ def _expected(f)->str:
     "What field `f` accepts, in words"
     words = ' or '.join(p if isinstance(p, str) else _words[p] for p in _parts(f.annotation))
     sign = dict(ge='at least', gt='above', le='at most', lt='below')
-    lims = [f"{w} {getattr(m, k):g}" for m in [*f.metadata, *_bounds(f.annotation)] for k,w in sign.items() if getattr(m, k, None) is not None]
+    lims = [f"{w} {v:{'' if isinstance(v, int) else 'g'}}" for m in [*f.metadata, *_bounds(f.annotation)] for k,w in sign.items() if (v := getattr(m, k, None)) is not None]
     return words + (f" ({', '.join(lims)})" if lims else '')
 
 # %% ../nbs/spec.ipynb #0e1bb93e
