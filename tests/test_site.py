@@ -78,8 +78,8 @@ def test_for_agents(site, pages):
 
 def test_finished_for_a_folder():
     "The 404 page of a site that is published below a folder begins its links there"
-    page = '<link href="site_libs/a.css"><a href="./index.html">x</a><a href="#top">y</a><a href="https://a.org">z</a>'
-    assert docs.finish_page(page, Path('404.html'), '/nb/') == '<link href="/nb/site_libs/a.css"><a href="/nb/index.html">x</a><a href="#top">y</a><a href="https://a.org">z</a>'
+    page = '<link href="site_libs/a.css"><a href="./index.html">x</a><a href="#top">y</a><a href="/spec.html">s</a><a href="https://a.org">z</a>'
+    assert docs.finish_page(page, Path('404.html'), '/nb/') == '<link href="/nb/site_libs/a.css"><a href="/nb/index.html">x</a><a href="#top">y</a><a href="/nb/spec.html">s</a><a href="https://a.org">z</a>'
 
 # In a browser
 
