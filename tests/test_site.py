@@ -13,7 +13,7 @@ sys.path.pop(0)
 
 WIDTHS = dict(desktop=(1280, 900), phone=(390, 844))
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-KINDS = ['index.html', 'planning.html', 'performance.html', 'jobs/finetune.html', 'tutorials/what_the_loss_sees.html', '404.html'] # One of each kind of page
+KINDS = ['index.html', 'planning.html', 'jobs/finetune.html', 'tutorials/what_the_loss_sees.html', '404.html'] # One of each kind of page
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
