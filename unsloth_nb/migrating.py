@@ -226,9 +226,9 @@ def _lines(self:Imported):
 # %% ../nbs/migrating.ipynb #0b47f1cc
 def _rows_of(ls):
     "Lines as a table in markdown"
-    to = lambda l: ', '.join(markdown_code(f'{k}={v}') for k,v in l.to.items())
-    out = ['| in the file | where | here | why, and what to do |', '|---|---|---|---|']
-    return '\n'.join(out+[f"| {markdown_code(f'{l.name} = {l.value}')} | {markdown_text(l.where)} | {to(l)} | {markdown_text(l.why)} |" for l in ls])
+    to,here = lambda l: ', '.join(markdown_code(f'{k}={v}') for k,v in l.to.items()),any(l.to for l in ls)
+    cells = lambda a,b,c,d: f"| {' | '.join([a, b, *([c] if here else []), d])} |"
+    return '\n'.join([cells('in the file', 'where', 'here', 'why, and what to do'), cells(*['---']*4), *(cells(markdown_code(f'{l.name} = {l.value}'), markdown_text(l.where), to(l), markdown_text(l.why)) for l in ls)])
 
 @patch
 def _repr_markdown_(self:Imported):
