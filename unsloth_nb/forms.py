@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['job_code', 'value_text', 'job_command', 'check_values', 'memory_bar', 'plan_html', 'quick_rows', 'Later', 'JobForm']
 
-# %% ../nbs/forms.ipynb #9190d4f3
-import json,shlex,threading,time
+# %% ../nbs/forms.ipynb #ba71c9fe
+import inspect,json,shlex,threading,time
 from pathlib import Path
 
 import ipywidgets as w
@@ -17,7 +17,7 @@ from .advice import check_job
 from .data import load_data
 from .devices import CARDS,find_device
 from .escaping import html_text,mask_secrets
-from .jobs import read_pairs
+from .jobs import read_pairs,run_job
 from .panels import Panel,message
 from .planning import Plan,make_plan
 from .sources import find_source
@@ -42,7 +42,7 @@ def value_text(v)->str:
 def _pair(job, name, v):
     "`name=value` where a shell can hold it and the command line reads it back, else None"
     text = f'{name}={value_text(v)}'
-    try: same = text.isprintable() and job.replace(**read_pairs(type(job), [text])) == job
+    try: same = text.isprintable() and name not in inspect.signature(run_job).parameters and job.replace(**read_pairs(type(job), [text])) == job
     except SpecError: same = False
     return text if same else None
 
@@ -54,7 +54,8 @@ def job_command(job:Job)->str: # One line for a POSIX shell
     line = ' '.join(['unsloth-nb', 'run', kind, *(f'-p {shlex.quote(p)}' for p in pairs.values() if p)])
     odd = {k:v for k,v in vals.items() if not pairs[k]}
     if not odd: return line
-    return f"printf %s {shlex.quote(yaml.safe_dump(odd, default_flow_style=True, width=float('inf')).strip())} | {line} -f /dev/stdin"
+    said = yaml.safe_dump(odd, default_flow_style=True, default_style='"', width=float('inf')).strip()
+    return f'printf %s {shlex.quote(said)} | {line} -f /dev/stdin'
 
 # %% ../nbs/forms.ipynb #b60f8196
 def check_values(

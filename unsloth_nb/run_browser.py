@@ -145,7 +145,7 @@ def build(self:RunBrowser):
     "The widget"
     drop = lambda name,options: w.Dropdown(description=name, options=options, style=dict(description_width='auto'), layout=w.Layout(width='auto'))
     self.filters = dict(status=drop('Status', ['any', 'finished', 'failed', 'interrupted', 'running', 'unfinished']), job=drop('Job', ['any', *JOBS]))
-    self.word = w.Text(description='Find', placeholder='part of a run, model or dataset', style=dict(description_width='auto'), layout=w.Layout(width='20em'))
+    self.word = w.Text(description='Find', placeholder='part of a run, model or dataset; Enter', continuous_update=False, style=dict(description_width='auto'), layout=w.Layout(width='20em'))
     self.order = drop('Sort by', [('newest first', 'run'), *((c, c) for c in RunList.columns[1:])])
     self.table,self.pages,self.links,self.about,self.news = w.VBox(),w.HBox(),w.Output(),w.HTML(),w.HTML()
     again = w.Button(description='Refresh', tooltip='Read the folder anew')
