@@ -1,5 +1,5 @@
 "vLLM, in an environment of its own: it serves what was exported, answers as the model does, and sees what is wrong in an export."
-import json,shutil,subprocess,sys,time
+import json,re,shutil,signal,subprocess,sys,time
 from pathlib import Path
 import pytest
 
@@ -167,6 +167,22 @@ def test_ends_with_its_owner(tuned, exports):
     assert len(all_of_it) >= 3 and not gone(all_of_it, 0.5)
     owner.kill(); owner.wait(); owner.stdout.close()
     assert gone(all_of_it)
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_command(tuned, exports, prompts, said):
+    "Ctrl-C ends the command, and all of vLLM with it"
+    from openai import OpenAI
+    words = [Path(sys.executable).parent/'unsloth-nb', 'serve', tuned[1].path, '--to', 'merged_16bit', '--backend', 'vllm', '--port', '0', '-o', 'max-model-len=512', '-o', 'dtype=bfloat16', '-o', 'enforce-eager']
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command.stdout.readline()
+    url,name = re.search('base_url=(.*), model=(.*);', command.stdout.readline()).groups()
+    r = OpenAI(base_url=url, api_key='none').chat.completions.create(model=name, messages=prompts[0], temperature=0, max_tokens=NEW)
+    all_of_it = offspring(command.pid)
+    command.send_signal(signal.SIGINT)
+    assert command.wait(30) == 130 and gone(all_of_it)
+    command.stdout.close()
+    assert r.choices[0].message.content == said[0].text
 
 # --- without vLLM, or with one that fails
 
