@@ -85,7 +85,7 @@ def lab(browser, tmp_path_factory):
 
 class Notebook:
     "A notebook open in JupyterLab; `page` is Playwright's page"
-    def __init__(self, context, lab, name, shots):
+    def __init__(self, context, lab, name, shots, app):
         self.lab,self.name,self.shots,self.errors,self.failed,self.outside,self.dialogs = lab,name,shots,[],[],[],[]
         self.page = context.new_page()
         self.page.on('console', lambda m: m.type == 'error' and self.errors.append(m.text))
@@ -94,7 +94,7 @@ class Notebook:
         self.page.on('response', lambda r: r.status >= 400 and '/api/workspaces/' not in r.url and self.failed.append(f'{r.url}: {r.status}'))
         self.page.on('request', lambda r: r.url.startswith('http') and not r.url.startswith(lab.url) and self.outside.append(r.url))
         self.page.on('dialog', lambda d: (self.dialogs.append(d.message), d.dismiss())) # An alert() that a payload has called
-        self.page.goto(f'{lab.url}doc/tree/{name}?reset&token={lab.token}') # One document, no side bars
+        self.page.goto(f'{lab.url}{app}/{name}?reset&token={lab.token}')
         self.page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=60000)
         self._connected()
         self.wait()
@@ -152,14 +152,14 @@ class Notebook:
 
 @pytest.fixture
 def notebook(browser, lab, request, tmp_path):
-    "A function that opens a notebook of these cells; `theme='dark'` for the dark theme; what is open is closed after the test"
+    "A function that opens a notebook of these cells; `theme='dark'` for the dark theme; `app='notebooks'` for Jupyter Notebook in place of JupyterLab with one document; what is open is closed after the test"
     shots,opened = Path(os.environ.get('UNSLOTH_NB_SCREENSHOTS') or tmp_path/'screenshots'),[]
-    def f(*cells, theme='light', viewport=(1300, 900)):
+    def f(*cells, theme='light', viewport=(1300, 900), app='doc/tree'):
         lab.set('apputils-extension/themes', theme=f'JupyterLab {theme.title()}')
         name = f"{re.sub(r'[^a-z0-9]+', '_', request.node.name.lower())}_{len(opened)}.ipynb"
         lab.write(name, cells)
         opened.append(browser.new_context(viewport=dict(width=viewport[0], height=viewport[1]), permissions=['clipboard-read', 'clipboard-write']))
-        return Notebook(opened[-1], lab, name, shots)
+        return Notebook(opened[-1], lab, name, shots, app)
     yield f
     for c in opened: c.close()
     for x in lab.call('sessions'): lab.call(f"sessions/{x['id']}", 'DELETE') # Kernels hold memory after their pages are closed

@@ -32,7 +32,7 @@ def test_form(notebook):
     form.get_by_role('button', name='Training').click()
     form.get_by_label('max_steps').fill('many')
     said = "got 'many'; expected a whole number or null (at least 1)"
-    assert form.get_by_role('alert').filter(has_text=said).first.is_visible()
+    form.get_by_role('alert').filter(has_text=said).first.wait_for()
     form.get_by_text('There is no plan').wait_for()
     nb.shot('form_refused')
     form.get_by_label('max_steps').fill('30')
@@ -53,6 +53,18 @@ def test_form(notebook):
     assert nb.output(2).inner_text().strip() == '30 llama-3.1-8b'
     assert nb.violations('.jp-OutputArea') == []
     quiet(nb)
+
+def test_notebook_7(notebook):
+    "The same in Jupyter Notebook: form, run browser and explorer are there, and react"
+    pytest.importorskip('notebook', minversion='7')
+    nb = notebook('from unsloth_nb import *', 'JobForm()', 'RunBrowser()', 'DataExplorer(load_data(FinetuneJob()))', app='notebooks')
+    nb.run()
+    form = nb.output(1)
+    form.get_by_label('max_seq_length').fill('1')
+    form.get_by_role('alert').filter(has_text='at least 8').first.wait_for()
+    assert nb.output(2).get_by_role('button').count() and nb.output(3).get_by_label('search').is_visible()
+    nb.shot('notebook_7')
+    assert (nb.failed, nb.outside, nb.dialogs) == ([], [], []) # An empty notebook logs errors there too: about a command and a schema
 
 def test_form_by_keyboard(notebook):
     "Tab reaches every control, and a choice is made without a mouse, in the dark theme"
