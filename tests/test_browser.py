@@ -32,7 +32,7 @@ def test_form(notebook):
     form.get_by_role('button', name='Training').click()
     form.get_by_label('max_steps').fill('many')
     said = "got 'many'; expected a whole number or null (at least 1)"
-    assert form.get_by_role('alert').filter(has_text=said).first.is_visible()
+    form.get_by_role('alert').filter(has_text=said).first.wait_for()
     form.get_by_text('There is no plan').wait_for()
     nb.shot('form_refused')
     form.get_by_label('max_steps').fill('30')
@@ -121,7 +121,7 @@ b""", "all_of = ' '.join(PAYLOADS)\nform = JobForm(FinetuneJob(dataset=all_of, r
         boxes.nth(i).check()
         if i: boxes.nth(i-1).uncheck() # By turns one, with its reason, and two, with their difference
     boxes.nth(0).check()
-    runs.get_by_text('differ in dataset').wait_for()
+    runs.get_by_text('differ in revision').wait_for()
     nb.shot('hostile_runs')
     form.get_by_role('alert').first.wait_for()
     assert PAYLOADS[1] in form.get_by_role('alert').first.inner_text()
