@@ -133,7 +133,7 @@ b""", "all_of = ' '.join(PAYLOADS)\nform = JobForm(FinetuneJob(dataset=all_of, r
         boxes.nth(i).check()
         if i: boxes.nth(i-1).uncheck() # By turns one, with its reason, and two, with their difference
     boxes.nth(0).check()
-    runs.get_by_text('differ in dataset').wait_for()
+    runs.get_by_text('differ in revision').wait_for()
     nb.shot('hostile_runs')
     form.get_by_role('alert').first.wait_for()
     assert PAYLOADS[1] in form.get_by_role('alert').first.inner_text()
