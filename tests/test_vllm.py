@@ -64,7 +64,6 @@ def swap_eos(folder):
 FAULTS = dict( # What is done to the merged folder, checks that must fail
     swapped_eos=(swap_eos, ['end tokens', "tokenizer's end token", 'answers that run past their end']),
     other_eos_as_well=(edit('generation_config.json', eos_token_id=[0, 2]), ['end tokens']),
-    newer_names_only=(edit('config.json', rope_theta=None), ['KL divergence', 'largest difference of a log-probability', 'likeliest token']), # transformers 4 takes RoPE's base for 10,000
     doubled_bos=(lambda d: (d/'chat_template.jinja').write_text('{{ bos_token }}'+(d/'chat_template.jinja').read_text()), ['chat template', 'prompts as trained']))
 
 @pytest.fixture(scope='module')
@@ -95,6 +94,29 @@ def test_folder_that_vllm_does_not_load(tuned, exports, asked, tmp_path):
     folder = shutil.copytree(tuned[1].path/'merged_16bit', tmp_path/'merged_16bit')
     edit('config.json', architectures=['NoneSuchForCausalLM'], model_type='none_such')(folder)
     with pytest.raises(WitnessError, match='none_such'): ask('vllm', dict(folder=folder, dtype='bfloat16'), asked[0])
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_older_names_are_read(lib, tmp_path):
+    "vLLM 0.16 runs on transformers 4: without RoPE's older name it takes 10,000 for the base, not 100,000, and says nothing"
+    import torch
+    from transformers import AutoModelForCausalLM,AutoTokenizer
+    from unsloth_nb.certificate import token_differences
+    from unsloth_nb.loading import embedded_model,write_older_names
+    from unsloth_nb.witness import log_probabilities,vllm_answers
+    folder = shutil.copytree(embedded_model(), tmp_path/'m')
+    write_older_names(folder)
+    ids = AutoTokenizer.from_pretrained(folder)((Path(__file__).parent.parent/'LICENSE').read_text()[:1200])['input_ids']
+    request = dict(examples=[dict(input_ids=ids, at=list(range(1, len(ids))))], prompts=[dict(messages=None, ids=ids[:8])], max_new_tokens=2, probes=[])
+    want = log_probabilities(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), request['examples'])
+    request['examples'][0]['ids'] = want['ids'][0]
+    far = lambda: token_differences(request, want, vllm_answers(dict(folder=folder, dtype='bfloat16'), request))
+    as_written = far()
+    edit('config.json', rope_theta=None)(folder)
+    without = far()
+    print(as_written, without)
+    assert as_written['kl_divergence'] < 0.01 and as_written['agreement'] > 0.97
+    assert without['kl_divergence'] > 10*as_written['kl_divergence'] and without['perplexity_change'] > 0.05
 
 # --- its server and the real client
 
