@@ -103,19 +103,19 @@ def sampling(self:ChatPanel)->Sampling:
 @patch
 def build(self:ChatPanel):
     import ipywidgets as w
-    s,wide = self.chat.sampling,w.Layout(width='100%')
+    s,whole = self.chat.sampling,dict(continuous_update=False, layout=w.Layout(width='auto')) # Sent as a whole, so that no click overtakes it
     self.dials = {k:_dial(k, getattr(s, k)) for k in _DIALS}
-    self.seed = w.Text('' if s.seed is None else str(s.seed), description='seed', placeholder='another one each time', style=dict(description_width='9.5em'), layout=w.Layout(width='24em'))
-    self.question = w.Textarea(description='question', placeholder='Ask something; Tab and Enter send it', rows=3, layout=wide)
-    self.expected = w.Textarea(description='right answer', placeholder='What the tuned model should have said', rows=2, layout=wide)
-    self.file = w.Text(self.cases, description='file', layout=wide)
+    self.seed = w.Text('' if s.seed is None else str(s.seed), description='seed', placeholder='another one each time', style=dict(description_width='9.5em'), continuous_update=False, layout=w.Layout(width='24em'))
+    self.question = w.Textarea(description='question', style=dict(description_width='7em'), placeholder='Ask something; Tab and Enter send it', rows=3, **whole)
+    self.expected = w.Textarea(description='right answer', style=dict(description_width='7em'), placeholder='What the tuned model should have said', rows=2, **whole)
+    self.file = w.Text(self.cases, description='file', style=dict(description_width='7em'), **whole)
     self.history,self.writing,self.said = w.HTML(self._past()),w.HTML(),w.HTML(message())
     names = dict(send=('Ask', 'paper-plane'), halt=('Stop', 'stop'), reset=('Begin anew', 'eraser'), save=('Save as test case', 'save'))
     self.buttons = {k:w.Button(description=d, icon=i, layout=w.Layout(width='auto')) for k,(d,i) in names.items()}
     self._wire()
     b = self.buttons
     return w.VBox([w.HTML(f'<b>{html_text(self.chat.model.job.model)}</b>'), self.history, self.writing, self.said, self.question, w.HBox([b['send'], b['halt'], b['reset']]),
-        w.Accordion([w.HBox([*self.dials.values(), self.seed], layout=w.Layout(flex_flow='row wrap')), w.VBox([self.expected, self.file, b['save']])], titles=('Sampling', 'Save the conversation as a test case'))])
+        w.Accordion([w.HBox([*self.dials.values(), self.seed], layout=w.Layout(flex_flow='row wrap')), w.VBox([self.expected, self.file, w.HBox([b['save']])])], titles=('Sampling', 'Save the conversation as a test case'))])
 
 # %% ../nbs/chat_panel.ipynb #cf185391
 @patch

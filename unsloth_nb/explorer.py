@@ -233,7 +233,7 @@ def build(self:DataExplorer):
         unit=pick('length in', ['characters', 'tokens'] if self.job else ['characters']), least=text('from'), most=text('to'), order=pick('order', ORDERS), number=text('row number'))
     self.page = w.BoundedIntText(value=1, min=1, max=1, description='page', style=style, layout=w.Layout(width='12em'))
     self.buttons = {k:w.Button(description=d, tooltip=d, layout=w.Layout(width='auto')) for k,d in dict(back='Previous page', on='Next page', tokens='Count tokens').items()}
-    self.list = w.Select(options=[], rows=PAGE, description='rows', layout=w.Layout(width='100%'), style=dict(description_width='3em'))
+    self.list = w.Select(options=[], rows=PAGE, description='rows', layout=w.Layout(width='auto'), style=dict(description_width='3em'))
     self.count,self.detail,self.said,self.pictures = w.HTML(),w.HTML(),w.HTML(message()),w.HTML(self.lengths())
     self._wire()
     c,b,flow = self.controls,self.buttons,w.Layout(flex_flow='row wrap')

@@ -224,7 +224,7 @@ def _loop(self:TrainingMonitor):
 def show(self:TrainingMonitor)->bool: # Has the run ended?
     "Look, and bring the widgets up to date"
     how,p,parts = self.look(),self.progress,self.parts
-    parts['head'].value = f'<b>{html_text(self.run.name)}</b> {html_text(how)}'
+    parts['head'].value = f'<div style="line-height:1.5"><b>{html_text(self.run.name)}</b> {html_text(how)}</div>'
     parts['facts'].value,parts['notes'].value,parts['samples'].value = _facts_html(p.facts()),self._notes(),samples_html(p.samples)
     self.bar.value = p.step/p.total if p.total else 0
     self.stop_button.disabled = not self.trains or self.asked is not None
