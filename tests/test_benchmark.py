@@ -89,7 +89,7 @@ def test_plain_engine_is_plain(result):
 def test_timeout(lib, tiny, tmp_path):
     "A child that takes too long is killed, and says so"
     from unsloth_nb.benchmarking import CONFIGURATIONS,benchmark
-    run,start = lib.start_run(lib.BenchmarkJob(model=str(tiny), max_rows=16, timeout=1), tmp_path),time.time()
+    run,start = lib.start_run(lib.BenchmarkJob(model=str(tiny), max_rows=16, time_limit=1), tmp_path),time.time()
     row, = benchmark(run.job, run, dict(one=CONFIGURATIONS['transformers_lora'])).rows
     assert row['status'] == 'timeout' and '1 s' in row['reason'] and time.time()-start < 15
     assert not [p for p in psutil.process_iter(['cmdline']) if str(run.path) in ' '.join(p.info['cmdline'] or [])]

@@ -13,6 +13,11 @@ def cli(*args, **kw):
     "The command line as a person calls it"
     return subprocess.run([CLI, *map(str, args)], capture_output=True, text=True, timeout=300, **kw)
 
+def test_names_apart():
+    "No job has a parameter that `run_job` takes for itself: it could not be given"
+    import inspect
+    assert not {n for cls in JOBS.values() for n in cls.model_fields} & set(inspect.signature(run_job).parameters)
+
 @pytest.mark.parametrize('name', JOBS)
 def test_parameters_cell(name):
     "The cell that papermill finds is the schema, letter by letter"

@@ -275,7 +275,7 @@ def outcome(
     "What a child has measured, or why it has not"
     res = read_json(Path(folder)/'measured.json') or {}
     if res.get('status', 'running') != 'running': return res
-    if late: return res|dict(status='timeout', reason=f'not over after {timeout:g} s; raise timeout')
+    if late: return res|dict(status='timeout', reason=f'not over after {timeout:g} s; raise time_limit')
     if code == -signal.SIGKILL: return res|dict(status='failed', reason='the process was killed, most often because memory ran out')
     lines = (Path(folder)/'log.txt').read_text(errors='replace').strip().splitlines() or ['no output']
     return res|dict(status='failed', reason=f'the process ended with exit code {code}: {lines[-1]}')
@@ -308,7 +308,7 @@ def benchmark(
     write_examples(examples, home/'examples.parquet')
     rounds = [(k, n) for k in range(1, job.repeats+1) for n in table if not why[n]]
     def one(k, n):
-        res = _child(home/f'{k}-{n}', _request(job, n, table[n], device, home), job.timeout, stop)
+        res = _child(home/f'{k}-{n}', _request(job, n, table[n], device, home), job.time_limit, stop)
         run.note(f"{n}: "+(f"{res['tokens_per_second']:,.0f} tokens/s" if res['status'] == 'ok' else f"{res['status']}, {res['reason']}"))
         return dict(name=n, about=table[n].about, round=k, **res)
     stop = threading.Event()

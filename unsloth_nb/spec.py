@@ -379,7 +379,7 @@ class BenchmarkJob(Job):
     warmup:int = param(1, 'Untimed optimizer steps before, in which kernels are compiled', _BENCH, 'steps', ge=1, le=1000)
     repeats:int = param(1, 'Rounds, each of all configurations; the median counts', _BENCH, 'rounds', ge=1, le=100)
     preload:int = param(1, 'Child processes at once: 1, one after the other; more, others load meanwhile, and their weights share the memory', _BENCH, 'processes', ge=1, le=16)
-    timeout:float = param(600, 'Longest time for a configuration, waiting for its turn left out', _BENCH, 's', gt=0)
+    time_limit:float = param(600, 'Longest time for a configuration, waiting for its turn left out', _BENCH, 's', gt=0)
 
     @field_validator('configurations')
     @classmethod
