@@ -179,6 +179,18 @@ def test_where_and_by(make, tmp_path):
         with pytest.raises(SpecError, match=word): call()
     assert len(all_runs.plot().lines) == 4 and not RunList().plot().lines
 
+@pytest.mark.parametrize('file', ['job.json', 'result.json'])
+def test_damaged(make, file):
+    "A run whose file cannot be read is listed as damaged, and the others are found, opened and shown as before"
+    from unsloth_nb.run_browser import RunBrowser
+    from unsloth_nb.runs import list_runs,open_run
+    bad,good = make(),make()
+    (bad.path/file).write_text('{"x": ')
+    home = good.path.parent
+    assert {r.name:r.status for r in list_runs(home)} == {bad.name:'damaged', good.name:good.status} and open_run('latest', home, kind=good.kind).name == good.name
+    assert [r.name for r in list_runs(home).where(status='damaged')] == [bad.name]
+    assert 'damaged' in RunBrowser(home).select(bad.name)._repr_html_()
+
 def test_cli(make, tmp_path):
     "The command line: table, JSON, filters, sorting, and refusals in words"
     a,b = make(),make([2.0, 1.1, 0.5], learning_rate=1e-3)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Curve', 'compare_curves', 'RunDiff', 'diff_runs', 'Replay', 'replayed']
 
-# %% ../nbs/comparing.ipynb #43c2c2bb
+# %% ../nbs/comparing.ipynb #16d3e9dd
 import math,re
 from dataclasses import asdict,dataclass,field
 
 from fastcore.basics import patch
 from .escaping import markdown_text,plain_text
-from .runs import RunError,RunList,_plain,list_runs,open_run,read_json # noqa: F401 (list_runs, with what is added here)
+from .runs import STATUSES,RunError,RunList,_plain,list_runs,open_run,read_json # noqa: F401 (list_runs, with what is added here)
 from .spec import JOBS,SpecError,nearest
 
 # %% ../nbs/comparing.ipynb #e7c8fa60
@@ -318,7 +318,7 @@ def _check_word(what, got, known):
 
 @patch
 def where(self:RunList,
-    status:str|None=None, # `finished`, `failed`, `interrupted`, `running` or `unfinished`
+    status:str|None=None, # One of `STATUSES`
     job:str|None=None, # `finetune`, `evaluate` …
     model:str|None=None, # Part of the model's name
     dataset:str|None=None, # Part of the dataset's name
@@ -326,7 +326,7 @@ def where(self:RunList,
 )->RunList:
     "The runs that fit all that is given"
     cells = [dict(zip(self.columns, row)) for row in self.rows()]
-    _check_word('status', status, {'finished', 'failed', 'interrupted', 'running', 'unfinished'})
+    _check_word('status', status, STATUSES)
     _check_word('job', job, JOBS)
     whole,part = dict(status=status, job=job),dict(model=model, dataset=dataset, run=name)
     fits = lambda c: all(v is None or c[k] == v for k,v in whole.items()) and all(v is None or str(v) in str(c[k]) for k,v in part.items())

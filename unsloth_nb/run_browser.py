@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['runs_html', 'report_link', 'curves_html', 'Command', 'RunBrowser', 'run_html', 'diff_html']
 
-# %% ../nbs/run_browser.ipynb #a04f4672
+# %% ../nbs/run_browser.ipynb #c27ab84b
 import os,signal,subprocess,sys,tempfile,threading
 from pathlib import Path
 from urllib.parse import quote
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .comparing import RunDiff,diff_runs,list_runs
 from .escaping import html_text,plain_text
 from .panels import Panel,message,picture
-from .runs import Run,RunError,RunList,_num,open_run
+from .runs import STATUSES,Run,RunError,RunList,_num,open_run
 from .spec import EXPORTS,JOBS,SpecError
 
 # %% ../nbs/run_browser.ipynb #91794883
@@ -130,7 +130,7 @@ def _details(self:RunBrowser)->str:
     runs = self.selected
     if not runs: return '<i>Pick runs: one to resume or export, two to compare, any number for their curves.</i>'
     try: said = run_html(runs[0]) if len(runs) == 1 else diff_html(self.diff) if len(runs) == 2 else ''
-    except (RunError, SpecError) as e: said = message(str(e), error=True)
+    except (RunError, ValueError) as e: said = message(str(e), error=True)
     return f'<div style="line-height:1.4">{curves_html(runs)}{said}</div>'
 
 @patch
@@ -144,7 +144,7 @@ def _repr_html_(self:RunBrowser): return runs_html(self.runs)+(self._links()+sel
 def build(self:RunBrowser):
     "The widget"
     drop = lambda name,options: w.Dropdown(description=name, options=options, style=dict(description_width='auto'), layout=w.Layout(width='auto'))
-    self.filters = dict(status=drop('Status', ['any', 'finished', 'failed', 'interrupted', 'running', 'unfinished']), job=drop('Job', ['any', *JOBS]))
+    self.filters = dict(status=drop('Status', ['any', *STATUSES]), job=drop('Job', ['any', *JOBS]))
     self.word = w.Text(description='Find', placeholder='part of a run, model or dataset; Enter', continuous_update=False, style=dict(description_width='auto'), layout=w.Layout(width='20em'))
     self.order = drop('Sort by', [('newest first', 'run'), *((c, c) for c in RunList.columns[1:])])
     self.table,self.pages,self.links,self.about,self.news = w.VBox(),w.HBox(),w.Output(),w.HTML(),w.HTML()
