@@ -38,7 +38,7 @@ def read_code(code):
 
 SAMPLES = [*(make_job('finetune', n, **({'allow_remote_code':p.hub} if p.remote_code else {})) for n,p in presets().items()), *(c() for c in JOBS.values()),
     FinetuneJob(max_steps=None, num_train_epochs=1.5, loss_on=['user', 'assistant'], target_modules=['q_proj'], load_in_4bit=True, gradient_checkpointing=False, save_steps=None, dataset_columns={'prompt':'question'}, near_duplicates=1e-07),
-    EvaluateJob(scorers=['numeric:0.01', 'regex:a,b'], compare_base=False), ExportJob(to='gguf_q8_0'), BenchmarkJob(configurations=['plan', 'classic'], timeout=1e-3)]
+    EvaluateJob(scorers=['numeric:0.01', 'regex:a,b'], compare_base=False), ExportJob(to='gguf_q8_0'), BenchmarkJob(configurations=['plan', 'classic'], time_limit=1e-3)]
 
 @pytest.mark.parametrize('job', SAMPLES, ids=lambda j: f"{type(j).__name__}-{getattr(j, 'model', '')}")
 def test_round_trip(job, read_command, monkeypatch):

@@ -75,7 +75,7 @@ def test_resume_that_is_refused(tmp_path):
     run.interrupt('a test')
     m = TrainingMonitor(run)
     m.widget, m.resume_button.click()
-    m.process.wait(60)
+    m.command.wait(60)
     m.show()
     assert 'gone.jsonl' in m.refused() and 'Error' in m.parts['said'].value and not m.resume_button.disabled
 

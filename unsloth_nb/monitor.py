@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Progress', 'duration', 'samples_html', 'Tail', 'TrainingMonitor', 'Live', 'live_view']
 
-# %% ../nbs/monitor.ipynb #c7580238
-import json,subprocess,sys,tempfile,threading,time
+# %% ../nbs/monitor.ipynb #0c55d70b
+import json,sys,threading,time
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 
 from . import attempts # noqa: F401 (Run.stop)
 from .escaping import html_text,plain_text
-from .panels import Pace,Panel,in_browser,in_notebook,message,picture,while_busy
+from .panels import Command,Pace,Panel,in_browser,in_notebook,message,picture,while_busy
 from .runs import RunError,open_run,plot_metrics,read_json
 
 # %% ../nbs/monitor.ipynb #58e628ab
@@ -127,7 +127,7 @@ class TrainingMonitor(Panel):
     ):
         self.run,self.every = open_run(run, runs_dir, kind='finetune'),every
         self.tails = {n:Tail(self.run.path/f'{n}.jsonl') for n in ('metrics', 'progress', 'samples')}
-        self.lock,self.over,self.process = threading.Lock(),threading.Event(),None
+        self.lock,self.over,self.command = threading.Lock(),threading.Event(),None
         self.status,self.trains,self.ended,self.asked = '',False,False,None
         self.look()
     @property
@@ -149,7 +149,7 @@ def look(self:TrainingMonitor)->str:
 @patch
 def _starts(self:TrainingMonitor, beat):
     "Is a sign of life still to come?"
-    if self.process is not None and self.process.poll() is None: return True
+    if self.command and self.command.code is None: return True
     return self.status == 'unfinished' and not beat and time.time()-(self.run.path/'job.json').stat().st_mtime < 300
 
 @patch
@@ -175,15 +175,12 @@ def resume(self:TrainingMonitor):
     "Go on with the run in a process of its own; raises `RunError`"
     how = self.look()
     if not self.ended or self.status == 'finished': raise RunError(f"{self.run.name}: {how}; there is nothing to go on with")
-    self.output,self.asked = tempfile.TemporaryFile(),None
-    self.process = subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.jobs import main; main()', 'run', '--resume', str(self.run.path)], stdin=subprocess.DEVNULL, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True)
+    self.command,self.asked = Command('run', '--resume', self.run.path),None
 
 @patch
 def refused(self:TrainingMonitor)->str: # Empty when there was none
     "Why the process that was to go on with the run has ended without doing so"
-    if self.process is None or self.process.poll() != 2: return ''
-    self.output.seek(0)
-    return self.output.read().decode(errors='replace').strip()
+    return self.command.tail() if self.command and self.command.code == 2 else ''
 
 # %% ../nbs/monitor.ipynb #c18e49f4
 @patch
