@@ -626,6 +626,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'unsloth_nb/explorer.py'),
                                      'unsloth_nb.explorer.DataExplorer._repr_html_': ( 'explorer.html#dataexplorer._repr_html_',
                                                                                        'unsloth_nb/explorer.py'),
+                                     'unsloth_nb.explorer.DataExplorer._step': ( 'explorer.html#dataexplorer._step',
+                                                                                 'unsloth_nb/explorer.py'),
                                      'unsloth_nb.explorer.DataExplorer._turn_to': ( 'explorer.html#dataexplorer._turn_to',
                                                                                     'unsloth_nb/explorer.py'),
                                      'unsloth_nb.explorer.DataExplorer._wire': ( 'explorer.html#dataexplorer._wire',

@@ -229,16 +229,16 @@ def build(self:DataExplorer):
     import ipywidgets as w
     style = dict(description_width='7em')
     text,pick = (lambda d,**kw: w.Text(description=d, continuous_update=False, style=style, **kw)),(lambda d,options: w.Dropdown(description=d, options=options, style=style))
-    self.controls = dict(search=text('search', placeholder='text, then Enter'), regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')), split=pick('split', [('all', None), ('train', 'train'), ('held out', 'held out')]), flagged=pick('flagged', [('all', None)]),
+    self.controls = dict(search=text('search', placeholder='text, then Enter'), regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')), split=pick('split', ['all', 'train', 'held out']), flagged=pick('flagged', [('all', 'all')]),
         unit=pick('length in', ['characters', 'tokens'] if self.job else ['characters']), least=text('from'), most=text('to'), order=pick('order', ORDERS), number=text('row number'))
     self.page = w.BoundedIntText(value=1, min=1, max=1, description='page', style=style, layout=w.Layout(width='12em'))
-    self.buttons = {k:w.Button(description=d, tooltip=d, layout=w.Layout(width='auto')) for k,d in dict(back='Previous page', on='Next page', tokens='Count tokens').items()}
+    self.buttons = {k:w.Button(description=d, tooltip=d, layout=w.Layout(width='auto')) for k,d in dict(up='Previous row', down='Next row', back='Previous page', on='Next page', tokens='Count tokens').items()}
     self.list = w.Select(options=[], rows=PAGE, description='rows', layout=w.Layout(width='auto'), style=dict(description_width='3em'))
     self.count,self.detail,self.said,self.pictures = w.HTML(),w.HTML(),w.HTML(message()),w.HTML(self.lengths())
     self._wire()
     c,b,flow = self.controls,self.buttons,w.Layout(flex_flow='row wrap')
     self.find()
-    return w.VBox([w.HTML(f'<b>{html_text(self.data.source)}</b>, read as {html_text(self.data.format)}'), w.HBox([*c.values()], layout=flow), self.said, w.HBox([self.count, self.page, b['back'], b['on'], *([b['tokens']] if self.job else [])], layout=flow), self.list, self.detail,
+    return w.VBox([w.HTML(f'<b>{html_text(self.data.source)}</b>, read as {html_text(self.data.format)}'), w.HBox([*c.values()], layout=flow), self.said, w.HBox([self.count, self.page, *(b[k] for k in ('back', 'on', 'up', 'down')), *([b['tokens']] if self.job else [])], layout=flow), self.list, self.detail,
         w.Accordion([self.pictures, w.HTML(self.books())], titles=('Lengths', 'Ledger and warnings'))])
 
 @patch
@@ -249,11 +249,13 @@ def _wire(self:DataExplorer):
     self.list.observe(lambda _: self._pick(), 'value')
     self.buttons['back'].on_click(lambda _: setattr(self.page, 'value', self.page.value-1))
     self.buttons['on'].on_click(lambda _: setattr(self.page, 'value', self.page.value+1))
+    self.buttons['up'].on_click(lambda _: self._step(-1))
+    self.buttons['down'].on_click(lambda _: self._step(1))
     self.buttons['tokens'].on_click(lambda _: self._count())
     self._name_flags()
 
 @patch
-def _name_flags(self:DataExplorer): self.controls['flagged'].options = [('all', None), *([('any flag', 'any')] if self.flags else []), *((f"{k.replace('_', ' ')} ({v.sum():,})", k) for k,v in self.flags.items())]
+def _name_flags(self:DataExplorer): self.controls['flagged'].options = [('all', 'all'), *([('any flag', 'any')] if self.flags else []), *((f"{k.replace('_', ' ')} ({v.sum():,})", k) for k,v in self.flags.items())]
 
 # %% ../nbs/explorer.ipynb #6b51f908
 def _whole(name, text):
@@ -265,7 +267,7 @@ def _whole(name, text):
 @patch
 def find(self:DataExplorer):
     "Look for the rows that the controls ask for"
-    c = {k:x.value for k,x in self.controls.items()}
+    c = {k:None if x.value == 'all' and k in ('split', 'flagged') else x.value for k,x in self.controls.items()}
     try: self.found = self.rows(c['search'], c['regex'], c['split'], c['flagged'], _whole('row number', c['number']), (_whole('from', c['least']), _whole('to', c['most'])), c['unit'], c['order'])
     except SpecError as e: self.said.value = message(e, error=True); return
     self.said.value = message()
@@ -283,6 +285,15 @@ def _turn_to(self:DataExplorer):
     self.list.options = [(self.row(i).line(), i) for i in at]
     self.list.value = at[0] if at else None
     self._pick()
+
+@patch
+def _step(self:DataExplorer, by):
+    "Choose the row before or behind, on the next page where this one ends"
+    at,n = (self.list.index or 0)+by,self.page.value+by
+    if 0 <= at < len(self.list.options): self.list.index = at
+    elif 1 <= n <= self.page.max:
+        self.page.value = n
+        if by < 0: self.list.index = len(self.list.options)-1
 
 @patch
 def _pick(self:DataExplorer):
