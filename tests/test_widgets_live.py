@@ -199,6 +199,7 @@ def explore_with(nb, out):
     assert 'trained' in out.inner_text() and '1 row of 200' in out.inner_text()
     nb.shot('explorer_flagged', out)
     flagged.select_option(index=0)
+    until(nb, lambda: '200 rows of 200' in out.inner_text() and flagged.input_value() == 'all')
     out.get_by_label('search').fill('window.__pwned')
     nb.page.keyboard.press('Enter')
     until(nb, lambda: f'{sum("window.__pwned" in p for p in PAYLOADS)} rows of 200' in out.inner_text())

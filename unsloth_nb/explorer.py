@@ -229,7 +229,7 @@ def build(self:DataExplorer):
     import ipywidgets as w
     style = dict(description_width='7em')
     text,pick = (lambda d,**kw: w.Text(description=d, continuous_update=False, style=style, **kw)),(lambda d,options: w.Dropdown(description=d, options=options, style=style))
-    self.controls = dict(search=text('search', placeholder='text, then Enter'), regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')), split=pick('split', [('all', None), ('train', 'train'), ('held out', 'held out')]), flagged=pick('flagged', [('all', None)]),
+    self.controls = dict(search=text('search', placeholder='text, then Enter'), regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')), split=pick('split', ['all', 'train', 'held out']), flagged=pick('flagged', [('all', 'all')]),
         unit=pick('length in', ['characters', 'tokens'] if self.job else ['characters']), least=text('from'), most=text('to'), order=pick('order', ORDERS), number=text('row number'))
     self.page = w.BoundedIntText(value=1, min=1, max=1, description='page', style=style, layout=w.Layout(width='12em'))
     self.buttons = {k:w.Button(description=d, tooltip=d, layout=w.Layout(width='auto')) for k,d in dict(up='Previous row', down='Next row', back='Previous page', on='Next page', tokens='Count tokens').items()}
@@ -255,7 +255,7 @@ def _wire(self:DataExplorer):
     self._name_flags()
 
 @patch
-def _name_flags(self:DataExplorer): self.controls['flagged'].options = [('all', None), *([('any flag', 'any')] if self.flags else []), *((f"{k.replace('_', ' ')} ({v.sum():,})", k) for k,v in self.flags.items())]
+def _name_flags(self:DataExplorer): self.controls['flagged'].options = [('all', 'all'), *([('any flag', 'any')] if self.flags else []), *((f"{k.replace('_', ' ')} ({v.sum():,})", k) for k,v in self.flags.items())]
 
 # %% ../nbs/explorer.ipynb #6b51f908
 def _whole(name, text):
@@ -267,7 +267,7 @@ def _whole(name, text):
 @patch
 def find(self:DataExplorer):
     "Look for the rows that the controls ask for"
-    c = {k:x.value for k,x in self.controls.items()}
+    c = {k:None if x.value == 'all' and k in ('split', 'flagged') else x.value for k,x in self.controls.items()}
     try: self.found = self.rows(c['search'], c['regex'], c['split'], c['flagged'], _whole('row number', c['number']), (_whole('from', c['least']), _whole('to', c['most'])), c['unit'], c['order'])
     except SpecError as e: self.said.value = message(e, error=True); return
     self.said.value = message()

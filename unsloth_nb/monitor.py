@@ -83,7 +83,7 @@ def samples_html(rows, n=5)->str: # Rows of `samples.jsonl`, how many to show
     keys = [k for k in _SIDES if any(k in r for r in rows)]
     cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em .6em">{html_text(cut(str(s)))}</td>'
     body = ''.join('<tr>'+''.join(cell(r.get(k, '')) for k in keys)+'</tr>' for r in rows[:n])
-    return f'<table><caption style="text-align:left">answers to held-out rows, {min(n, len(rows))} of {len(rows)}</caption><tr>'+''.join(f'<th style="text-align:left;padding:.2em .6em">{k}</th>' for k in keys)+f'</tr>{body}</table>'
+    return f'<table style="line-height:1.5"><caption style="text-align:left">answers to held-out rows, {min(n, len(rows))} of {len(rows)}</caption><tr>'+''.join(f'<th style="text-align:left;padding:.2em .6em">{k}</th>' for k in keys)+f'</tr>{body}</table>'
 
 @patch
 def table(self:Progress)->str: # HTML
