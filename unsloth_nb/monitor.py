@@ -286,4 +286,4 @@ def live_view(
     "What shows training; in the end it is told to show the last state"
     live = live or Live(run)
     try: yield live
-    finally: live.show(Progress(run.metrics, getattr(run.job, 'max_steps', None)), final=True)
+    finally: live.show(Progress(run.metrics), final=True)
