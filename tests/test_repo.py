@@ -25,6 +25,10 @@ def test_clean(tree, tool):
     tool('nbdev-clean', cwd=tree)
     same(ROOT/'nbs', tree/'nbs', '*.ipynb')
 
+def test_no_widget_state():
+    "No notebook keeps the state of widgets, which only weighs: pages show what panels leave behind"
+    assert not [p.name for p in (ROOT/'nbs').rglob('*.ipynb') if 'widgets' in json.loads(p.read_text())['metadata']]
+
 def test_parameters_tag(tree, tool):
     "Cleaning keeps the tag by which papermill finds the parameters"
     nb = json.loads((tree/'nbs'/'index.ipynb').read_text())
