@@ -1,10 +1,11 @@
 """The site: built once, read as files, then opened in a real Chromium at the width of a desktop and of a phone.
 
 Pictures of every page go to the folder that UNSLOTH_NB_SCREENSHOTS names, if it names one."""
-import json,os,re,shutil,subprocess,sys
+import json,os,re,subprocess,sys
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
 import nbformat,pytest
+from browser import browser # noqa: F401
 from conftest import ROOT,checkout
 
 sys.path.insert(0, str(ROOT/'tools'))
@@ -12,7 +13,6 @@ import docs
 sys.path.pop(0)
 
 WIDTHS = dict(desktop=(1280, 900), phone=(390, 844))
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
 KINDS = ['index.html', 'planning.html', 'jobs/finetune.html', 'tutorials/what_the_loss_sees.html', '404.html'] # One of each kind of page
 
 @pytest.fixture(scope='module')
@@ -83,17 +83,6 @@ def test_finished_for_a_folder():
 
 # In a browser
 
-@pytest.fixture(scope='module')
-def chromium():
-    "Chromium without a window; skips where it or Playwright is absent"
-    playwright = pytest.importorskip('playwright.sync_api')
-    exe = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not exe: pytest.skip('needs Chromium')
-    with playwright.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=FLAGS)
-        yield b
-        b.close()
-
 class Reader:
     "A tab on the served site; `wrong` collects what a reader would call broken"
     def __init__(self, browser, base, width, dark=False):
@@ -121,12 +110,12 @@ def AXE():
     return Path(axe.__file__).with_name('axe.min.js').read_text()
 
 @pytest.fixture(scope='module')
-def reader(site, chromium):
+def reader(site, browser):
     "A function that opens a tab on the site"
     server = docs.served(site)
     open_ = []
     def f(width='desktop', **kw):
-        open_.append(Reader(chromium, f'http://127.0.0.1:{server.server_port}/', width, **kw))
+        open_.append(Reader(browser, f'http://127.0.0.1:{server.server_port}/', width, **kw))
         return open_[-1]
     yield f
     for r in open_: r.context.close()

@@ -92,6 +92,7 @@ def _dial(name, value):
     kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
     return kind(value=min(max(value, lo), hi), min=lo, max=hi, step=step, description=name.replace('_', ' '), style=dict(description_width='9.5em'), layout=w.Layout(width='24em'))
 
+# %% ../nbs/chat_panel.ipynb #ebc905ac
 @patch
 def sampling(self:ChatPanel)->Sampling:
     "What the dials say; raises `SpecError`"
@@ -134,6 +135,7 @@ def _wire(self:ChatPanel):
 def _busy(self:ChatPanel, on):
     for k,x in self.buttons.items(): x.disabled = on if k != 'halt' else not on
 
+# %% ../nbs/chat_panel.ipynb #3a7c7660
 @patch
 def _do(self:ChatPanel, f):
     "What a button does; what goes wrong is shown"

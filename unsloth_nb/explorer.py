@@ -48,6 +48,7 @@ class DataExplorer(Panel):
     @cached_property
     def numbers(self)->np.ndarray: return np.array([self.conversation(i).row for i in range(self.size)]) # Row of the source
 
+# %% ../nbs/explorer.ipynb #2c302eab
 @patch
 def _known(self:DataExplorer)->dict: # Flag to a mask of all rows
     "What the hashes tell"
@@ -84,6 +85,7 @@ def line(self:Row, n=100)->str: # Longest line [characters]
     body = ' '.join(plain_text(all_text(self.conv)[:4*n]).split())
     return f"{head} · {body}"[:n+len(head)]
 
+# %% ../nbs/explorer.ipynb #ef6ed8d9
 class Rows(Sequence):
     "Rows that fit, each read when it is asked for"
     def __init__(self, explorer, index): self.explorer,self.index = explorer,index
@@ -210,6 +212,7 @@ def books(self:DataExplorer)->str: # HTML
     notes = ''.join(f'<li>{html_text(w)}</li>' for w in self.data.warnings)
     return '<table>'+''.join(cell(k, v) for k,v in self.data.ledger.lines())+f'</table>{f"<ul>{notes}</ul>" if notes else ""}'
 
+# %% ../nbs/explorer.ipynb #f9de7dbf
 @patch
 def _repr_html_(self:DataExplorer):
     lines = ''.join(f'<li>{html_text(r.line())}</li>' for r in self.rows()[:10])
@@ -241,6 +244,7 @@ def build(self:DataExplorer):
     return w.VBox([w.HTML(f'<b>{html_text(self.data.source)}</b>, read as {html_text(self.data.format)}'), w.HBox([*c.values()], layout=flow), self.said, w.HBox([self.count, self.page, *(b[k] for k in ('back', 'on', 'up', 'down')), *([b['tokens']] if self.job else [])], layout=flow), self.list, self.detail,
         w.Accordion([self.pictures, w.HTML(self.books())], titles=('Lengths', 'Ledger and warnings'))])
 
+# %% ../nbs/explorer.ipynb #3302cd56
 @patch
 def _wire(self:DataExplorer):
     "What each control does"
@@ -275,6 +279,7 @@ def find(self:DataExplorer):
     self.page.value = 1
     self._turn_to()
 
+# %% ../nbs/explorer.ipynb #e720294c
 @patch
 def _turn_to(self:DataExplorer):
     "Read a page"
@@ -302,6 +307,7 @@ def _pick(self:DataExplorer):
     row = self.row(self.list.value)
     self.detail.value = row._repr_html_()+(self.token_view(row) if self.job else '')
 
+# %% ../nbs/explorer.ipynb #542cc30f
 @patch
 def _count(self:DataExplorer):
     "Count tokens in a thread, and say how far it is"

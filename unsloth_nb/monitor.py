@@ -134,6 +134,7 @@ class TrainingMonitor(Panel):
     def progress(self)->Progress: return Progress(self.tails['metrics'].lines, None, self.tails['samples'].lines)
     def __repr__(self): return plain_text(f'{self.run.name}: {self.look()}\n{self.progress}')
 
+# %% ../nbs/monitor.ipynb #55fd89be
 @patch
 def look(self:TrainingMonitor)->str:
     "Read what is new; returns how the run is, in words"
@@ -196,6 +197,7 @@ def build(self:TrainingMonitor):
     p = self.parts
     return w.VBox([p['head'], self.bar, p['facts'], p['curves'], p['samples'], w.HBox([self.stop_button, self.resume_button]), p['said'], p['notes']])
 
+# %% ../nbs/monitor.ipynb #f70df87b
 @patch
 def _do(self:TrainingMonitor, f):
     "What a button does; a refusal is shown"
@@ -231,6 +233,7 @@ def show(self:TrainingMonitor)->bool: # Has the run ended?
     self.pace.draw(draw, now=self.ended)
     return self.ended
 
+# %% ../nbs/monitor.ipynb #b8e90380
 @patch
 def _advice(self:TrainingMonitor):
     "What was asked, what came of it, and what can be done"
@@ -278,6 +281,7 @@ def _display(obj):
     from IPython.display import display
     return display(obj, display_id=True)
 
+# %% ../nbs/monitor.ipynb #cff43838
 @contextmanager
 def live_view(
     run, # The run that trains

@@ -113,6 +113,7 @@ def _axolotl_rows(d, name, entries):
         _turns_rule(d, e)
         for k in e.keys()-_read_of_entry: d.leave(f'{name}.{k}', e[k], 'a detail of how Axolotl reads rows; look at what the loss sees: unsloth-nb data FILE --show 1')
 
+# %% ../nbs/recipes.ipynb #700e95f4
 def _turns_rule(d, e):
     "Which turns are trained"
     roles = e.get('roles_to_train')
@@ -146,6 +147,8 @@ def _pads(d, name, v):
 
 _new_tokens = leaves('no token is added to the vocabulary here, and embeddings are not trained')
 _axolotl_own = leaves('a feature of Axolotl that is not there here')
+
+# %% ../nbs/recipes.ipynb #d6e3bbfa
 AXOLOTL = TRAINER|dict(base_model=model_rule, revision_of_model='revision', load_in_4bit='load_in_4bit', load_in_8bit='load_in_8bit', adapter=_adapter, lora_r='r', lora_alpha='lora_alpha', lora_dropout='lora_dropout', lora_target_modules=targets_rule,
     lora_target_linear=lambda d,n,v: targets_rule(d, n, True) if v else d.skip(n, v, 'off in the source'), peft_use_rslora=rslora_rule, peft_use_dora=leaves('DoRA is not there; a plain adapter is trained'),
     sequence_len='max_seq_length', sample_packing='packing', micro_batch_size='per_device_train_batch_size', num_epochs=epochs_rule, optimizer=optim_rule, lr_scheduler=schedule_rule, val_set_size=test_rule, trust_remote_code=remote_rule,
@@ -206,6 +209,7 @@ def _lf_entry(d, name, e, folder):
     add_rows(d, 'dataset', where, [where] if e.get('file_name') else None, e.get('split'), e.get('subset'), None, **more)
     if e.get('num_samples'): d.leave('dataset', e['num_samples'], 'a number of rows of one dataset; give it a weight in the mix, or set max_rows')
 
+# %% ../nbs/recipes.ipynb #470d8be9
 def _lf_rows(d, name, v):
     names = [n.strip() for n in v.split(',')] if isinstance(v, str) else v if isinstance(v, list) else [v]
     info,folder = dataset_info(d.path, d.folder)
@@ -234,6 +238,8 @@ def _lf_packing(d, name, v):
 
 _loss = leaves('another loss than cross-entropy over the trained tokens, which is what there is')
 _lf_own = leaves('a way to train that is not there here; a LoRA adapter is trained')
+
+# %% ../nbs/recipes.ipynb #e3e0602f
 LLAMA_FACTORY = TRAINER|dict(model_name_or_path=model_rule, model_revision='revision', stage=_stage, finetuning_type=lambda d,n,v: d.mapped.append(d._line(n, v, {}, 'a LoRA adapter is what a finetune job trains')) if v == 'lora' else full_rule(d, n, v), lora_rank='r', lora_alpha='lora_alpha', lora_dropout='lora_dropout', lora_target=targets_rule,
     use_rslora=rslora_rule, quantization_bit=_bits, cutoff_len='max_seq_length', template=_lf_template, dataset=_lf_rows, max_samples=lambda d,n,v: d.take(n, v, 'there it counts for each dataset, here for all together', max_rows=v), val_size=test_rule, packing=_lf_packing, neat_packing=_lf_packing,
     train_on_prompt=lambda d,n,v: d.take(n, v, loss_on='everything') if v else d.skip(n, v, 'answers alone are trained here, too'), mask_history=lambda d,n,v: d.take(n, v, loss_on='last_response') if v else d.skip(n, v, 'off in the source'), trust_remote_code=remote_rule,

@@ -76,6 +76,7 @@ def _only(self:RunBrowser, what):
     if len(self.selected) != 1: raise SpecError(f"{what}: pick one run, not {len(self.selected)}")
     return self.selected[0]
 
+# %% ../nbs/run_browser.ipynb #52c8e327
 @patch
 def resume(self:RunBrowser)->Command:
     "Go on with the run that is picked"
@@ -164,6 +165,7 @@ def _row(run, cells, picked, pick):
 def _cells(cells, style=''):
     return f'<div style="display:grid;grid-template-columns:{_GRID};gap:0 .6em;line-height:1.4;padding-top:5px;{style}">'+''.join(f'<span style="overflow-wrap:anywhere">{html_text(c)}</span>' for c in cells)+'</div>'
 
+# %% ../nbs/run_browser.ipynb #abcf55af
 @patch
 def _draw(self:RunBrowser, page=None):
     "The table as the filters have it, and what is said about the picked runs"
@@ -182,6 +184,7 @@ def _tell(self:RunBrowser):
     self.links.outputs = (dict(output_type='display_data', data={'text/html':html, 'text/plain':html}, metadata={}),) if html else ()
     self.about.value = self._details()
 
+# %% ../nbs/run_browser.ipynb #abab385a
 @patch
 def _turns(self:RunBrowser, n):
     "Buttons that turn the pages"
@@ -215,6 +218,7 @@ def stop(self:RunBrowser):
     self.command.stop()
     return self.command
 
+# %% ../nbs/run_browser.ipynb #f74a26d5
 @patch
 def _act(self:RunBrowser, act):
     "Do what a button says, and follow it"
