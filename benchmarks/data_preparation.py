@@ -8,7 +8,7 @@ token, tokenizes, builds labels, truncates; without Unsloth. Ours must beat it w
 
 Every measurement is a process of its own, in alternating order, with an empty cache of `datasets`. A first preparation of 64 rows loads what is
 imported late, so that time and memory begin after imports. All ids and labels of both sides are compared at the end.
-Peak memory is `ru_maxrss`, reset after the imports: it counts mapped files, TRL's Arrow cache among them; anonymous memory at the end does not."""
+Peak memory is the process's own, reset after the imports: it counts mapped files, TRL's Arrow cache among them; anonymous memory at the end does not."""
 
 import argparse, json, os, re, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -82,14 +82,14 @@ def _rss():
 def child(side, form, model, file, warm, limit, num_proc, dump):
     "One measurement: prepare the file, print its figures; ids and labels go to `dump`"
     from transformers import AutoTokenizer
-    peak = lambda who: resource.getrusage(who).ru_maxrss//1024
+    from unsloth_nb.devices import peak_memory,reset_peak
     prepare = dict(ours=ours, trl=trl)[side](AutoTokenizer.from_pretrained(model), form, limit, num_proc)
     prepare(warm)
-    Path('/proc/self/clear_refs').write_text('5') # The peak begins anew
+    reset_peak('cpu')
     (rss,anon),t = _rss(),time.perf_counter()
     stages,result = prepare(file)
-    res = dict(seconds=time.perf_counter()-t, stages=stages, rss_before_mib=rss, peak_rss_mib=peak(resource.RUSAGE_SELF), anon_increase_mib=_rss()[1]-anon)
-    res |= dict(increase_mib=res['peak_rss_mib']-rss) | (dict(largest_worker_mib=peak(resource.RUSAGE_CHILDREN)) if num_proc else {})
+    res = dict(seconds=time.perf_counter()-t, stages=stages, rss_before_mib=rss, peak_rss_mib=peak_memory('cpu')//2**20, anon_increase_mib=_rss()[1]-anon)
+    res |= dict(increase_mib=res['peak_rss_mib']-rss) | (dict(largest_worker_mib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss//1024) if num_proc else {})
     rows,ids,labels = zip(*((r, np.asarray(i, np.int32), np.asarray(l, np.int32)) for r,i,l in result()))
     lengths,ids,labels = [*map(len, ids)],np.concatenate(ids),np.concatenate(labels)
     if dump: np.savez(dump, rows=rows, lengths=lengths, ids=ids, labels=labels)

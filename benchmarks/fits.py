@@ -17,7 +17,7 @@ def one(folder, case, steps):
     import torch
     from unsloth_nb import FinetuneJob, Examples, find_device, load_model, make_plan, start_engine, start_run, train
     from unsloth_nb.formatting import Example
-    from unsloth_nb.spec import read_value
+    from unsloth_nb.schema import read_value
     start_engine()
     card, length, *more = case.split(':')
     dev, total = find_device(card), torch.cuda.get_device_properties(0).total_memory

@@ -73,16 +73,16 @@ def plain(a, texts, size):
 
 def one(a):
     "A way, in this process"
-    import resource
     texts = json.loads(Path(a.spec).read_text())['texts']
     run,dtype = ours(a, texts, a.way == 'ours_adapter') if a.way.startswith('ours') else plain(a, texts, a.batch_size if a.way == 'plain_batch' else 1)
     import torch
+    from unsloth_nb.devices import peak_memory
     run(texts[:2], 4)
     if torch.cuda.is_available(): torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     start,cpu = time.perf_counter(),time.process_time()
     answers,tokens = run(texts, a.max_new_tokens)
     seconds,cpu = time.perf_counter()-start,time.process_time()-cpu
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    peak = peak_memory('cuda' if torch.cuda.is_available() else 'cpu')
     assert a.way.startswith('ours') or 'unsloth' not in sys.modules
     Path(a.result).write_text(json.dumps(dict(way=a.way, seconds=seconds, cpu_seconds=cpu, tokens=tokens, peak_bytes=peak, dtype=dtype, answers=answers)))
 

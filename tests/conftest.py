@@ -8,7 +8,8 @@ RUNS = Path(tempfile.mkdtemp(prefix='unsloth_nb_runs_'))
 # The cache stays where the user has it, so that the embedded model is converted once
 TOKEN = 'hf_'+'NotARealToken'*2 # Must turn up in no file that a run writes
 os.environ.update(UNSLOTH_NB_RUNS_DIR=str(RUNS), MPLBACKEND='Agg', HF_HUB_OFFLINE='1', HF_TOKEN=TOKEN)
-for k,v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0').items(): os.environ.setdefault(k, v)
+THREADS = max(1, (os.cpu_count() or 1)//int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))) # Of each test: files side by side share the cores
+for k,v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0', OMP_NUM_THREADS=str(THREADS)).items(): os.environ.setdefault(k, v)
 
 def has_cuda():
     "Asks a child, so that collecting tests does not load torch here"
@@ -16,6 +17,8 @@ def has_cuda():
     return subprocess.run([sys.executable, '-c', 'import torch,sys; sys.exit(not torch.cuda.is_available())'], capture_output=True).returncode == 0
 
 def pytest_collection_modifyitems(items):
+    for i in items:
+        if 'finished_run' in i.fixturenames: i.add_marker(pytest.mark.slow) # A whole job
     if not importlib.util.find_spec('llama_cpp'):
         for i in items:
             if i.get_closest_marker('llama_cpp'): i.add_marker(pytest.mark.skip(reason='needs llama-cpp-python; CONTRIBUTING.md says how to install it'))

@@ -173,7 +173,8 @@ def test_shapes_of_presets(name, kind, experts):
 def test_names():
     "The schema knows the names of the table; a wrong one gets the nearest"
     from unsloth_nb.benchmarking import CONFIGURATIONS
-    from unsloth_nb.spec import BENCHMARKS,BenchmarkJob,FinetuneJob,SpecError
+    from unsloth_nb.schema import SpecError
+    from unsloth_nb.spec import BENCHMARKS,BenchmarkJob,FinetuneJob
     assert tuple(CONFIGURATIONS) == BENCHMARKS
     for c in CONFIGURATIONS.values(): FinetuneJob(**c.settings)
     with pytest.raises(SpecError, match="did you mean 'transformers_qlora'"): BenchmarkJob(configurations=['transformer_qlora'])
@@ -190,7 +191,7 @@ def test_rounds():
 @pytest.mark.slow
 def test_job(tiny, tmp_path):
     "The notebook by our runner, from the command line"
-    r = subprocess.run([sys.executable, '-c', 'import sys; from unsloth_nb.jobs import main; sys.argv[0] = "unsloth-nb"; main()', 'run', 'benchmark', '--runs-dir', str(tmp_path), '-p', f'model={tiny}', '-p', 'configurations=transformers_lora', '-p', 'steps=2', '-p', 'max_rows=32', '-p', 'max_seq_length=256'],
+    r = subprocess.run([sys.executable, '-c', 'import sys; from unsloth_nb.cli import main; sys.argv[0] = "unsloth-nb"; main()', 'run', 'benchmark', '--runs-dir', str(tmp_path), '-p', f'model={tiny}', '-p', 'configurations=transformers_lora', '-p', 'steps=2', '-p', 'max_rows=32', '-p', 'max_seq_length=256'],
         capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr
     run, = tmp_path.iterdir()

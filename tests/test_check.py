@@ -8,7 +8,8 @@ from unsloth_nb.engine import Device
 from unsloth_nb.planning import make_plan
 from unsloth_nb.review import _CONFIG,_TRAINER,check_file,check_source,unpinned
 from unsloth_nb.scanning import UNKNOWN,Cell,ScanError,notebook_cells,scan_cells
-from unsloth_nb.spec import JOBS,LINEARS,FinetuneJob,parameters_cell
+from unsloth_nb.schema import parameters_cell
+from unsloth_nb.spec import JOBS,LINEARS,FinetuneJob
 
 GIB = 2**30
 T4,L4,H100,CPU = (Device(kind, name, n*GIB, n*GIB, bf16, 4) for kind,name,n,bf16 in [('cuda', 'T4', 15, False), ('cuda', 'L4', 22, True), ('cuda', 'H100', 78, True), ('cpu', 'CPU', 64, True)])
@@ -384,7 +385,7 @@ def test_findings_as_markdown():
 def check(tmp_path):
     "The command as a shell sees it: (exit code, stdout, stderr)"
     def f(*args):
-        r = subprocess.run([sys.executable, '-c', 'from unsloth_nb.jobs import main; main()', 'check', *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        r = subprocess.run([sys.executable, '-c', 'from unsloth_nb.cli import main; main()', 'check', *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert 'Traceback' not in r.stderr
         return r.returncode,r.stdout,r.stderr
     return f

@@ -2,10 +2,11 @@
 import json,math,os
 import pytest
 from typer.testing import CliRunner
+from unsloth_nb.cli import app
 from unsloth_nb.comparing import compare_curves,diff_runs,replayed
-from unsloth_nb.jobs import app
 from unsloth_nb.runs import RunError,RunList,list_runs,start_run,write_json
-from unsloth_nb.spec import EvaluateJob,FinetuneJob,SpecError
+from unsloth_nb.schema import SpecError
+from unsloth_nb.spec import EvaluateJob,FinetuneJob
 
 HOSTILE = ['<img src=x onerror=alert(1)>', '| pipes | in | a | table |', '[a](javascript:alert(1))', '`</code><script>`', '\x1b[2J\x1b]0;title\x07', 'two\nlines', '$x^2$ **bold** __b__']
 

@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 import pytest
 from unsloth_nb.data import DataError,load_data
-from unsloth_nb.spec import FinetuneJob,SpecError,read_value
+from unsloth_nb.schema import SpecError,read_value
+from unsloth_nb.spec import FinetuneJob
 
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
 
@@ -153,10 +154,13 @@ def one(row, **kw): return load_data(whole(**kw), [row], split=False).train[0]
     (dict(messages=[m('user', [dict(type='text', text='a'), dict(type='text', text='b')]), m('assistant', [dict(type='reasoning', value='why'), dict(type='text', value='c')])]), [m('user', 'a\nb'), m('assistant', 'c', reasoning_content='why')]),
     (dict(messages=[m('user', 'a'), m('assistant', 'b', weight=0), m('user', 'c'), m('assistant', 'd', weight=1)]), [m('user', 'a'), m('assistant', 'b', weight=0), m('user', 'c'), m('assistant', 'd', weight=1)]),
     (dict(prompt='a', completion='b', system='s'), [m('system', 's'), m('user', 'a'), m('assistant', 'b')]),
+    (dict(messages=[m('user', 'a'), m('assistant', 'b')], system='s'), [m('system', 's'), m('user', 'a'), m('assistant', 'b')]),
+    (dict(messages=[m('system', 's'), m('user', 'a'), m('assistant', 'b')], system='s'), [m('system', 's'), m('user', 'a'), m('assistant', 'b')]),
 ])
 def test_standard_form(row, want):
-    "Every style of a conversation becomes the same standard messages"
-    assert one(row).messages == want
+    "Every style of a conversation becomes the same standard messages, and no column is left over"
+    got = load_data(whole(), [row], split=False)
+    assert got.train[0].messages == want and got.unused == []
 
 @pytest.mark.parametrize('row,start,good,bad', [
     (dict(prompt='a', chosen='b', rejected='c'), [m('user', 'a')], [m('assistant', 'b')], [m('assistant', 'c')]),
@@ -326,6 +330,7 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
     case('system alone', turns(m('system', 's')), "row 4: ends without an answer; the last turn must be the assistant's"),
     case('system later', turns(Q, A, m('system', 's'), Q, A), 'row 4, turn 3: got a system turn, expected user; turns must alternate, starting with user'),
     case('system twice', turns(m('system', 's'), m('system', 't'), Q, A), 'row 4, turn 2: got a system turn, expected user; turns must alternate, starting with user'),
+    case('system beside turns', after(CHATS, messages=[m('system', 's'), Q, A], system='t'), "row 4: the column 'system' and the turns have different system messages; leave one of them out"),
     case('no turns', turns(), "row 4: column 'messages' must be a list of turns, got list with none"),
     case('turns as text', after(CHATS, messages='hello'), "row 4: column 'messages' must be a list of turns, got str"),
     case('turns null', after(CHATS, messages=None), "row 4: column 'messages' must be a list of turns, got null"),
@@ -585,6 +590,7 @@ def examples(convs, length=8192, over_length='error', max_dropped=1.0, **kw):
 
 def every(ledger): return dict(ledger.kept)|{k:v for k,v in (ledger.left_out|ledger.noted).items() if v}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['alpaca_en_demo.json', 'identity.json'])
 def test_shared_alpaca_examples(lib, name):
     convs = shared(name).train

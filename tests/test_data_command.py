@@ -31,6 +31,7 @@ def test_json(data):
     assert tokens['came'] == sum(tokens['kept'].values())+sum(tokens['left_out'].values()) == d['profile']['tokens']
     assert d['data']['format'] == 'prompt_completion' and d['error'] is None and len(d['shown']) == 1
 
+@pytest.mark.slow
 def test_too_long(data):
     "Rows that are too long: the report stands, so that a length can be chosen, and the exit code is 2"
     rc,out,err = data([dict(text='word '*n) for n in (5, 500)], '--max-seq-length', '128')
@@ -56,6 +57,7 @@ def test_preference(data):
     rc,out,err = data([dict(prompt='1?', chosen='good', rejected='bad')]*2+[dict(prompt='2?', chosen='fine', rejected='bad')], '--show', '1')
     assert rc == 0 and 'read as preference' in out and 'a finetune job refuses it' in out and '[[good' in out, err
 
+@pytest.mark.slow
 def test_job_with_tools(tmp_path):
     "A job on calls and tool results with a template by name: trained, evaluated, saved with that template, and answering after loading"
     from unsloth_nb import load_run

@@ -5,9 +5,10 @@ import pytest,yaml
 from hypothesis import given,settings,strategies as st
 from unsloth_nb.leaderboard import compare_runs,write_comparison
 from unsloth_nb.runs import RunError,start_run
+from unsloth_nb.schema import SpecError
 from unsloth_nb.scoring import ScorerError,default_scorers,json_fields,last_number,named_scorers,numeric,regex,score_rows,valid_json
 from unsloth_nb.significance import caution,difference,estimate
-from unsloth_nb.spec import EvaluateJob,FinetuneJob,SpecError
+from unsloth_nb.spec import EvaluateJob,FinetuneJob
 
 HOSTILE = '<img src=x onerror=alert(1)>|`x`\x1b[2J'
 bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)

@@ -149,7 +149,7 @@ def test_no_room(tuned, monkeypatch):
 def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
     "Asked for as a second witness and not answering: the export is refused, and nothing is kept"
     from unsloth_nb import export
-    from unsloth_nb.spec import SpecError
+    from unsloth_nb.schema import SpecError
     from unsloth_nb.witness import WitnessError,transformers_answers,ask
     model,run,rows = tuned
     (tmp_path/'vllm').write_text(f"#!{sys.executable}\nimport sys; sys.exit('no kernel image for this machine')"); (tmp_path/'vllm').chmod(0o755)

@@ -3,11 +3,12 @@ import os,re,subprocess,time
 import pytest
 from hypothesis import HealthCheck,assume,example,given,settings,strategies as st
 from typer.testing import CliRunner
-import unsloth_nb.jobs as jobs
+import unsloth_nb.cli as cli,unsloth_nb.jobs as jobs
 from unsloth_nb.forms import JobForm,check_values,job_code,job_command
 from unsloth_nb.run_browser import RunBrowser
 from unsloth_nb.runs import Run,record_job,write_json
-from unsloth_nb.spec import BenchmarkJob,EvaluateJob,ExportJob,FinetuneJob,JOBS,SpecError,make_job,presets
+from unsloth_nb.schema import SpecError
+from unsloth_nb.spec import BenchmarkJob,EvaluateJob,ExportJob,FinetuneJob,JOBS,make_job,presets
 from hostile import PAYLOADS,Injected
 
 STUB = '#!/bin/sh\nprintf "%s\\0" "$@" > "$STUB_OUT/argv"\ncat > "$STUB_OUT/stdin"\n'
@@ -26,7 +27,7 @@ def read_command(tmp_path_factory):
         def stop(job, runs_dir): got['job'] = job; raise SystemExit
         with monkeypatch.context() as m:
             m.setattr(jobs, 'preflight', stop) # As far as the check before the start
-            r = CliRunner().invoke(jobs.app, [str(home/'stdin') if a == '/dev/stdin' else a for a in argv])
+            r = CliRunner().invoke(cli.app, [str(home/'stdin') if a == '/dev/stdin' else a for a in argv])
         assert 'job' in got, r.exception
         return got['job']
     return f

@@ -5,7 +5,7 @@ import pytest
 from unsloth_nb.gguf import BINDINGS,GgufError,check_gguf_kind,converter_folder,find_converter,gguf_info,install_converter,llama_cpp_answers,write_gguf
 from unsloth_nb.loading import embedded_model
 from unsloth_nb.runs import read_json,write_json
-from unsloth_nb.spec import SpecError
+from unsloth_nb.schema import SpecError
 
 TALKS = [[dict(role='user', content='What is the capital of France?')],
     [dict(role='system', content='Answer with one word.'), dict(role='user', content='A colour?'), dict(role='assistant', content='Red.'), dict(role='user', content='And  2 more, 1,000.50?')]]
@@ -124,6 +124,7 @@ def test_missing_packages_are_named(converter, gguf_file, monkeypatch):
     with pytest.raises(GgufError, match='pip install llama-cpp-python'): check_gguf_kind('q4_k_m')
     with pytest.raises(GgufError, match=r"pip install 'unsloth_nb\[gguf\]'"): llama_cpp_answers(gguf_file, dict(only_metadata, prompts=[], probes=[]))
 
+@pytest.mark.slow
 def test_architecture_that_the_converter_does_not_know(converter, tmp_path):
     folder = tmp_path/'model'
     shutil.copytree(embedded_model(), folder, ignore=shutil.ignore_patterns('*.safetensors'))

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/'tools'))
 import golden,two_legs
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def test_traces(kind):
     "Loss and gradient norm of every step are within the bands of the record; with its processor and versions every bit is the same"

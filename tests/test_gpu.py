@@ -1,6 +1,7 @@
 """On a CUDA GPU: the job end to end, packing, NF4, and both exports. The last results are in `benchmarks/results/`.
 
-Set OUT to a folder to have the figures written there as gpu_tests.json."""
+Set OUT to a folder to have the figures written there as gpu_tests.json, and TOKENIZER to a folder with a tokenizer for
+the tests on two GPUs to run where the embedded model cannot be installed."""
 import json,os,time
 from pathlib import Path
 import pytest
@@ -138,7 +139,7 @@ def test_resume(lib, tmp_path, four_bit):
 def test_out_of_memory(lib, tmp_path):
     "More than the card has: the reason, the plan beside it, and a change that then fits"
     import re,torch
-    from unsloth_nb.spec import read_value
+    from unsloth_nb.schema import read_value
     job = lib.FinetuneJob(max_rows=400, test_size=4, max_steps=2, max_seq_length=512, per_device_train_batch_size=256, gradient_accumulation_steps=1, gradient_checkpointing=False, padding_free=False, load_in_4bit=False)
     data = lib.load_data(job)
     total = torch.cuda.get_device_properties(0).total_memory
@@ -159,3 +160,45 @@ def test_out_of_memory(lib, tmp_path):
         FIGURES['out_of_memory'] |= dict(change=change, then_peak_bytes=m['peak_bytes'])
     finally: torch.cuda.set_per_process_memory_fraction(1.0)
     assert change and m['steps'] == 2
+
+@pytest.fixture
+def together(lib, tmp_path):
+    "Trains a small random model on some devices; returns the run"
+    import torch
+    if torch.cuda.device_count() < 2: pytest.skip('needs two GPUs')
+    from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer
+    AutoModelForCausalLM.from_config(AutoConfig.for_model('llama', **SMALL)).to(torch.bfloat16).save_pretrained(tmp_path/'m')
+    ready = os.environ.get('TOKENIZER')
+    (AutoTokenizer.from_pretrained(ready) if ready else lib.load_tokenizer(lib.FinetuneJob())).save_pretrained(tmp_path/'m')
+    base = dict(model=str(tmp_path/'m'), max_rows=64, max_steps=8, save_steps=2, batch_size=16, per_device_train_batch_size=4, max_seq_length=512, test_size=2, load_in_4bit=False, optim='adamw_torch_fused', gradient_checkpointing=False)
+    def go(run=None, **kw):
+        job = lib.FinetuneJob(**base | kw)
+        data = lib.load_data(job)
+        model = lib.load_model(job, lib.make_plan(job, data))
+        run = run or lib.start_run(job, tmp_path/'runs')
+        return lib.finetune(model, data, job, run=run)
+    go.start = lambda **kw: lib.start_run(lib.FinetuneJob(**base | kw), tmp_path/'runs')
+    return go
+
+@pytest.mark.parametrize('parallel, four_bit', [('ddp', False), ('ddp', True), ('fsdp', False), ('fsdp', True), ('device_map', False)], ids=['ddp', 'ddp_nf4', 'fsdp', 'fsdp_nf4', 'device_map'])
+def test_two_gpus(together, parallel, four_bit):
+    "Two GPUs train as one does, whichever way they share the work: each step's loss within 0.3% and gradient norm within 3%"
+    one,two = together(load_in_4bit=four_bit),together(load_in_4bit=four_bit, devices=2, parallel=parallel)
+    FIGURES[f"two_gpus_{parallel}{'_nf4' if four_bit else ''}"] = dict(one=steps(one), two=steps(two))
+    same_steps(steps(one), steps(two), rel=0.03)
+
+def test_two_gpus_killed(together):
+    "A rank of two is killed: it is named, and the run goes on to the curve of the one that nobody hurt"
+    import signal,threading
+    from unsloth_nb.launching import RankLost
+    whole,hurt = together(devices=2),together.start(devices=2)
+    def kill():
+        while len(hurt.metrics) < 5: time.sleep(0.02)
+        os.kill(json.loads((hurt.path/'launch'/'rank-1'/'heartbeat.json').read_text())['pid'], signal.SIGKILL)
+    threading.Thread(target=kill, daemon=True).start()
+    start = time.time()
+    with pytest.raises(RankLost, match='rank 1 of 2 was killed by SIGKILL'): together(hurt, devices=2)
+    failed = time.time()-start
+    together(hurt, devices=2)
+    FIGURES['two_gpus_killed'] = dict(whole=steps(whole), resumed=steps(hurt), seconds_until_the_error=round(failed, 1))
+    same_steps(steps(whole), steps(hurt), rel=0.03)

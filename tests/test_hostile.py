@@ -7,13 +7,15 @@ import nbformat,papermill,pytest,yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from papermill.parameterize import parameterize_notebook
 from conftest import TOKEN
-import unsloth_nb.jobs as jobs
+import unsloth_nb.cli as cli,unsloth_nb.jobs as jobs
 import unsloth_nb.supervising as supervising
 from unsloth_nb.escaping import html_text,json_text,markdown_code,markdown_text,mask_secrets,plain_text
 from unsloth_nb.export import save_artifact
+from unsloth_nb.places import settings
 from unsloth_nb.runs import Run,RunError,list_runs,new_run_dir,open_run,read_lines,write_json
+from unsloth_nb.schema import SpecError,parameters_cell
 from unsloth_nb.sources import find_source
-from unsloth_nb.spec import FinetuneJob,SpecError,make_job,parameters_cell,preset,settings
+from unsloth_nb.spec import FinetuneJob,make_job,preset
 
 # Beside HF_TOKEN of conftest: a key of no known form, and a token in the file where `hf auth login` puts it
 WANDB = 'f0e1d2c3b4a59687'*2+'78695a4b'
@@ -70,7 +72,7 @@ def test_no_secret_in_a_failed_run(tmp_path, monkeypatch, capfd, how):
     stand_in(tmp_path/'jobs', 'import os', 'raise RuntimeError("401 for Bearer "+os.environ["HF_TOKEN"]+" "+os.environ["WANDB_API_KEY"])' if how == 'raised' else 'print(os.environ["HF_TOKEN"], os.environ["WANDB_API_KEY"])')
     monkeypatch.setattr(supervising, 'jobs_dir', lambda: tmp_path/'jobs')
     run = jobs.run_job('finetune', runs_dir=tmp_path/'runs', max_steps=1)
-    jobs.print_result(run)
+    cli.print_result(run)
     out = ''.join(capfd.readouterr())
     assert run.status == 'failed' and (run.path/'report.html').exists() and ('hf_…' in run.result['reason'] or how == 'printed')
     assert 'hf_…' in (run.path/'notebook.ipynb').read_text()
@@ -90,7 +92,7 @@ def test_secret_as_parameter(tmp_path, capsys, name, value):
 
 def test_secret_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['unsloth-nb', 'run', 'finetune', '--runs-dir', str(tmp_path/'runs'), '-p', f'model={TOKEN}'])
-    with pytest.raises(SystemExit) as e: jobs.main()
+    with pytest.raises(SystemExit) as e: cli.main()
     out = ''.join(capsys.readouterr())
     assert e.value.code == 2 and 'token' in out and TOKEN not in out and not (tmp_path/'runs').exists()
 
@@ -123,7 +125,7 @@ def test_names(canary, tmp_path, monkeypatch, capsys, name, way):
     if way == 'command line': argv += ['-p', f'{name}=1']
     if way == 'preset': argv += ['--preset', name]
     monkeypatch.setattr(sys, 'argv', argv)
-    with pytest.raises((SystemExit, SpecError)) as e: jobs.run_job('finetune', runs_dir=tmp_path/'runs', **{name:'1'}) if way == 'python' else jobs.main()
+    with pytest.raises((SystemExit, SpecError)) as e: jobs.run_job('finetune', runs_dir=tmp_path/'runs', **{name:'1'}) if way == 'python' else cli.main()
     text = str(e.value) if way == 'python' else capsys.readouterr().err
     assert ('there is no preset' if way == 'preset' else 'has no such parameter') in text and not CONTROL.search(text)
     assert not (tmp_path/'runs').exists() and (way == 'python' or e.value.code == 2)
@@ -508,7 +510,7 @@ def test_printed(tmp_path, monkeypatch, lib, args):
     places = dict(file=str(f), notebook=str(nb), runs=str(fabricated_run(tmp_path, HOSTILE).path.parent), payload=HOSTILE)
     monkeypatch.setattr(sys, 'argv', ['unsloth-nb', *(a.format(**places) if a.startswith('{') or '={' in a else a for a in args)])
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit): jobs.main(); sys.exit(0)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit): cli.main(); sys.exit(0)
     assert 'PWN' in out.getvalue() and not CONTROL.search(out.getvalue()), CONTROL.findall(out.getvalue())[:5]
 
 def test_progress_is_printed_as_text(tmp_path):

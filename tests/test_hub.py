@@ -9,7 +9,8 @@ from unsloth_nb.cards import model_card
 from unsloth_nb.checkpoints import CheckpointError,write_whole
 from unsloth_nb.hub import HubError,pull,push
 from unsloth_nb.runs import fingerprint,read_lines,start_run
-from unsloth_nb.spec import ExportJob,FinetuneJob,SpecError
+from unsloth_nb.schema import SpecError
+from unsloth_nb.spec import ExportJob,FinetuneJob
 
 TOKEN,READER,OTHER,UNKNOWN = ('hf_'+x*3 for x in ('aB3dE5gH7j', 'K9mN1pQ3rS', 'tU5vW7xY9z', 'Zz8Yx6Wv4U'))
 USERS = {TOKEN:dict(name='me', role='write', orgs=['us']), READER:dict(name='me', role='read'), OTHER:dict(name='you', role='write')}

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 from hypothesis import given,settings,strategies as st
 
-from unsloth_nb.spec import SpecError
+from unsloth_nb.schema import SpecError
 
 @pytest.fixture(scope='module')
 def inf(lib):
@@ -275,3 +275,11 @@ def test_tools_reach_the_template(inf, lib, model):
     assert inf._asked(caller.formatter, [own], inf.Sampling(), 8192)[0][1] == tools
     with pytest.raises(SpecError, match='row 5: the conversation has tools of its own'): inf._asked(caller.formatter, [own], inf.Sampling(), 8192, None, [WEATHER])
     with pytest.raises(lib.FormatError, match='leaves out the tools'): inf.generate(model, ['Weather?'], tools=[WEATHER])
+
+def test_questions_from_a_pipe():
+    "Blank lines are skipped; 'exit' ends, as the help says"
+    import io
+    from unsloth_nb.cli import talk
+    asked,out = [],io.StringIO()
+    talk(lambda q: asked.append(q) or 'an answer', ['one\n', ' \n', 'two\n', 'exit\n', 'three\n'], out)
+    assert asked == ['one', 'two']

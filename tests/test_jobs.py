@@ -5,7 +5,8 @@ import nbformat,papermill,pytest,yaml
 from conftest import TINY
 from unsloth_nb.jobs import run_job
 from unsloth_nb.runs import Run,read_json
-from unsloth_nb.spec import JOBS,jobs_dir,parameters_cell
+from unsloth_nb.schema import parameters_cell
+from unsloth_nb.spec import JOBS,jobs_dir
 
 CLI = str(Path(sys.executable).parent/'unsloth-nb')
 
@@ -61,6 +62,7 @@ def test_no_token(finished_run):
     from conftest import TOKEN
     assert not [p for p in finished_run.path.rglob('*') if p.is_file() and TOKEN.encode() in p.read_bytes()]
 
+@pytest.mark.slow
 def test_plain_papermill(tmp_path, monkeypatch):
     "The notebook works under papermill alone, and makes its own run"
     monkeypatch.setenv('UNSLOTH_NB_RUNS_DIR', str(tmp_path))
@@ -107,6 +109,7 @@ def test_refused_run(tmp_path):
         r = cli('run', name, '--runs-dir', tmp_path)
         assert r.returncode == 2 and 'no finetune run' in r.stderr
 
+@pytest.mark.slow
 @pytest.mark.parametrize('template,rows', [
     ('auto', [dict(text=f'Line {i} of a text for continued pretraining.') for i in range(12)]),
     ('alpaca', [dict(instruction='Double it.', input=str(i), output=str(2*i)) for i in range(12)]),
@@ -121,6 +124,7 @@ def test_other_data(tmp_path, template, rows):
     assert config['eos_token_id'] == [2] and config['pad_token_id'] == 0 # Other programs stop where ours does
     assert ('exact_match' in run.result['metrics']['tuned']) == (template == 'alpaca')
 
+@pytest.mark.slow
 def test_failing_job(tmp_path):
     "A failed job leaves its notebook, its report and the reason; exit code 1"
     f = tmp_path/'long.jsonl'
@@ -131,6 +135,7 @@ def test_failing_job(tmp_path):
     assert 'more than max_seq_length=64' in run.result['reason'] and run.result['reason'] in r.stdout
     assert (run.path/'notebook.ipynb').exists() and (run.path/'report.html').exists()
 
+@pytest.mark.slow
 def test_follow_up_jobs(finished_run, tmp_path):
     "Evaluate, with a task from a folder, and export a finished run, by name, from the command line"
     runs = finished_run.path.parent
@@ -147,6 +152,7 @@ def test_follow_up_jobs(finished_run, tmp_path):
     run = next(x for x in map(Run, runs.iterdir()) if x.kind == 'export')
     assert run.result['metrics']['certificate']['passed'] and 'model.safetensors' in run.result['artifacts']['merged_16bit']
 
+@pytest.mark.slow
 def test_look_at_runs(finished_run):
     "list, show, plan and chat"
     runs = finished_run.path.parent
@@ -169,7 +175,7 @@ def test_wheel(tmp_path, tool):
     wheel, = (tmp_path/'dist').glob('*.whl')
     tool(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel)
     env = os.environ | dict(PYTHONPATH=str(tmp_path/'site'), UNSLOTH_NB_RUNS_DIR=str(tmp_path/'runs'))
-    code = 'import unsloth_nb,unsloth_nb.jobs as j,unsloth_nb.spec as s,sys; print(unsloth_nb.__file__, s.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
+    code = 'import unsloth_nb,unsloth_nb.cli as j,unsloth_nb.spec as s,sys; print(unsloth_nb.__file__, s.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
     pairs = [a for k,v in (TINY | dict(max_steps=1)).items() for a in ('-p', f'{k}={v}')]
     r = subprocess.run([sys.executable, '-c', code, 'run', 'finetune', *pairs], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr

@@ -2,6 +2,7 @@
 import json,subprocess,sys
 from pathlib import Path
 import pytest
+from unsloth_nb.events import SYSTEM
 from unsloth_nb.runs import Run
 
 BIN = Path(sys.executable).parent
@@ -40,3 +41,5 @@ def test_exports(main_job, converter, tmp_path):
     for to,e in res['exports'].items():
         assert e['certificate']['passed'], to
         assert abs(e['exact']-res['in_memory']) <= (1 if to != 'gguf_q8_0' else 2)/rows, to
+    modelfile, = runs.glob('*/gguf_q8_0/Modelfile')
+    assert f'SYSTEM """{SYSTEM}"""' in modelfile.read_text() # Which all its rows have

@@ -3,11 +3,12 @@ import json,re
 from pathlib import Path
 import pytest
 import yaml
+from unsloth_nb.cli import app
 from unsloth_nb.drafting import MigrationError,full_name
-from unsloth_nb.jobs import app
 from unsloth_nb.migrating import import_job
 from unsloth_nb.recipes import AXOLOTL,LLAMA_FACTORY,read_axolotl,read_llama_factory
-from unsloth_nb.spec import FinetuneJob,read_params
+from unsloth_nb.schema import read_params
+from unsloth_nb.spec import FinetuneJob
 
 SECRETS = ('hf_'+'aB3dE5gH7jK9mN1pQ3sT5', 'sk-'+'aB3dE5gH7jK9mN1pQ3sT5v')
 HOSTILE = '<script>alert(1)</script>|`x`\x1b[31m\u202e'
@@ -136,6 +137,9 @@ def test_axolotl_columns_roles_and_text(tmp_path):
     chats = dict(path='owner/c', type='chat_template', field_messages='talk', message_property_mappings=dict(role='from', content='value'), roles=dict(user=['person'], assistant=['bot2']))
     j = import_job(yaml_file(tmp_path/'a.yaml', **AXO|dict(datasets=[chats], chat_template='qwen_25'))).job
     assert (j.dataset_format, j.dataset_columns, j.dataset_roles, j.template) == ('sharegpt', dict(conversations='talk'), dict(person='user', bot2='assistant'), 'qwen-2.5')
+    named = lambda **kw: import_job(yaml_file(tmp_path/'a.yaml', **AXO|dict(datasets=[dict(path='owner/c', type='sharegpt', **kw)])))
+    renamed = lambda got: any('rename them to role and content' in l.why for l in got.left)
+    assert named().job.dataset_format == 'sharegpt' and not renamed(named()) and renamed(named(message_field_role='speaker'))
     j = import_job(yaml_file(tmp_path/'b.yaml', **AXO|dict(datasets=[dict(path='book.txt', type='completion', field='body')]))).job
     assert (j.dataset, j.dataset_format, j.dataset_columns, j.template, j.loss_on) == ('book.txt', 'text', dict(text='body'), 'raw', 'everything')
 

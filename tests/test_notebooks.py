@@ -1,5 +1,5 @@
 "Every page's notebook runs from top to bottom, each in a process of its own: Unsloth must be imported before transformers. Tutorials have a file of their own."
-import os,subprocess,sys
+import os,re,subprocess,sys
 from pathlib import Path
 import pytest
 from nbdev.config import get_config
@@ -8,7 +8,7 @@ from nbdev.test import nb_test_cells
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'guides').glob('*.ipynb')])
 FLAGS = list(get_config(ROOT).tst_flags)
-COVERED = ('jobs', 'benchmarking') # Their slow cells are whole jobs, which test_jobs, test_survival and test_benchmark run
+COVERED = ('jobs', 'benchmarking', 'launching', 'sweep_running') # Their slow cells are whole jobs, which test_jobs, test_survival, test_benchmark, test_launch and test_sweeping run
 
 CHILD = """
 import sys
@@ -31,8 +31,9 @@ def run_nb(nb, force, record_property):
     if r.returncode: pytest.fail(f'{nb.name}\n{r.stdout}{r.stderr}', pytrace=False)
 
 def param(p):
-    "A notebook with slow cells is a slow test"
-    return pytest.param(p, marks=[pytest.mark.slow] if len(cells(p, ['slow'])) > len(cells(p, [])) else [])
+    "A notebook with slow cells, or one that starts the engine, is a slow test"
+    heavy = re.search(r'start_engine\(|load_model\(|load_tokenizer\(', '\n'.join(c.source for c in cells(p, [])))
+    return pytest.param(p, marks=[pytest.mark.slow] if heavy or len(cells(p, ['slow'])) > len(cells(p, [])) else [])
 
 @pytest.mark.parametrize('nb', [param(p) for p in NBS], ids=lambda p: p.stem)
 def test_notebook(nb, record_property):

@@ -6,8 +6,9 @@ from openai import BadRequestError,OpenAI
 
 from unsloth_nb.loading import embedded_model
 from unsloth_nb.runs import new_run_dir,open_run,write_json
+from unsloth_nb.schema import SpecError
 from unsloth_nb.serving import BACKENDS,ServeError,find_backend,find_served,serve,serve_command
-from unsloth_nb.spec import FinetuneJob,SpecError
+from unsloth_nb.spec import FinetuneJob
 
 QUESTION = [dict(role='user', content='What is the capital of France?')]
 
@@ -91,6 +92,7 @@ def test_nobody_leaves_this_machine(service, client, proxy):
 
 # --- adapters
 
+@pytest.mark.slow
 def test_adapter_of_a_run(finished_run, lib):
     "Without an export, on the base that it was trained on; answers as our own inference does"
     row = lib.held_out(finished_run.job, n=1)[0]

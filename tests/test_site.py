@@ -36,6 +36,9 @@ def test_reference(site):
     page = (site/'planning.html').read_text()
     assert 'id="make_plan"' in page and 'The fastest configuration that fits, among those that the job leaves open' in page
     assert re.search(r'<td><code>device</code></td>\s*<td><code>Device \| str \| None</code></td>\s*<td><code>None</code></td>\s*<td>This machine by default', page)
+    spec = (site/'spec.html').read_text()
+    assert re.search(r'<td><code>\*\*overrides</code></td>\s*<td></td>\s*<td></td>\s*<td>Parameters by name', spec)
+    assert 'Takes the parameters of <code>GenerateParams</code> too' in spec # And not those of Job, which has none
     assert 'three questions come back' in (site/'runs.html').read_text()
 
 def test_no_live_parts(site, pages):
@@ -125,6 +128,7 @@ WIDER = "() => document.documentElement.scrollWidth - innerWidth"
 BLANK = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 90))"
 STUCK = '''() => [...document.querySelectorAll('main pre, main table')].filter(e => e.getBoundingClientRect().right > innerWidth && !e.closest('[tabindex="0"]')).map(e => e.textContent.slice(0, 60))'''
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize('width', WIDTHS)
 def test_every_page(width, reader, pages):
@@ -138,6 +142,7 @@ def test_every_page(width, reader, pages):
         if shots: tab.screenshot(path=Path(shots)/'site'/f"{width}_{p[:-5].replace('/', '_')}.png", full_page=True)
     assert not r.wrong, '\n'.join(r.wrong)
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_accessible(reader, site, pages):
     "axe-core finds nothing serious in what pages say that have styles or pictures of their own; all others are drawn as those of the next test"

@@ -183,6 +183,7 @@ def test_room(lab, tmp_path):
     plan = replace(plan, disk=dict(plan.disk, checkpoint=10**18))
     with pytest.raises(lab.lib.SpecError, match='GB free, and up to'): plan.check_room(run.job, run.path)
 
+@pytest.mark.slow
 def test_room_estimate(trained):
     "Adapter, checkpoint and merged model take what the plan says, within a fifth"
     from unsloth_nb.runs import read_json
@@ -198,11 +199,11 @@ def test_room_estimate(trained):
 def test_unwritable_runs_dir(tmp_path):
     "A runs directory under a file is refused before a kernel starts"
     from unsloth_nb.jobs import run_job
-    from unsloth_nb.spec import SpecError
+    from unsloth_nb.schema import SpecError
     (tmp_path/'file').write_text('')
     with pytest.raises(SpecError, match='cannot be written'): run_job('finetune', runs_dir=tmp_path/'file'/'runs', show=False, max_rows=8, test_size=2)
 
-def cli(*args, **kw): return subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.jobs import main; main()', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+def cli(*args, **kw): return subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
 
 def params(model, **kw): return [x for k,v in (dict(model=model, **SMALL)|kw).items() for x in ('-p', f'{k}={v}')]
 
@@ -228,6 +229,7 @@ def whole(tiny, tmp_path_factory):
 
 def adapter(run): return run.result['artifacts']['adapter']['adapter_model.safetensors']['sha256']
 
+@pytest.mark.slow
 def test_sigterm_and_resume(tiny, whole, tmp_path):
     "SIGTERM to the runner: a checkpoint, exit code 3; `run --resume`: the same adapter as without it, and exit code 0"
     import nbformat
@@ -246,6 +248,7 @@ def test_sigterm_and_resume(tiny, whole, tmp_path):
     assert trace(run) == trace(whole) and adapter(run) == adapter(whole) and 'base_evaluation: kept' in out
     assert (path/'attempts'/'1'/'notebook.ipynb').exists()
 
+@pytest.mark.slow
 def test_killed_and_retried(tiny, whole, tmp_path):
     "kill -9 of the kernel, and one retry: the same adapter; the first notebook says where it ended"
     import nbformat
@@ -261,6 +264,7 @@ def test_killed_and_retried(tiny, whole, tmp_path):
     states = [c.metadata.papermill.status for c in nb.cells if c.cell_type == 'code']
     assert states.count('failed') == 1 and set(states[states.index('failed')+1:]) == {'pending'} and 'completed' in states
 
+@pytest.mark.slow
 def test_hang_and_timeout(tiny, tmp_path):
     "A stopped kernel is found by its silence and killed; a time limit asks for a checkpoint"
     from unsloth_nb.jobs import run_job,resume_run
@@ -271,6 +275,7 @@ def test_hang_and_timeout(tiny, tmp_path):
     run = resume_run(run, show=False, timeout=1)
     assert run.status == 'interrupted' and 'it took longer than its 1 s' in run.result['reason']
 
+@pytest.mark.slow
 def test_replay(whole):
     "A finished run, done again from its record: the same bits, exit code 0"
     p = cli('runs', 'replay', whole.name, '--runs-dir', whole.path.parent)
@@ -280,12 +285,13 @@ def test_replay(whole):
 def test_refused(whole, tmp_path):
     "Options in the wrong place, unknown names, a finished run and none at all: one line, exit code 2"
     said = {}
-    for args in (('run', '-p', 'max_steps=5', 'finetune'), ('run', '--resume', 'nosuch'), ('run', '--resume', 'latest', '--allow', 'learnin_rate'), ('run', '--resume', 'latest', '-p', 'max_steps=9'), ('runs', 'stop')):
+    for args in (('run', '-p', 'max_steps=5', 'finetune'), ('run', '--hang-after', '20', 'finetune'), ('run', '--resume', 'nosuch'), ('run', '--resume', 'latest', '--allow', 'learnin_rate'), ('run', '--resume', 'latest', '-p', 'max_steps=9'), ('runs', 'stop')):
         p = cli(*args, *(() if args[-1] == 'finetune' else ('--runs-dir', whole.path.parent)))
         said[args] = p.communicate(timeout=60)[0]
         assert p.returncode == 2 and said[args].startswith('unsloth-nb: ') and 'Traceback' not in said[args], said[args]
-    for text,why in zip(said.values(), ('come after its name', 'there is no run', "did you mean 'learning_rate'", 'takes over what it has', 'nothing to stop')): assert why in text
+    for text,why in zip(said.values(), ('come after its name', 'come after its name', 'there is no run', "did you mean 'learning_rate'", 'takes over what it has', 'nothing to stop')): assert why in text
 
+@pytest.mark.slow
 def test_reuse(tiny, whole):
     "Another run of the edited job takes over what it need not do: training is not done again, the evaluation is"
     from unsloth_nb.jobs import run_job

@@ -9,6 +9,7 @@ def weights(model):
         if p.requires_grad: h.update(n.encode()+p.detach().float().numpy().tobytes())
     return h.hexdigest()
 
+@pytest.mark.slow
 def test_bit_for_bit(trained):
     "The same seed twice: every loss, every gradient norm and all trained weights are the same bits; another seed differs"
     runs = [trained(seed=s, max_steps=2) for s in (7, 7, 8)]
@@ -17,6 +18,7 @@ def test_bit_for_bit(trained):
     sums = [weights(m) for m,_,_ in runs]
     assert sums[0] == sums[1] != sums[2]
 
+@pytest.mark.slow
 def test_accumulation(trained):
     "4 rows at once, or 2 x 2: the same optimizer step, every token weighing the same"
     a,b = (trained(dtype='float32', **kw)[1] for kw in (dict(), dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)))
@@ -67,6 +69,7 @@ def test_continue_from_adapter(lib, trained):
     lib.train(again, lib.make_examples(data.train, again.formatter, 256), job, more)
     assert weights(again) != weights(model) and more.metrics[0]['loss'] < run.metrics[0]['loss']
 
+@pytest.mark.slow
 def test_group_by_length(lib, tmp_path):
     "Length grouping reaches the trainer: the same rows are computed with less padding"
     job = lib.FinetuneJob(max_rows=24, test_size=2, max_steps=None, num_train_epochs=1, max_seq_length=512, per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False)

@@ -3,8 +3,8 @@ import json,re,shutil,signal,subprocess,sys,time
 from pathlib import Path
 import pytest
 
+from unsloth_nb.schema import SpecError
 from unsloth_nb.serving import NF4,ServeError,find_backend,find_served,find_vllm,serve,serve_command
-from unsloth_nb.spec import SpecError
 
 OPTIONS = ('--max-model-len', '512', '--dtype', 'bfloat16', '--enforce-eager')
 NEW = 56 # tokens

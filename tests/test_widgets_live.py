@@ -4,11 +4,12 @@ import pytest
 from browser import browser,lab,notebook # noqa: F401
 from unsloth_nb import explorer
 from unsloth_nb.chat_panel import save_case
-from unsloth_nb.explorer import DataExplorer,Row
 from unsloth_nb.data import load_data
+from unsloth_nb.explorer import DataExplorer,Row
 from unsloth_nb.monitor import TrainingMonitor
 from unsloth_nb.runs import Run,RunError,start_run
-from unsloth_nb.spec import FinetuneJob,SpecError
+from unsloth_nb.schema import SpecError
+from unsloth_nb.spec import FinetuneJob
 
 PAYLOADS = ['<script>window.__pwned=1</script>', '<img src=x onerror="window.__pwned=1">', '"><svg onload=window.__pwned=1>', '$\\href{javascript:window.__pwned=1}{x}$', '</div></td></table><iframe srcdoc="<script>parent.__pwned=1</script>">', '[x](javascript:window.__pwned=1)', "'-alert(1)-'", '{{7*7}}&lt;b&gt;']
 PWNED = "[...document.querySelectorAll('.jp-OutputArea')].flatMap(e => [...e.querySelectorAll('script, iframe, svg[onload], img[onerror], [href^=javascript]')]).length + (window.__pwned ? 100 : 0)"
@@ -211,6 +212,7 @@ def explore_with(nb, out):
     out.get_by_text('Lengths', exact=True).click()
     nb.shot('explorer_found', out)
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_train_stop_resume(notebook, lab):
     "The loss moves on the screen, the stop button leaves a checkpoint while the kernel trains, and Resume brings the run to its end"
@@ -242,6 +244,24 @@ def test_train_stop_resume(notebook, lab):
     kept = nb.saved().cells[2].outputs
     assert 'image/png' in kept[0].data['text/html'] and not any('widget-view' in k for k in kept[0].data)
 
+@pytest.mark.slow
+@pytest.mark.browser
+def test_two_ranks_in_a_cell(notebook, lab):
+    "`devices=2` in a cell: the same live view, whose stop button reaches the ranks; the cell ends with one line, and the run with a checkpoint"
+    nb = notebook('from unsloth_nb import *', f'{JOB}\njob = job.replace(batch_size=4, gradient_accumulation_steps="auto", max_steps=40)\nmodel = load_model(job, make_plan(job, data))', 'finetune(model, data, job, devices=2)')
+    nb.run(0, 1)
+    start(nb, 2)
+    out = nb.output(2)
+    until(nb, lambda: out.get_by_text('time left').count(), 180)
+    nb.shot('monitor_two_ranks', out)
+    out.get_by_role('button', name='Stop with a checkpoint').click()
+    until(nb, lambda: 'Interrupted: stopped by the stop button' in out.inner_text(), 120)
+    assert out.get_by_role('button').count() == 0 and 'launching.py' not in out.inner_text()
+    run = Run(max((lab.folder/'runs').glob('*finetune*')))
+    at = run.metrics[-1]['step']
+    assert run.job.devices == 2 and run.status == 'interrupted' and at < 40 and (run.path/'checkpoints'/f'step-{at:06d}').is_dir()
+    assert not nb.errors and not nb.outside
+
 HOSTILE = f"""from unsloth_nb import *
 from unsloth_nb.inference import Answer
 import tempfile
@@ -265,6 +285,7 @@ for i,p in enumerate(payloads): rows[i] = dict(prompt=p, completion=p)
 rows[50],rows[60] = rows[40],dict(prompt='long', completion='word '*400)
 job = FinetuneJob(max_seq_length=128, test_size=20)"""
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_hostile_text_in_the_dark(notebook):
     "Whatever stands in data, notes, samples and answers is text; rows are searched, flagged ones found and the list walked through by keyboard"

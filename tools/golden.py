@@ -8,7 +8,7 @@ to AVX2 instead of AVX-512: in float32 5.5e-6 in the loss and 1.9e-6 in the grad
 which rounds each sum to three digits, 1.0% and 1.4%. The bands are three times that in bfloat16 and more in float32, where
 other processors were not tried. QLoRA's adapter is kept in bfloat16 by the trainer, and its gradient norm has three digits.
 On the processor and with the versions of the record there is no band: the bits must be the same. One thread or two made
-no difference to them. On a GPU, 16-bit sums may come in another order in each run, and the bands are those of a replay."""
+no difference to them there; with AMX it does. On a GPU, 16-bit sums may come in another order in each run, and the bands are those of a replay."""
 import argparse,hashlib,json,math,os,sys,tempfile,time
 from pathlib import Path
 

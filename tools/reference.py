@@ -5,7 +5,7 @@ nbdev's `show_doc` writes docments as comments inside the signature, which a nar
 import inspect, re, textwrap, typing
 from types import UnionType
 
-from fastcore.docments import DocmentText, ShowDocRenderer, empty
+from fastcore.docments import DocmentText, ShowDocRenderer, docments, empty
 
 WIDTH = 80 # Of a signature on one line
 
@@ -37,8 +37,9 @@ class Reference(ShowDocRenderer):
             own = [(n, f) for n,f in self.sym.model_fields.items() if n in vars(self.sym).get('__annotations__', {})]
             return [(n, type_text(f.annotation), '' if f.is_required() else value_text(f.default, f.default_factory), f.description or '') for n,f in own]
         params = self.dm.dm.items() if isinstance(self.dm, DocmentText) else []
+        stars = docments(self.sym, args_kwargs=True) if any(getattr(p.get('kind'), 'name', '') == 'VAR_KEYWORD' for _,p in params) else {} # Which show_doc leaves out
         star = lambda p: {'VAR_POSITIONAL':'*', 'VAR_KEYWORD':'**'}.get(getattr(p.get('kind'), 'name', ''), '')
-        return [(star(p)+n, type_text(p.get('anno', empty)), value_text(p.get('default', empty)), p.get('docment') or '') for n,p in params if n != 'return']
+        return [(star(p)+n, type_text(p.get('anno', empty)), value_text(p.get('default', empty)), p.get('docment') or stars.get(n) or '') for n,p in params if n != 'return']
 
     def returned(self):
         r = self.dm.dm.get('return', {}) if isinstance(self.dm, DocmentText) and not self.is_class else {}
@@ -67,6 +68,6 @@ class Reference(ShowDocRenderer):
 
     def _repr_markdown_(self):
         rows = self.rows()
-        bases = [b.__name__ for b in self.sym.__mro__[1:] if self.model and hasattr(b, 'model_fields') and vars(b).get('__annotations__') and b.__module__.startswith('unsloth_nb')] if self.model else []
+        bases = [b.__name__ for b in self.sym.__mro__[1:] if b.__module__.startswith('unsloth_nb') and set(b.model_fields) & set(vars(b).get('__annotations__', {}))] if self.model else []
         more = f"Takes the parameters of {', '.join(f'`{b}`' for b in bases)} too." if bases else ''
         return '\n\n'.join(filter(None, ['---', f"{'#'*self.title_level} {self.nm}".replace('__', r'\_\_'), f'```python\n{self.signature(rows)}\n```', self.docs if self.sym.__doc__ else '', self.table(rows), more]))

@@ -131,7 +131,8 @@ def install(py, version, gpu, *what):
     torch, why = torch_choice(uv, py, links, version, gpu)
     say('%s: installing with %s' % (gpu or 'no NVIDIA GPU', why))
     env = dict(UV_FIND_LINKS=','.join(links)) if links else {}
-    call('uv pip install', *uv, 'pip', 'install', '--python', py, *torch, *what, **env)
+    bytecode = ['--compile-bytecode'] if sys.dont_write_bytecode else [] # Else every start would compile thousands of modules again
+    call('uv pip install', *uv, 'pip', 'install', '--python', py, *bytecode, *torch, *what, **env)
     call('the check of the new environment', py, '-c', 'import importlib.metadata as m, torch; print("torch", torch.__version__, "| unsloth", m.version("unsloth"), "| GPU:", torch.cuda.is_available())')
     return why
 

@@ -12,7 +12,8 @@ from dataclasses import asdict,dataclass
 
 from .escaping import find_secrets,markdown_text,mask_secrets,plain_text
 from .planning import make_plan
-from .spec import LINEARS,FinetuneJob,SpecError,presets,split_batch
+from .schema import SpecError
+from .spec import LINEARS,FinetuneJob,presets,split_batch
 
 # %% ../nbs/advice.ipynb #ca60f998
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Rule:
     mend:str # What to write instead
     source:str # Where that comes from
 
+# %% ../nbs/advice.ipynb #5ccb460e
 def _table(head, rows)->str:
     "A table in markdown; bars, markup and line ends in its cells are made harmless"
     cell = lambda s: re.sub(r'\s+', ' ', s).replace('|', r'\|').replace('<', '&lt;')
@@ -33,6 +35,7 @@ class RuleTable(dict):
     "Rules by id, shown as a table"
     def _repr_markdown_(self): return _table(['rule', 'severity', 'what', 'why', 'mend', 'source'], [[f'`{k}`', r.severity, r.title, r.why, r.mend, r.source] for k,r in self.items()])
 
+# %% ../nbs/advice.ipynb #6aeb9244
 _TF,_TRL,_UN,_QL = 'transformers 5.17','TRL 1.15','Unsloth 2026.10.9','QLoRA, arXiv:2305.14314'
 RULES = RuleTable({k:Rule(*r) for k,*r in [
     ('unknown-parameter', 'A name that no parameter has', 'error', 'the job is refused', 'use the name that exists', 'FinetuneJob'),
@@ -83,6 +86,7 @@ class Finding:
     def where(self)->str: return ', '.join(s for s in (self.source, f'cell {self.cell}' if self.cell else '', f'line {self.line}' if self.line else '') if s)
     def to_dict(self)->dict: return asdict(self)
 
+# %% ../nbs/advice.ipynb #af15af72
 class Findings(list):
     "Findings of one or several checks; shows itself"
     @property
@@ -101,6 +105,7 @@ class Findings(list):
         rows = [[f.severity, *map(markdown_text, (f.where, f.rule, f.parameter, f.message, f.mend))] for f in self]
         return _table(['', 'where', 'rule', 'parameter', 'why', 'mend'], rows)
 
+# %% ../nbs/advice.ipynb #6536342a
 def finding(rule, source, at=None, what='', parameter='', severity='', mend=''):
     "A finding with its rule's texts; `at` is something with a cell and a line"
     r = RULES[rule]
@@ -126,6 +131,7 @@ def model_size(name)->float|None: # [parameters]; None: not known
     m = re.search(r'(?<![A-Za-z0-9.])(?:(\d+)x)?(\d{1,4}(?:\.\d+)?)([bm])(?![A-Za-z0-9])', name, re.I)
     return int(m[1] or 1)*float(m[2])*(1e9 if m[3] in 'bB' else 1e6) if m else None
 
+# %% ../nbs/advice.ipynb #750059d5
 def is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
 
 def lora_advice(v, tokens=False):
@@ -141,6 +147,7 @@ def lora_advice(v, tokens=False):
     elif is_number(r) and is_number(alpha) and r > 0 and alpha/r > 4 and v.get('use_rslora') is not True: yield 'lora-alpha', 'lora_alpha', f'lora_alpha / r is {alpha/r:g}', ''
     if is_number(v.get('lora_dropout')) and v['lora_dropout'] > 0: yield 'lora-dropout', 'lora_dropout', f"lora_dropout={v['lora_dropout']:g}", ''
 
+# %% ../nbs/advice.ipynb #58c9a2c5
 def length_advice(limit, profile, name, over=None, decided=False):
     "(rule, parameter, what, severity, mend) for a maximal length and a Profile"
     top = profile.percentiles[100]
@@ -164,7 +171,7 @@ def _plan_rules(job, plan):
 def _batch_rules(job, plan):
     "Steps of one or two rows"
     said = job.batch_size, job.per_device_train_batch_size, job.gradient_accumulation_steps
-    step = plan.per_device_train_batch_size*plan.gradient_accumulation_steps if plan else split_batch(*said)[0]
+    step = plan.rows_per_step if plan else split_batch(*said)[0]
     if step not in (1, 2) or (plan.packing if plan else job.packing is True): return
     name = 'batch_size' if job.batch_size != 'auto' else 'gradient_accumulation_steps'
     yield 'tiny-batch', name, f"{step} row{'s' if step > 1 else ''} a step", '', f"leave {'it' if name == 'batch_size' else 'batch_size and it'} 'auto', about 8 rows a step"

@@ -36,6 +36,7 @@ def reopen(self:Run,
     if params: write_json(self.path/'job.json', read_json(self.path/'job.json')|dict(parameters=job.to_dict(), auto=job.auto_fields()))
     return self
 
+# %% ../nbs/attempts.ipynb #7f413f07
 @patch(as_prop=True)
 def attempt(self:Run)->int: # From 1
     "Which attempt this is"
@@ -70,6 +71,7 @@ def hash_of(o)->str:
     "SHA-256 of plain data, whatever the order of its keys"
     return hashlib.sha256(json.dumps(_plain(o), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
+# %% ../nbs/attempts.ipynb #19d08d95
 def _put_aside(run, name):
     "Move an artefact of other inputs out of the way"
     if not (run.path/name).exists(): return
@@ -85,6 +87,7 @@ def _bring(run, other, name):
     shutil.copytree(other.path/name, stage)
     os.replace(stage, run.path/name)
 
+# %% ../nbs/attempts.ipynb #4158e2ea
 @patch
 def keep(self:Run,
     name:str, # Of the stage
@@ -113,6 +116,7 @@ def _record(self:Run, name, kept):
     (self.path/'stages').mkdir(exist_ok=True)
     write_json(self.path/'stages'/f'{name}.json', kept)
 
+# %% ../nbs/attempts.ipynb #82d5c340
 @patch(as_prop=True)
 def reused(self:Run)->Run|None:
     "The run whose stages this one may take over"

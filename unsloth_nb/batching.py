@@ -11,7 +11,7 @@ from collections import Counter,deque
 from dataclasses import asdict,dataclass
 
 import numpy as np
-from .spec import SpecError
+from .schema import SpecError
 
 # %% ../nbs/batching.ipynb #db6367a0
 def _counts(lengths)->np.ndarray: # [tokens]
@@ -71,6 +71,7 @@ def _checked(lengths, limit):
     if i is not None: raise SpecError(f"example {i}: {n[i]} tokens do not fit a row of {limit}; raise the limit to {max(n)} or more, or truncate or drop what is longer")
     return n,limit
 
+# %% ../nbs/batching.ipynb #51baea7c
 def pack(
     lengths, # [tokens] of each example
     limit:int, # [tokens] a row holds

@@ -25,7 +25,8 @@ from .loading import embedded_model,load_model,load_tokenizer,locate
 from .measured import Benchmark
 from .planning import make_plan
 from .runs import Run,read_json,read_lines,write_json
-from .spec import BenchmarkJob,FinetuneJob,SpecError,preset,presets
+from .schema import SpecError
+from .spec import BenchmarkJob,FinetuneJob,preset,presets
 from .training import train,trainer_arguments
 
 # %% ../nbs/benchmarking.ipynb #4d04823d
@@ -266,6 +267,7 @@ def _watch(child, run, timeout, stop)->bool: # Was it killed for its time?
         time.sleep(0.1)
     return False
 
+# %% ../nbs/benchmarking.ipynb #26156ba6
 def outcome(
     folder, # Of the measurement
     code:int, # The child's exit code
@@ -321,6 +323,7 @@ def benchmark(
     run.save('benchmark', res)
     return res
 
+# %% ../nbs/benchmarking.ipynb #b3729741
 def _request(job, name, c, device, home):
     "What a child is told; the text has been formatted, so the template is of no concern to it"
     src,ft = locate(finetune_job(job)),finetune_job(job, **c.settings)

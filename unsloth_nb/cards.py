@@ -15,8 +15,9 @@ from .escaping import markdown_code,markdown_text,mask_secrets,plain_text
 from .ledger import Ledger
 from .loading import BASE_FILE
 from .runs import Run,read_json
+from .schema import SpecError
 from .sources import KINDS
-from .spec import ModelRef,SpecError,resolve_model
+from .spec import ModelRef,resolve_model
 from .templates import ALPACA
 
 # %% ../nbs/cards.ipynb #70030cdf
@@ -97,6 +98,7 @@ def _eval_results(run, source):
 
 def _file_name(source): return plain_text(hub_dataset(source) or Path(source).name)
 
+# %% ../nbs/cards.ipynb #6d3d1ecd
 def card_data(
     run:Run, # Finetune run
     to:str, # Export kind

@@ -17,7 +17,7 @@ from .examples import make_examples
 from .inference import answering
 from .loading import LoadedModel,weights_folder
 from .runs import read_json
-from .spec import SpecError
+from .schema import SpecError
 from .witness import PROBES,greedy_answers,log_probabilities,render_ids,tokenizer_facts
 
 # %% ../nbs/certificate.ipynb #65947b63
@@ -104,6 +104,7 @@ def _read(files, name):
     if key is None: return None
     with safe_open(files[key], 'pt') as t: return t.get_tensor(key)
 
+# %% ../nbs/certificate.ipynb #02bb259e
 def merge_error(
     model:LoadedModel, # Trained model
     folder, # Merged model
@@ -125,6 +126,7 @@ def merge_error(
             noise = max(noise, ((after-before-change).norm()/(want-before-change).norm().clamp_min(1e-30)).item())
     return share,noise
 
+# %% ../nbs/certificate.ipynb #70fb91d4
 def adapter_error(model:LoadedModel, folder)->int: # Tensors that differ, are missing or are too many, and a wrong scale
     "Where a saved adapter is not the one in memory"
     import torch
@@ -206,6 +208,7 @@ class Certificate(dict):
 
 def _value(c): return f"{c['value']:.4g}" if isinstance(c['value'], float) else str(c['value'])
 
+# %% ../nbs/certificate.ipynb #803ed605
 def certify(
     model:LoadedModel, # In memory
     request:dict, # From `make_request`

@@ -12,11 +12,11 @@ from fastcore.basics import patch
 
 from .chatting import Chat,chat
 from .conversations import check_characters,to_conversation
-from .escaping import html_text,plain_text
+from .escaping import html_text
 from .inference import Sampling
 from .panels import Panel,message,while_busy
 from .runs import append_line,read_lines
-from .spec import SpecError
+from .schema import SpecError
 
 # %% ../nbs/chat_panel.ipynb #8fdff63e
 def save_case(

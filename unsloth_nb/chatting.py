@@ -13,7 +13,7 @@ from .escaping import html_text,plain_text
 from .inference import Sampling,check_fits,context_length,generate,load_run,show_pieces,stream
 from .loading import LoadedModel
 from .runs import open_run,read_json
-from .spec import SpecError
+from .schema import SpecError
 
 # %% ../nbs/chatting.ipynb #01f6d342
 @dataclass
@@ -28,6 +28,7 @@ class Turn:
         return f'<div><b>{html_text(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
     def __repr__(self): return plain_text('\n'.join([f'> {self.question}', *(f'{k+":":7}{a.text}' for k,a in self.answers.items())]))
 
+# %% ../nbs/chatting.ipynb #815aef46
 class Chat:
     "A conversation with the tuned model and, beside it, the base model"
     def __init__(self,
@@ -64,6 +65,7 @@ def _asked(self:Chat, question):
     for k,msgs in asked.items(): check_fits(len(self.model.formatter.prompt_ids(msgs)), self.sampling, context_length(self.model.model.config), f"chat: the history of {k} with this question", 'begin anew with chat.reset(), use a shorter system message, or')
     return asked
 
+# %% ../nbs/chatting.ipynb #70b531ae
 @patch
 def _told(self:Chat, question, asked, answers):
     "The answers join the history"
@@ -77,6 +79,7 @@ def __call__(self:Chat, question:str)->Turn:
     asked = self._asked(question)
     return self._told(question, asked, {k:generate(self.model, [msgs], self.sampling, tuned=k == 'tuned')[0] for k,msgs in asked.items()})
 
+# %% ../nbs/chatting.ipynb #09f5e64f
 @patch
 def show(self:Chat, question:str)->Turn:
     "Ask, and show the answers as they are written"

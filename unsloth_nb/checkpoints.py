@@ -26,6 +26,7 @@ def _flush(path):
 
 def _sum(folder): return f"{hashlib.sha256((folder/MANIFEST).read_bytes()).hexdigest()}  {MANIFEST}\n"
 
+# %% ../nbs/checkpoints.ipynb #28f1c3f5
 def write_whole(
     folder, # Must not exist yet
     write, # Called with an empty folder

@@ -12,7 +12,8 @@ from dataclasses import asdict,dataclass,field
 from fastcore.basics import patch
 from .escaping import markdown_text,plain_text
 from .runs import STATUSES,RunError,RunList,_plain,list_runs,open_run,read_json # noqa: F401 (list_runs, with what is added here)
-from .spec import JOBS,SpecError,nearest
+from .schema import SpecError,nearest
+from .spec import JOBS
 
 # %% ../nbs/comparing.ipynb #e7c8fa60
 _PLAN = 'dtype load_in_4bit load_in_8bit per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim packing padding_free attention max_seq_length'.split()
@@ -146,6 +147,7 @@ class RunDiff:
     @property
     def identical(self)->bool: return self.same_curves and self.same_adapter is True
 
+# %% ../nbs/comparing.ipynb #3eb5fd6c
 def diff_runs(
     a, # Run, name, unique part of a name, directory, or `latest`
     b, # The same, for the other run
@@ -211,6 +213,7 @@ def _sections(self:RunDiff):
     head = ('curve', 'common steps', 'only a', 'only b', 'part at step', 'largest difference', 'at step', 'at the end')
     yield 'curves',[head, *((n, *map(str, (c.common, c.only_a, c.only_b)), _text(c.first), _percent(c.largest), _text(c.at), _percent(c.final)) for n,c in self.curves.items())]
 
+# %% ../nbs/comparing.ipynb #3dfed335
 def _columns(rows):
     w = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(c.ljust(n) for c,n in zip(r, w)).rstrip() for r in rows)
@@ -275,6 +278,7 @@ class Replay:
     def _repr_markdown_(self): return f'**{markdown_text(self.verdict)}**\n\n{self.diff._repr_markdown_()}'
     def plot(self, ax=None): return self.diff.plot(ax)
 
+# %% ../nbs/comparing.ipynb #3ea7f961
 @patch
 def _problem(self:Replay):
     "Why this is no repetition, or nothing"
@@ -289,6 +293,7 @@ def _problem(self:Replay):
     if worst: return f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step {worst.at}){since}'
     if d.same_adapter is False and not self.band: return f'parted: the same curves, yet other adapter weights{since}'
 
+# %% ../nbs/comparing.ipynb #f808cd0f
 @patch(as_prop=True)
 def verdict(self:Replay)->str:
     "Bit-identical, within the band, or parted and where"
@@ -332,6 +337,7 @@ def where(self:RunList,
     fits = lambda c: all(v is None or c[k] == v for k,v in whole.items()) and all(v is None or str(v) in str(c[k]) for k,v in part.items())
     return RunList(r for r,c in zip(self, cells) if fits(c))
 
+# %% ../nbs/comparing.ipynb #9d4cfd54
 @patch
 def by(self:RunList,
     column:str='run', # One of `RunList.columns`
@@ -346,6 +352,7 @@ def by(self:RunList,
     keyed = [(key(r, row[i]), r) for r,row in zip(self, self.rows())]
     return RunList(r for _,r in sorted(keyed, key=lambda k: k[0], reverse=reverse))
 
+# %% ../nbs/comparing.ipynb #9527747a
 @patch
 def plot(self:RunList, ax=None):
     "The loss curves of all runs in one picture; returns the axes"

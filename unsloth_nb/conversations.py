@@ -12,8 +12,8 @@ from dataclasses import dataclass,field
 from fastcore.basics import patch
 
 from .escaping import markdown_code,markdown_text,plain_text
+from .schema import nearest
 from .sources import DataError
-from .spec import nearest
 
 # %% ../nbs/conversations.ipynb #4afd1f02
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ FORMATS = dict(
     preference=(('chosen', 'rejected'), 'two answers, of which the first is better'),
     unpaired_preference=(('label',), 'messages or prompt and completion, and whether the answer is good'))
 
-EXTRA = dict(messages={'tools'}, sharegpt={'tools', 'system'}, alpaca={'input', 'system', 'history'}, prompt_completion={'tools', 'system'}, text=set(),
+EXTRA = dict(messages={'tools', 'system'}, sharegpt={'tools', 'system'}, alpaca={'input', 'system', 'history'}, prompt_completion={'tools', 'system'}, text=set(),
     preference={'prompt', 'messages', 'conversations', 'instruction', 'input', 'system', 'tools'}, unpaired_preference={'prompt', 'completion', 'messages', 'conversations', 'tools', 'system'})
 _others = dict(instruction=('question', 'query'), prompt=('question', 'query', 'input', 'instruction', 'problem'), completion=('answer', 'response', 'output', 'target', 'solution'), output=('response', 'answer', 'completion'),
     messages=('conversation', 'chat', 'dialog', 'dialogue', 'turns'), text=('content', 'document', 'body', 'article'))
@@ -173,6 +173,15 @@ def _message(t, where, names):
     more = dict(reasoning_content=reasoning, tool_calls=calls, tool_call_id=t.get('tool_call_id'), name=t.get('name'), weight=None if t.get('weight') is None else _weight(t['weight'], where))
     return dict(role=roles[role], content=content)|{k:v for k,v in more.items() if v not in ('', [], None)}
 
+# %% ../nbs/conversations.ipynb #43199432
+def _under_system(row, i, msgs):
+    "Messages below the system message of the row's column `system`, where it has one"
+    sys = _text(row, 'system', i, optional=True)
+    if not sys: return msgs
+    if msgs[0]['role'] != 'system': return [dict(role='system', content=sys), *msgs]
+    if msgs[0]['content'] != sys: raise DataError(f"row {i}: the column 'system' and the turns have different system messages; leave one of them out")
+    return msgs
+
 def _turns(row, col, i, roles=ROLES):
     "Messages from a column with a list of turns"
     turns = row.get(col)
@@ -224,11 +233,9 @@ def _side(self:Reading, row, col, i, role):
 @patch
 def _start(self:Reading, row, i):
     "The messages before the answers of preference data; None when there are none"
-    sys = _text(row, 'system', i, optional=True)
-    sys = [dict(role='system', content=sys)] if sys else []
     col = next((c for c in ('prompt', 'messages', 'conversations') if row.get(c) is not None), None)
-    if col: return sys+self._side(row, col, i, 'user')
-    return sys+[dict(role='user', content=_instruction(row, i, self.keep_empty))] if row.get('instruction') is not None else None
+    if col: return _under_system(row, i, self._side(row, col, i, 'user'))
+    return _under_system(row, i, [dict(role='user', content=_instruction(row, i, self.keep_empty))]) if row.get('instruction') is not None else None
 
 # %% ../nbs/conversations.ipynb #2fcdba01
 def _instruction(row, i, keep_empty=False):
@@ -263,12 +270,13 @@ def _unpaired(self:Reading, row, i):
 @patch
 def _alpaca(self:Reading, row, i):
     ins,inp,out = _text(row, 'instruction', i, self.keep_empty),_text(row, 'input', i, optional=True),_text(row, 'output', i, self.keep_empty)
-    sys,past = _text(row, 'system', i, optional=True),row.get('history') or []
+    past = row.get('history') or []
     if not isinstance(past, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past): raise DataError(f"row {i}: column 'history' must be a list of pairs, question and answer")
     turns = [dict(role=r, content=c) for p in past for r,c in zip(('user', 'assistant'), p)]
-    msgs = [*([dict(role='system', content=sys)] if sys else []), *turns, dict(role='user', content=_instruction(row, i, self.keep_empty)), dict(role='assistant', content=out)]
+    msgs = _under_system(row, i, [*turns, dict(role='user', content=_instruction(row, i, self.keep_empty)), dict(role='assistant', content=out)])
     return Conversation(check_turns(msgs, i, self.keep_empty), fields=dict(instruction=ins, input=inp if inp.strip() else ''), row=i)
 
+# %% ../nbs/conversations.ipynb #f7574f2c
 @patch
 def conversation(self:Reading, row:dict, i:int=0)->Conversation:
     "One row as a conversation; raises `DataError` with the row, the place and the mend"
@@ -280,9 +288,7 @@ def conversation(self:Reading, row:dict, i:int=0)->Conversation:
     if f == 'unpaired_preference': label,f = self._unpaired(row, i)
     if f == 'prompt_completion': msgs = self._side(row, 'prompt', i, 'user')+self._side(row, 'completion', i, 'assistant')
     else: msgs = _turns(row, FORMATS[f][0][0], i, self.all_roles)
-    sys = _text(row, 'system', i, optional=True)
-    if sys and msgs[0]['role'] != 'system': msgs = [dict(role='system', content=sys), *msgs]
-    return Conversation(check_turns(msgs, i, self.keep_empty), tools=_tools(row, i), label=label, row=i)
+    return Conversation(check_turns(_under_system(row, i, msgs), i, self.keep_empty), tools=_tools(row, i), label=label, row=i)
 
 def to_conversation(
     row:dict, # Columns of one row

@@ -21,8 +21,9 @@ from .conversations import EXTRA,FORMATS,Conversation,Reading,check_characters,d
 from .escaping import markdown_text,plain_text
 from .events import make_events
 from .ledger import Faults,Ledger,count_rows
+from .schema import nearest
 from .sources import DataError,Source,Spool,find_source
-from .spec import FinetuneJob,nearest
+from .spec import FinetuneJob
 
 # %% ../nbs/data.ipynb #617e6776
 def _key(conv)->bytes: return json.dumps(conv.to_dict(), ensure_ascii=False).encode()
@@ -101,6 +102,7 @@ def _convert(reading, row, i, job):
         return (conv, 'control_characters_kept') if job.control_characters == 'keep' else (without_control(conv), 'control_characters_removed')
     return conv,None
 
+# %% ../nbs/data.ipynb #4fa013eb
 def collect(src:Source, job, store:Store, where=None)->dict: # rows, index, faults, left, noted, format, reason, unused
     "Read a source into the store under the job's policies"
     cols,some,rows = _peek(src.rows())
@@ -347,6 +349,7 @@ def load_data(
     _check_left(used, got, books)
     return _data(job, used, test, got, formats, books, sum(g['rows'] for g in [*got, *([other[1]] if other else [])]))
 
+# %% ../nbs/data.ipynb #bdc2ab98
 def _check_left(train, got, books):
     if not len(train): raise DataError(f"dataset: no row of {got[0]['name']} is left to train on ({', '.join(f'{k}: {v}' for k,v in books['left'].items() if v)})")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from .escaping import mask_secrets,plain_text
 from .scanning import UNKNOWN
-from .spec import LINEARS,TEMPLATES,ExportJob,FinetuneJob,SpecError,nearest,presets
+from .schema import SpecError
+from .spec import LINEARS,FinetuneJob,presets
 
 # %% ../nbs/drafting.ipynb #71c97386
 class MigrationError(SpecError):
@@ -260,6 +261,7 @@ def finish(
         try: return FinetuneJob(**self.params|over)
         except SpecError as e: self._drop(e, over)
 
+# %% ../nbs/drafting.ipynb #31674d0a
 @patch
 def _drop(self:Draft, e, over):
     "Take out what the schema refused"

@@ -12,8 +12,9 @@ from contextlib import contextmanager,redirect_stderr,redirect_stdout
 from dataclasses import asdict,dataclass
 from fastcore.basics import patch
 
+from .places import settings
 from .sandbox import bound_templates
-from .spec import SpecError,settings
+from .schema import SpecError
 
 # %% ../nbs/engine.ipynb #b1bc06a5
 _env = dict(

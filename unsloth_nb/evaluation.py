@@ -19,9 +19,9 @@ from .inference import Answer,Sampling,answering,generate
 from .loading import LoadedModel
 from .resuming import code_hashes,rows_sha256,weights_sha256
 from .runs import Run,before_after
+from .schema import SpecError
 from .scoring import ScorerError,default_scorers,named_scorers,score_rows
 from .significance import CONFIDENCE,SAMPLES,Difference,Estimate,caution,difference,estimate,interval,number
-from .spec import SpecError
 
 # %% ../nbs/evaluation.ipynb #3f125051
 LOGITS = 2**29 # Logits of one pass [numbers]: 1 GiB in 16 bits
@@ -34,6 +34,7 @@ def _passes(lengths, batch_size, vocabulary):
         part.append(i)
     if part: yield part
 
+# %% ../nbs/evaluation.ipynb #3de38912
 def row_losses(
     model:LoadedModel, # Model
     examples, # Examples

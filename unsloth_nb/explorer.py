@@ -7,7 +7,6 @@ __all__ = ['SECONDS', 'ORDERS', 'SHOWN', 'PAGE', 'DataExplorer', 'Row', 'all_tex
 
 # %% ../nbs/explorer.ipynb #ecea3e73
 import threading,time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +22,8 @@ from .ledger import Ledger,count_rows
 from .loading import load_tokenizer
 from .panels import Panel,message,picture
 from .profiling import profile_examples
+from .schema import SpecError,nearest
 from .sources import DataError
-from .spec import SpecError,nearest
 from .templates import FormatError
 
 # %% ../nbs/explorer.ipynb #41ac4bb3

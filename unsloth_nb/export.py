@@ -20,8 +20,9 @@ from .loading import LoadedModel,write_older_names
 from .planning import check_free
 from .resuming import code_hashes,rows_sha256,weights_sha256
 from .runs import Run,open_run,read_json,start_run,write_json
+from .schema import SpecError,nearest
 from .serving import NF4,find_backend
-from .spec import EXPORTS,ExportJob,SpecError,nearest
+from .spec import EXPORTS,ExportJob
 from .training import write_adapter
 from .witness import ask
 
@@ -62,6 +63,7 @@ def _merged(model, folder):
     try: yield inner
     finally: shutil.rmtree(inner)
 
+# %% ../nbs/export.ipynb #b93b24fc
 def _write_4bit(model, merged, folder):
     "Quantize a merged model to NF4"
     import torch
@@ -72,19 +74,26 @@ def _write_4bit(model, merged, folder):
         AutoModelForCausalLM.from_pretrained(merged, quantization_config=nf4, dtype=dtype, device_map={'':model.plan.device.kind}).save_pretrained(folder)
         _finish_folder(model, folder)
 
-def _write_gguf(model, merged, folder, kind):
+# %% ../nbs/export.ipynb #c6000e33
+def _system_of(convs):
+    "The system message that all conversations begin with, or None"
+    found = {c.messages[0]['content'] if c.messages and c.messages[0]['role'] == 'system' else None for c in convs}
+    return found.pop() if len(found) == 1 else None
+
+def _write_gguf(model, merged, folder, kind, system):
     "Convert, quantize, and say to Ollama how to run it"
     write_gguf(merged, folder/'model.gguf', kind)
-    (folder/'Modelfile').write_text(modelfile(model.exported_tokenizer(), model.formatter.stop_ids()))
+    (folder/'Modelfile').write_text(modelfile(model.exported_tokenizer(), model.formatter.stop_ids(), system))
 
-def _write(model, folder, to):
+# %% ../nbs/export.ipynb #07a001e1
+def _write(model, folder, to, system=None):
     "Write an export; returns the checks of the trained weights, which for converted forms look at what they are made from"
     if to in ('adapter', 'merged_16bit'):
         write_adapter(model, folder) if to == 'adapter' else _write_merged(model, folder)
         return weight_checks(model, folder, to == 'adapter')
     with _merged(model, folder) as merged:
         if to == 'merged_4bit': _write_4bit(model, merged, folder)
-        else: _write_gguf(model, merged, folder, to.removeprefix('gguf_'))
+        else: _write_gguf(model, merged, folder, to.removeprefix('gguf_'), system)
         return weight_checks(model, merged, False)
 
 # %% ../nbs/export.ipynb #4139ab71
@@ -136,7 +145,7 @@ def save_artifact(
     request = make_request(model, convs, tok)
     want = expect(model, request, tok)
     def write(stage):
-        trained = _write(model, stage, to)
+        trained = _write(model, stage, to, _system_of(convs))
         got = ask('gguf' if to.startswith('gguf') else 'transformers', _spec(model, stage/'model.gguf' if to.startswith('gguf') else stage, to), request)
         cert = certify(model, request, want, got, to, trained).check()
         if vllm: cert = cert.joined(certify(model, request, want, ask('vllm', _vllm_spec(model, stage), request), to)).check()

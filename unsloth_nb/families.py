@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from .escaping import markdown_code,markdown_text,plain_text
 from .planning import make_plan
-from .spec import FinetuneJob,SpecError,nearest,presets
+from .schema import SpecError,nearest
+from .spec import FinetuneJob,presets
 
 # %% ../nbs/families.ipynb #063b171b
 @dataclass(frozen=True)

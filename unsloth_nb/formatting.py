@@ -42,10 +42,11 @@ def _batch(tok, strings, literal):
     "Ids of strings; control tokens in them are letters where `literal`"
     backend = tok.backend_tokenizer
     backend.no_truncation(); backend.no_padding()
-    backend.encode_special_tokens = literal
+    was,backend.encode_special_tokens = backend.encode_special_tokens,literal
     try: return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
-    finally: backend.encode_special_tokens = False
+    finally: backend.encode_special_tokens = was
 
+# %% ../nbs/formatting.ipynb #b0f9042a
 def encode_pieces(
     tok, # Fast tokenizer
     texts:list, # Lists of pieces (text, trained)
@@ -159,6 +160,7 @@ def _literal(self:Formatter, conv):
     new = Conversation(**{k:v if k in ('row', 'rejected', 'label') else replaced(v, lambda s: self.special.sub(swap, s)) for k,v in vars(conv).items()})
     return new,{c:t for t,c in found.items()}
 
+# %% ../nbs/formatting.ipynb #bbc50a14
 @patch
 def examples(self:Formatter, convs)->list: # For each conversation its examples, or a FormatError
     "Conversations as the model sees them in training"
@@ -174,6 +176,7 @@ def examples(self:Formatter, convs)->list: # For each conversation its examples,
     for o in todo: o[1] = [next(coded) for _ in o[1]]
     return [o if isinstance(o, FormatError) else [Example(ids, mask, o[0].row, self.tok) for ids,mask in o[1]] for o in out]
 
+# %% ../nbs/formatting.ipynb #bf563313
 @patch
 def example(self:Formatter, conv:Conversation)->Example:
     "One conversation as an example; where the template needs several, the one with the last answer"
@@ -205,6 +208,7 @@ def prompt(self:Formatter, x)->str: # Ends where the answer begins
     if self.template == 'chat': check_shown(conv, self.seen); return render(self.tok, conv.messages, conv.tools, True, conv.row)
     return (self.tok.bos_token if self.adds_bos else '')+alpaca_prompt(conv)
 
+# %% ../nbs/formatting.ipynb #fac376c9
 @patch
 def _prompt_pieces(self:Formatter, conv):
     "The prompt, cut where the training text is"
@@ -220,6 +224,7 @@ def prompt_ids(self:Formatter, x)->list[int]:
     conv,literal = self._literal(_asked(x))
     return encode_pieces(self.tok, [self._prompt_pieces(conv)], literal)[0][0]
 
+# %% ../nbs/formatting.ipynb #5ebc0aa6
 @patch
 def answer(self:Formatter, conv:Conversation)->str: # Without special tokens
     "The text that the model should write as the last answer"
@@ -227,6 +232,7 @@ def answer(self:Formatter, conv:Conversation)->str: # Without special tokens
     text,s,e = self.chat.answer(conv, len(conv.messages)-1)
     return self.special.sub('', text[s:e])
 
+# %% ../nbs/formatting.ipynb #174256a5
 @patch
 def stop_ids(self:Formatter)->list[int]: # Token ids
     "Tokens that end an answer: end of sequence, and what the template writes behind an answer or a call"

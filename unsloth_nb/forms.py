@@ -20,8 +20,9 @@ from .escaping import html_text,mask_secrets
 from .jobs import read_pairs,run_job
 from .panels import Panel,message
 from .planning import Plan,make_plan
+from .schema import Job,SpecError,_parts,fields,read_value
 from .sources import find_source
-from .spec import BENCHMARKS,JOBS,TEMPLATES,DataParams,FinetuneJob,Job,RowParams,SpecError,_parts,fields,preset,presets,read_value
+from .spec import BENCHMARKS,JOBS,TEMPLATES,DataParams,FinetuneJob,RowParams,preset,presets
 from .supervising import _changed
 
 # %% ../nbs/forms.ipynb #80a2df0f
@@ -116,7 +117,7 @@ class Later:
             self.done.clear()
             self.at = time.monotonic()+self.delay
             if self.thread is None:
-                self.thread = threading.Thread(target=self._go, daemon=True)
+                self.thread = threading.Thread(target=self._go)
                 self.thread.start()
     def _go(self):
         while not self.done.is_set():

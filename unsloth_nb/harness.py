@@ -19,7 +19,7 @@ from .loading import LoadedModel
 from .resuming import code_hashes,weights_sha256
 from .runs import Run,fingerprint
 from .sandbox import bounded_environment
-from .spec import SpecError,nearest
+from .schema import SpecError,nearest
 
 # %% ../nbs/harness.ipynb #5991b862
 FORMATS = ('json', 'csv', 'parquet', 'text') # Readers of data files; others may run code

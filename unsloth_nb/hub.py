@@ -17,8 +17,10 @@ from .checkpoints import MANIFEST,MANIFEST_SUM,check_whole
 from .engine import quiet,set_environment
 from .escaping import find_secrets,markdown_code,plain_text
 from .loading import BASE_FILE
+from .places import settings
 from .runs import Run,RunError,append_line,open_run,read_json,read_lines
-from .spec import SpecError,resolve_model,settings
+from .schema import SpecError
+from .spec import resolve_model
 
 # %% ../nbs/hub.ipynb #20742162
 class HubError(RunError):

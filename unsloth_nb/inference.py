@@ -22,7 +22,8 @@ from .formatting import Formatter
 from .loading import LoadedModel,load_adapter,load_tokenizer
 from .planning import make_plan
 from .runs import open_run
-from .spec import FinetuneJob,SpecError,nearest
+from .schema import SpecError,nearest
+from .spec import FinetuneJob
 from .tool_calls import as_tools,parse_calls
 from .vllm_server import open_vllm
 
@@ -223,6 +224,7 @@ def _asked(formatter, prompts, s, context, system=None, tools=None):
         out.append((ids, conv.tools if isinstance(conv, Conversation) else None))
     return out
 
+# %% ../nbs/inference.ipynb #2d8c8601
 def _drawn(sampling):
     "The sampling, with a seed where one is needed"
     s = Sampling() if sampling is None else sampling
@@ -295,6 +297,7 @@ def _in_thread(model, ids, s, tuned, over):
     thread.start()
     return thread,out.queue,failed
 
+# %% ../nbs/inference.ipynb #48a9977e
 def stream(
     model:LoadedModel, # Model
     prompt, # A text, messages or a conversation
@@ -335,6 +338,7 @@ def _notebook_writer():
 
 def _terminal_writer(): return lambda text,piece,final=False: print(plain_text(piece), end='\n' if final else '', file=sys.stdout, flush=True)
 
+# %% ../nbs/inference.ipynb #74c7370e
 def show_pieces(pieces):
     "Show pieces of text as they come; returns what the generator returns"
     from IPython import get_ipython

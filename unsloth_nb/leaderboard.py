@@ -13,8 +13,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from .escaping import html_text,markdown_text,plain_text
 from .runs import RunError,open_run,read_json
+from .schema import SpecError,nearest
 from .significance import CONFIDENCE,SAMPLES,Difference,Estimate,caution,difference,estimate,interval,number
-from .spec import SpecError,nearest
 
 # %% ../nbs/leaderboard.ipynb #0f1f043e
 def _numbers(d): return isinstance(d, dict) and all(isinstance(v, list) and v and all(isinstance(x, (int, float)) for x in v) for v in d.values())

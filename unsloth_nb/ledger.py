@@ -29,6 +29,7 @@ class Ledger:
     def kept_total(self)->int: return sum(self.kept.values())
     def to_dict(self): return dict(unit=self.unit, came=self.came, kept=dict(self.kept), left_out=dict(self.left_out), noted=dict(self.noted))
 
+# %% ../nbs/ledger.ipynb #6a818479
 @patch
 def lines(self:Ledger): # (name, number)
     "What is worth showing: what came, what was kept, and every other number that is not zero"

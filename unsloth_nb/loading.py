@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['ALPACA_TEMPLATE', 'BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel',
-           'load_model', 'write_older_names', 'base_fingerprint', 'weights_folder', 'load_adapter']
+           'load_model', 'write_older_names', 'base_fingerprint', 'weights_folder', 'load_adapter', 'trained_weights',
+           'put_weights', 'load_weights']
 
-# %% ../nbs/loading.ipynb #81d52757
-import copy,importlib.metadata,importlib.util,os,re,tempfile
+# %% ../nbs/loading.ipynb #79c09066
+import copy,gc,importlib.metadata,importlib.util,os,re,tempfile
 from dataclasses import dataclass
 from functools import cache,cached_property
 from pathlib import Path
 from fastcore.basics import patch
 
-from .checkpoints import MANIFEST,check_whole
+from .checkpoints import MANIFEST,CheckpointError,check_whole
 from .engine import check_hub,quiet,start_engine
 from .escaping import plain_text
 from .formatting import Formatter
+from .places import settings
 from .planning import Plan,make_plan
+from .ranks import parted,ranks
 from .runs import read_json,sha256,write_json
-from .spec import FinetuneJob,ModelRef,SpecError,resolve_model,settings
+from .schema import SpecError
+from .spec import FinetuneJob,ModelRef,resolve_model
 from .templates import ALPACA,use_template
 
 # %% ../nbs/loading.ipynb #98a1f7c4
@@ -117,7 +121,12 @@ def _ready(tok, job):
 # %% ../nbs/loading.ipynb #15e87e79
 class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
-    def __init__(self, model, tok, source, plan, job, adapter=None): self.model,self.tok,self.source,self.plan,self.job,self.adapter = model,tok,source,plan,job,adapter
+    def __init__(self, model, tok, source, plan, job, adapter=None): self._model,self.tok,self.source,self.plan,self.job,self.adapter,self.weights = model,tok,source,plan,job,adapter,None
+    @property
+    def model(self):
+        "What the libraries call the model; loaded again after a `release`"
+        if self._model is None: self._model = self._again()
+        return self._model
     @cached_property
     def base(self)->dict: # weights: file to SHA-256; adapter: the same of the one that training starts from, or None
         "What the trained weights are added to"
@@ -160,13 +169,17 @@ def _check_targets(model, job):
     missing = [t for t in job.target_modules if t not in have]
     if missing: raise SpecError(f"target_modules: {job.model} has no {', '.join(missing)}; it has {', '.join(sorted(have))}")
 
+def _device_map(plan):
+    "All on one device, unless one process holds what several share"
+    return dict(device_map='balanced') if plan.parallel in ('fsdp', 'device_map') and ranks() == 1 and plan.device.kind == 'cuda' else {}
+
 def _from_pretrained(src, plan):
     "Model and tokenizer through Unsloth, quietly"
     import torch
     from unsloth import FastLanguageModel
     try:
         with quiet(): return FastLanguageModel.from_pretrained(src.path, revision=src.revision, max_seq_length=plan.max_seq_length, dtype=getattr(torch, plan.dtype),
-            load_in_4bit=plan.load_in_4bit, load_in_8bit=plan.load_in_8bit, use_gradient_checkpointing=plan.gradient_checkpointing, trust_remote_code=src.remote_code)
+            load_in_4bit=plan.load_in_4bit, load_in_8bit=plan.load_in_8bit, use_gradient_checkpointing=plan.gradient_checkpointing, trust_remote_code=src.remote_code, **_device_map(plan))
     except (OSError, ValueError) as e: raise _guard(f"model: {src.path}", e) from e
 
 # %% ../nbs/loading.ipynb #aba11bc5
@@ -186,6 +199,7 @@ def load_model(
     start_engine()
     plan = plan or make_plan(job)
     if (Path(src.path)/'adapter_config.json').exists(): return load_adapter(src.path, job, plan)
+    if plan.ranks > ranks(): return LoadedModel(None, _ready(_tokenizer(src, job.max_seq_length), job), src, plan, job) # Others will train; it is loaded here when something asks for it
     model,tok = _from_pretrained(src, plan)
     return LoadedModel(_add_adapter(model, job, plan), _ready(tok, job), src, plan, job)
 
@@ -222,6 +236,7 @@ def _snapshot(repo, revision):
     found = try_to_load_from_cache(repo, 'config.json', revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
+# %% ../nbs/loading.ipynb #58e6f285
 def _weights_sha256(f):
     name = f.resolve().name
     return name if re.fullmatch('[0-9a-f]{64}', name) else _sha256_at(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size)
@@ -229,6 +244,7 @@ def _weights_sha256(f):
 @cache
 def _sha256_at(path, changed, size): return sha256(path)
 
+# %% ../nbs/loading.ipynb #0f9c195c
 @patch
 def save_base(self:LoadedModel, folder):
     "Write beside an adapter which model it belongs to"
@@ -258,6 +274,7 @@ def _view(folder, base, tmp):
     write_json(Path(tmp)/'adapter_config.json', read_json(Path(folder)/'adapter_config.json')|dict(base_model_name_or_path=base))
     return str(tmp)
 
+# %% ../nbs/loading.ipynb #f130759d
 def load_adapter(
     folder, # Folder with adapter_config.json
     job:FinetuneJob, # Its job
@@ -277,3 +294,40 @@ def load_adapter(
     tok.name_or_path,tok.clean_up_tokenization_spaces = str(folder),False
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return LoadedModel(model, tok, src, plan, base_job, base_fingerprint(folder))
+
+# %% ../nbs/loading.ipynb #f0b22cf7
+def trained_weights(model)->dict: # Name to tensor
+    "The parameters that are trained, as the model names them"
+    return {n:p for n,p in model.named_parameters() if p.requires_grad}
+
+def put_weights(model, have:dict, what:str='the weights'): # have: name to tensor; what: whose they are, for a message
+    "Put trained weights back where they were, each in its own dtype"
+    import torch
+    want = trained_weights(model)
+    odd = sorted({*have}^{*want}) or [n for n,p in want.items() if have[n].shape != p.shape]
+    if odd: raise CheckpointError(f"{what}: {len(odd)} trained tensors do not fit the model ({odd[0]}, …)")
+    with torch.no_grad():
+        for n,p in want.items():
+            if p.dtype != have[n].dtype: p.data = p.data.to(have[n].dtype)
+            p.copy_(parted(have[n], p))
+
+def load_weights(model, folder): # Folder with `weights.safetensors`
+    "Put trained weights back from a file"
+    from safetensors.torch import load_file
+    put_weights(model, load_file(Path(folder)/'weights.safetensors'), Path(folder).name)
+
+# %% ../nbs/loading.ipynb #ffcd8475
+@patch
+def release(self:LoadedModel, weights:dict|None=None): # Name to tensor; None: its own
+    "Give the device's memory back; the model comes back with these trained weights when it is asked for"
+    import torch
+    if weights is None and self._model is not None: weights = {n:p.detach().cpu().clone() for n,p in trained_weights(self._model).items()}
+    self._model,self.weights = None,weights or self.weights
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+
+@patch
+def _again(self:LoadedModel):
+    model = _add_adapter(_from_pretrained(self.source, self.plan)[0], self.job, self.plan)
+    if self.weights: put_weights(model, self.weights)
+    return model

@@ -58,6 +58,7 @@ def _cells(self:Benchmark):
         yield [r['name'], f"{r['tokens_per_second']:,.0f}{spread}", f"{r['tokens_per_second']/ref['tokens_per_second']:.2f} x", f"{r['step_seconds']:.3f}", f"{r['tokens_per_step']:,.0f}",
             gib(r['peak_bytes']), gib(r.get('predicted_peak_bytes')), f'{speed:,.0f}' if speed else '', f"{r['load_seconds']:.1f}", f"{r['first_step_seconds']:.1f}"]
 
+# %% ../nbs/measured.ipynb #0ba5b805
 @patch
 def facts(self:Benchmark)->list[str]:
     "Device, data, and every measurement that failed or was left out"
@@ -65,6 +66,7 @@ def facts(self:Benchmark)->list[str]:
     why = [f"{m['name']}{', round '+str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}" for m in self.measurements if m['status'] != 'ok']
     return [f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of {e['tokens']/e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}", *why]
 
+# %% ../nbs/measured.ipynb #15cd3914
 @patch
 def _repr_markdown_(self:Benchmark):
     head,*body = self._cells()

@@ -73,12 +73,14 @@ def _call(d, c, rules, *places):
     d.read(rules, {k:v for k,v in values.items() if k not in _OBJECTS})
     if c.open: d.leave(c.last, '**', 'arguments that come from elsewhere; look at them in the notebook')
 
+# %% ../nbs/migrating.ipynb #842bf866
 def _layers(d):
     "`finetune_…_modules` of FastModel as target modules"
     if not d.parts or 'target_modules' in d.params: return
     names = [*(LINEARS[:4] if d.parts.get('attention', True) else []), *(LINEARS[4:] if d.parts.get('mlp', True) else [])]
     if names: d.params['target_modules'] = names; d.mapped.append(d._line('finetune_…_modules', d.parts, dict(target_modules=names), ''))
 
+# %% ../nbs/migrating.ipynb #1201dcce
 _ALPACA = re.compile(r'### ?Instruction:.*### ?Response:', re.S)
 
 def _template(d, src):
@@ -151,6 +153,7 @@ UNSLOTH_DEFAULTS = dict(learning_rate=5e-5, per_device_train_batch_size=4, gradi
 TRANSFORMERS_DEFAULTS = dict(learning_rate=5e-5, per_device_train_batch_size=8, gradient_accumulation_steps=1, warmup_steps=0, weight_decay=0.0, seed=42, optim='adamw_torch_fused') # transformers 5.17, TrainingArguments
 _MODEL_DEFAULTS = dict(max_seq_length=2048, load_in_4bit=True, r=16, lora_alpha=16, lora_dropout=0.0, lr_scheduler_type='linear', packing=False, over_length='truncate') # FastLanguageModel.from_pretrained and get_peft_model, 2026.10.9
 
+# %% ../nbs/migrating.ipynb #2730f5b7
 def read_notebook(path, src=None)->tuple: # (Draft, defaults, epochs)
     "A notebook or script as a draft"
     src = src or scan(path)
@@ -178,7 +181,7 @@ def read_notebook(path, src=None)->tuple: # (Draft, defaults, epochs)
     _saves(d, src)
     if len(more := src.named(*_SFT, *_PLAIN)) > 1: d.leave(more[1].last, _at(more[1]), 'a second training; import it from a file of its own, with the first adapter as its model')
     for b in src.broken: d.leave('not Python', b.name, f'cell {b.cell} was read only as far as it parses')
-    plain = config is not None and config.last == 'TrainingArguments'
+    plain = config is not None and config.last in ('TrainingArguments', 'Seq2SeqTrainingArguments')
     return d,_MODEL_DEFAULTS|(TRANSFORMERS_DEFAULTS if plain else UNSLOTH_DEFAULTS),3.0
 
 # %% ../nbs/migrating.ipynb #9c70bc01
@@ -204,6 +207,7 @@ class Imported:
     def __str__(self): return plain_text('\n'.join(self._lines()))
     __repr__ = __str__
 
+# %% ../nbs/migrating.ipynb #b14cd8a0
 def _told(ls, head):
     "A list of lines as text"
     if not ls: return []

@@ -9,7 +9,7 @@ __all__ = ['FlatCollator', 'flash_varlen', 'can_route', 'padding_free']
 from contextlib import contextmanager
 from types import MethodType
 
-from .planning import FAMILIES
+from .ways import FAMILIES
 
 # %% ../nbs/padding_free.ipynb #527fc112
 class FlatCollator:

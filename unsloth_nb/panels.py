@@ -84,7 +84,7 @@ class Command:
     def __init__(self, *args):
         self.args,self.log = [str(a) for a in args],Path(tempfile.mkdtemp(prefix='unsloth_nb_'))/'output.txt'
         with self.log.open('w') as out:
-            self.process = subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.jobs import main; main()', *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     @property
     def code(self)->int|None: return self.process.poll() # Exit code; None while it runs
     def tail(self, lines:int=12)->str: return plain_text('\n'.join(self.log.read_text(errors='replace').splitlines()[-lines:]))

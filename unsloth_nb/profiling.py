@@ -69,6 +69,7 @@ class Profile:
 
     def to_dict(self)->dict: return asdict(self)
 
+# %% ../nbs/profiling.ipynb #4f2d640e
 def profile_examples(
     examples:Examples, # From `make_examples`
     convs=None, # The conversations, for the share of each role
@@ -94,6 +95,7 @@ def facts(self:Profile)->list[str]:
     roles = [f"tokens by role before anything is cut, on {self.sampled} rows: "+', '.join(f'{k} {v:.1%}' for k,v in self.roles.items())] if self.roles else []
     return [f'tokens per example up to: {pct}', over, f'suggested max_seq_length: {self.suggested:,}, since {self.why}', f'{self.trained_share:.1%} of the tokens are trained', *roles]
 
+# %% ../nbs/profiling.ipynb #ea0cf32b
 @patch
 def plot(self:Profile, ax=None):
     "Histogram of the lengths, with max_seq_length where it lies in sight; returns the axes"
@@ -107,6 +109,7 @@ def plot(self:Profile, ax=None):
     if ax.get_legend_handles_labels()[0]: ax.legend()
     return ax
 
+# %% ../nbs/profiling.ipynb #6b493216
 @patch
 def _repr_html_(self:Profile):
     buf = io.BytesIO()

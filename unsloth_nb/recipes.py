@@ -11,7 +11,7 @@ import json,re
 from pathlib import Path
 
 import yaml
-from .drafting import (Draft,MigrationError,checkpointing_rule,dtype_rule,epochs_rule,full_rule,leaves,model_rule,number,off,optim_rule,refuses,remote_rule,rslora_rule,
+from .drafting import (Draft,MigrationError,checkpointing_rule,dtype_rule,epochs_rule,full_rule,leaves,model_rule,off,optim_rule,refuses,remote_rule,rslora_rule,
     schedule_rule,shown,skips,steps_rule,targets_rule,test_rule,warmup_rule)
 from .scanning import read_text
 from .sources import KINDS,file_kind
@@ -55,7 +55,7 @@ TRAINER = dict(learning_rate='learning_rate', per_device_train_batch_size='per_d
 # %% ../nbs/recipes.ipynb #a46836e4
 _TEMPLATES = dict(llama3='llama-3', llama2='llama', gemma='gemma', gemma3='gemma-3', gemma3n='gemma-3n', gemma4='gemma-4', chatml='chatml', phi_3='phi-3', phi_35='phi-3.5', phi_4='phi-4', qwen_25='qwen-2.5', qwen3='qwen-3', mistral_v1='mistral', alpaca='alpaca')
 
-def _place(path, files, name)->tuple: # (dataset, what is wrong with it)
+def _place(path, files)->tuple: # (dataset, what is wrong with it)
     "Where rows are, as our `dataset`"
     files = [files] if isinstance(files, str) else files or []
     if len(files) > 1: return str(files[0]),f"{len(files)} files; put them into one folder and name that"
@@ -70,7 +70,7 @@ def split_of(v)->tuple: # (split, rows or None, what is wrong with it)
 
 def add_rows(d:Draft, name, path, files=None, split=None, subset=None, revision=None, **entry):
     "One dataset of the source; its split may be cut"
-    where,bad = _place(path, files, name)
+    where,bad = _place(path, files)
     part,rows,wrong = split_of(split) if split else (None, None, '')
     for what,v in ((bad, where), (wrong, split), ('a named part of a dataset, which cannot be asked for here; write its rows to a file' if subset else '', subset)):
         if what: d.leave(name, v, what)
@@ -82,15 +82,16 @@ def add_rows(d:Draft, name, path, files=None, split=None, subset=None, revision=
 # %% ../nbs/recipes.ipynb #0fa182fb
 def _named(e, d):
     "How an Axolotl entry names columns and turns: (format, columns, roles)"
-    field,names = e.get('field_messages') or ('conversations' if e.get('type') == 'sharegpt' else 'messages'),e.get('message_property_mappings') or {}
-    names = names if isinstance(names, dict) else {}
-    role,text = (names.get(k) or e.get(f'message_field_{k}') or k for k in ('role', 'content'))
-    fmt = 'sharegpt' if (role, text) == ('from', 'value') or e.get('type') == 'sharegpt' else 'messages'
+    usual,names = ('from', 'value') if e.get('type') == 'sharegpt' else ('role', 'content'),e.get('message_property_mappings') or {}
+    field,names = e.get('field_messages') or ('conversations' if e.get('type') == 'sharegpt' else 'messages'),names if isinstance(names, dict) else {}
+    role,text = (names.get(k) or e.get(f'message_field_{k}') or u for k,u in zip(('role', 'content'), usual))
+    fmt = 'sharegpt' if (role, text) == ('from', 'value') else 'messages'
     if fmt == 'messages' and (role, text) != ('role', 'content'): d.leave('datasets', names, f"turns with {role} and {text}; rename them to role and content")
     own = dict(messages='messages', sharegpt='conversations')[fmt]
     roles = {str(y):k for k,ys in (e.get('roles') or {}).items() if isinstance(ys, list) for y in ys if y != k and k in ('system', 'user', 'assistant', 'tool')} if isinstance(e.get('roles'), dict) else {}
     return fmt,{own:field} if field != own else {},roles
 
+# %% ../nbs/recipes.ipynb #40978962
 _fields = dict(field_system='system', field_instruction='instruction', field_input='input', field_output='output')
 _read_of_entry = {'path', 'type', 'split', 'data_files', 'ds_type', 'name', 'revision', 'field_messages', 'message_property_mappings', 'message_field_role', 'message_field_content', 'roles', 'field', 'chat_template', 'roles_to_train', 'train_on_eos', 'trust_remote_code', 'text_column', *_fields}
 
@@ -157,7 +158,7 @@ AXOLOTL = TRAINER|dict(base_model=model_rule, revision_of_model='revision', load
     lora_model_dir=leaves('to go on from an adapter, name its folder as the model'), unfrozen_parameters=leaves('here only the adapter is trained'), eot_tokens=skips("an answer ends with the token of the template"), batch_size=leaves('rows of all passes: batch_size; the source had micro_batch_size × gradient_accumulation_steps besides'),
     rl=refuses(_PREF), **_line_rules('reward_model process_reward_model', refuses(_other_task)), **_line_rules('ebft diffusion trl vllm kd_trainer', refuses(_other_task)), skip_prepare_dataset=refuses(_no_images),
     **_line_rules('model_type tokenizer_type processor_type tokenizer_config is_llama_derived_model is_mistral_derived_model is_falcon_derived_model tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common strict type_of_model', skips('the libraries find the classes themselves')),
-    **_line_rules('dataset_prepared_path shuffle_merged_datasets group_by_length_ experimental_skip_move_to_device', skips('rows are read, shuffled and checked for each run')),
+    **_line_rules('dataset_prepared_path shuffle_merged_datasets experimental_skip_move_to_device', skips('rows are read, shuffled and checked for each run')),
     **_line_rules('lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_fan_in_fan_out liger_rms_norm liger_glu_activation liger_layer_norm liger_rope liger_rms_norm_gated liger_fused_linear_cross_entropy cut_cross_entropy use_kernels fused_attn_kernel flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_optimum flex_attn_compile_kwargs tiled_mlp bnb_config_kwargs gptq gptq_groupsize gptq_model_v1 max_packed_sequence_len torchdistx_path', _speed),
     **_line_rules('loss_watchdog_threshold loss_watchdog_patience', skips('a run that breaks is stopped by the guards, and says why')),
     excess_length_strategy=lambda d,n,v: d.take(n, v, over_length=dict({'raise':'error'}, drop='drop', truncate='truncate')[v]) if v in ('raise', 'drop', 'truncate') else d.leave(n, v, 'over_length says what becomes of rows that are too long'),
@@ -191,6 +192,7 @@ def dataset_info(path, folder)->tuple: # (names to entries, its folder)
         except ValueError as e: raise MigrationError(f"{f} is not JSON: {e}") from None
     return None,None
 
+# %% ../nbs/recipes.ipynb #ad1af43d
 def _lf_entry(d, name, e, folder):
     "One entry of dataset_info.json"
     cols,tags = (v if isinstance(v, dict) else {} for v in (e.get('columns'), e.get('tags')))

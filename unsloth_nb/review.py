@@ -15,7 +15,8 @@ from .advice import BIG,Finding,Findings,check_job,finding,is_number,length_advi
 from .escaping import KEYS,find_secrets,mask_secrets
 from .planning import make_plan
 from .scanning import UNKNOWN,Dotted,ScanError,Source,read_text,scan
-from .spec import JOBS,FinetuneJob,SpecError
+from .schema import SpecError
+from .spec import JOBS,FinetuneJob
 
 # %% ../nbs/review.ipynb #c14af06b
 _VALUED = {'-i', '--index-url', '--extra-index-url', '-f', '--find-links', '-r', '--requirement', '-c', '--constraint', '-e', '--editable', '-t', '--target', '--python', '-p', '--prefix', '--root', '--torch-backend',
@@ -96,6 +97,7 @@ def _model_rules(f, device, profile):
     for c in f.configs:
         if c.get('fp16') is True and (device is None or device.bf16): yield 'float16', _at(c, 'fp16'), '', 'fp16', '' if device else 'info'
 
+# %% ../nbs/review.ipynb #f3e517a3
 def _full_rules(f, size):
     "Checkpoints and optimizer when all weights are trained"
     for c in f.configs:
@@ -104,6 +106,7 @@ def _full_rules(f, size):
         optim = c.get('optim', default=None if c.open or f.unsloth else 'adamw_torch_fused')
         if optim in ('adamw_torch', 'adamw_torch_fused', 'adamw_hf'): yield 'plain-adamw', _at(c, 'optim'), f'8 bits would save about {6*size/1e9:.0f} GB', 'optim'
 
+# %% ../nbs/review.ipynb #59a653c7
 def _lora_rules(f, device, profile):
     "The adapter"
     audio = any('whisper' in str(_model_name(c)).lower() for c in f.loads)
@@ -133,6 +136,7 @@ def _limit(f):
     known = [(c, k, c.keywords[k]) for c in (*f.configs, *f.sft, *f.loads) for k in ('max_length', 'max_seq_length') if is_number(c.keywords.get(k))]
     return known[0] if known else (None, '', 0)
 
+# %% ../nbs/review.ipynb #c390f19c
 def _train_rules(f, device, profile):
     "Batches, lengths, checkpointing, packing"
     c,name = _off(f)
@@ -197,6 +201,7 @@ def _commands(s:Source):
         words = c.args[0] if isinstance(c.args[0], list) else c.args
         if any(isinstance(w, str) for w in words): yield ' '.join(w if isinstance(w, str) else '{}' for w in words),c
 
+# %% ../nbs/review.ipynb #82a97b47
 def _file_rules(f, device, profile):
     "Installs, import order, switches, syntax"
     s = f.src
@@ -211,12 +216,14 @@ def _file_rules(f, device, profile):
         yield 'dead-switch', here[0], here[0].name+(f', and {len(here)-1} more in this cell' if cell and len(here) > 1 else f', and {len(here)-1} more' if len(here) > 1 else ''), ''
     for x in s.broken: yield 'not-parsed', x, x.name, ''
 
+# %% ../nbs/review.ipynb #5736ba29
 def _secret_rules(f, device, profile):
     "Secrets in sources of any kind, and in saved outputs"
     for c in f.src.cells:
         for start,_ in find_secrets(c.text): yield 'secret', SimpleNamespace(cell=c.index, line=c.text.count('\n', 0, start)+1), '', ''
         if any(True for m in KEYS.finditer(c.output) if find_secrets(m[0])): yield 'secret', SimpleNamespace(cell=c.index, line=None), 'in the saved output', ''
 
+# %% ../nbs/review.ipynb #0e8beaec
 _GROUPS = (_model_rules, _lora_rules, _train_rules, _loss_rules, _argument_rules, _file_rules, _secret_rules)
 
 def check_source(s:Source, device=None, profile=None)->Findings:
@@ -238,6 +245,7 @@ def _check_values(values, at, source, device=None, profile=None):
     else: return
     for f in check_job(job, None, profile, device): yield Finding(**{**f.to_dict(), 'source':str(source), 'cell':at(f.parameter).cell, 'line':at(f.parameter).line})
 
+# %% ../nbs/review.ipynb #ad395564
 def _job_calls(s:Source, device, profile):
     "Jobs that a notebook or script states"
     for c in s.named('FinetuneJob'):
@@ -249,6 +257,7 @@ def _job_calls(s:Source, device, profile):
         if kind is FinetuneJob and {'model', 'dataset', 'max_seq_length'} <= lines.keys():
             yield from _check_values({k:s.names[k] for k in lines if k in s.names}, lambda n, c=c, lines=lines: SimpleNamespace(cell=c.index, line=lines.get(n, 1)), s.path, device, profile)
 
+# %% ../nbs/review.ipynb #78552e2e
 def check_params(path, device=None, profile=None)->Findings:
     "What to mend in a params file"
     text = read_text(path)
@@ -260,6 +269,7 @@ def check_params(path, device=None, profile=None)->Findings:
     found = _check_values({str(k):v for k,v in (values or {}).items()}, lambda n: SimpleNamespace(cell=None, line=lines.get(n)), path, device, profile)
     return report([*leaks, *found], text)
 
+# %% ../nbs/review.ipynb #c0b1667c
 def check_file(
     path, # `.ipynb`, `.py`, `.yaml` or `.yml`
     device=None, # A `Device` that it is meant for; None: not known

@@ -16,7 +16,8 @@ from .comparing import RunDiff,diff_runs,list_runs
 from .escaping import html_text,plain_text
 from .panels import Command,Panel,message,picture
 from .runs import STATUSES,Run,RunError,RunList,_num,open_run
-from .spec import EXPORTS,JOBS,SpecError
+from .schema import SpecError
+from .spec import EXPORTS,JOBS
 
 # %% ../nbs/run_browser.ipynb #91794883
 def _table(rows)->str:

@@ -16,7 +16,9 @@ from pathlib import Path
 from fastcore.basics import patch
 from .engine import versions
 from .escaping import markdown_code,markdown_text,mask_secrets,plain_text
-from .spec import EXPORTS,JOBS,Job,SpecError,nearest,settings
+from .places import settings
+from .schema import Job,SpecError,nearest
+from .spec import EXPORTS,JOBS
 
 # %% ../nbs/runs.ipynb #7af3b48f
 def _plain(o):
@@ -101,6 +103,7 @@ def git_state(cwd=None)->dict|None: # None outside a checkout
 # %% ../nbs/runs.ipynb #808e09a3
 STATUSES = ('finished', 'failed', 'interrupted', 'running', 'unfinished', 'damaged')
 
+# %% ../nbs/runs.ipynb #a111b8b5
 class Run:
     "A run directory: written while it happens, read afterwards"
     def __init__(self, path): self.path = Path(path)
@@ -181,9 +184,9 @@ def start_run(
     return run
 
 @patch
-def start_heart(self:Run):
+def start_heart(self:Run, folder=None): # Where it beats; default: the run
     "Say that this process is alive, as long as it holds this object and the run is not over"
-    h = _HEARTS[str(self.path)] = Heart(self.path)
+    h = _HEARTS[str(self.path)] = Heart(folder or self.path)
     weakref.finalize(self, h.over.set)
     h.beat()
     h.start()

@@ -52,6 +52,7 @@ def _added(a, b):
     elif (n := len(a)+len(b)) > SMALL: _charge(n)
     return a+b
 
+# %% ../nbs/sandbox.ipynb #063ef62b
 def _held(v):
     "The same list or dict, when it does not hold too much"
     n,todo = 0,[v]
@@ -63,6 +64,7 @@ def _held(v):
         todo.extend(x.values() if isinstance(x, dict) else x)
     return v
 
+# %% ../nbs/sandbox.ipynb #736f73ea
 def _size(v):
     if isinstance(v, bool): return 1
     return v.bit_length()//8+1 if isinstance(v, int) else len(v) if hasattr(v, '__len__') else 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass,field
 from functools import partial
 from pathlib import Path
 
-from .spec import SpecError
+from .schema import SpecError
 
 # %% ../nbs/scanning.ipynb #839b5400
 class ScanError(SpecError):
@@ -29,6 +29,7 @@ class Cell:
 
     def __post_init__(self): object.__setattr__(self, 'text', re.sub('\r\n?', '\n', self.text))
 
+# %% ../nbs/scanning.ipynb #4531f751
 def _text(v)->str:
     "Source or output as nbformat allows it: text, or a list of lines"
     if isinstance(v, list): v = ''.join(l for l in v if isinstance(l, str))
@@ -77,6 +78,7 @@ class Shell:
     line:int # From 1, in the cell
     dead:bool=False # Stands where it never runs
 
+# %% ../nbs/scanning.ipynb #52ad9a1d
 def _joined(lines, i):
     "Index after a command that begins at line `i` and may go on after backslashes"
     while i < len(lines)-1 and lines[i].rstrip().endswith('\\'): i += 1
@@ -93,6 +95,7 @@ def _blank(lines, i, found):
     pad,name = l[:len(l)-len(l.lstrip())],re.match(r'\s*([\w, ]+=)\s*[!%]', l)
     lines[i:end] = [f'{pad}{name[1]}_' if name else f'{pad}pass', *['']*(end-i-1)]
 
+# %% ../nbs/scanning.ipynb #1c2850ab
 def _parse(text):
     "A syntax tree, or the error; never a warning"
     with warnings.catch_warnings():
@@ -169,6 +172,7 @@ def _dict_value(n, names):
         else: return UNKNOWN
     return res
 
+# %% ../nbs/scanning.ipynb #17f1219c
 def known_value(n, names:dict): # A Python value, `Dotted` or `UNKNOWN`
     "What an expression is worth, without running it; `names` maps names to values"
     ev = partial(known_value, names=names)
@@ -231,6 +235,7 @@ class Found:
     def last(self)->str: return self.name.rpartition('.')[2] # `from_pretrained` of `AutoModel.from_pretrained`
     def get(self, *names, default=None): return next((self.keywords[n] for n in names if n in self.keywords), default)
 
+# %% ../nbs/scanning.ipynb #7522c1da
 @dataclass
 class Source:
     "What a file says"

@@ -16,8 +16,10 @@ from .checkpoints import MANIFEST,check_whole
 from .engine import device_info
 from .escaping import markdown_code,mask_secrets,plain_text
 from .loading import BASE_FILE,_base_job,_view,base_fingerprint,locate,weights_folder,write_older_names
+from .places import settings
 from .runs import open_run,read_json,run_dirs
-from .spec import FinetuneJob,SpecError,nearest,settings
+from .schema import SpecError,nearest
+from .spec import FinetuneJob
 
 # %% ../nbs/serving.ipynb #3db226fe
 class ServeError(RuntimeError):
@@ -186,6 +188,7 @@ def find_served(
         except (SpecError, ServeError) as e: errors[k] = e
     raise next(iter(errors.values()))
 
+# %% ../nbs/serving.ipynb #e79838e6
 def _free_port(host):
     with socket.create_server((host, 0), family=socket.AF_INET6 if ':' in host else socket.AF_INET) as s: return s.getsockname()[1]
 
@@ -213,12 +216,14 @@ class Service:
     def __repr__(self): return plain_text(f"{self.model} by {self.backend} at {self.url}"+('' if self.process.poll() is None else ' (ended)'))
     def _repr_markdown_(self): return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{'' if self.process.poll() is None else ' (ended)'}"
 
+# %% ../nbs/serving.ipynb #66cdd481
 @patch
 def tail(self:Service, lines:int=12)->str:
     "The last lines that the server wrote"
     text = Path(self.log.name).read_text(errors='replace').replace('\r', '\n')
     return plain_text(mask_secrets('\n'.join([l for l in text.splitlines() if l.strip()][-lines:]), named=False))
 
+# %% ../nbs/serving.ipynb #c434168e
 @patch
 def stop(self:Service):
     "End the server and what it started"
@@ -255,6 +260,7 @@ def await_ready(self:Service, timeout):
     over = f'ended with {self.process.poll()}' if self.process.poll() is not None else f'did not answer within {timeout:g} s'
     raise ServeError(f"serve: {self.backend} {over}:\n{self.tail()}")
 
+# %% ../nbs/serving.ipynb #c47a5aac
 def serve(
     ref='latest', # A run, its name or directory; or a folder or file with a model
     to:str|None=None, # Which artefact of a run; default: the best that a server here fits

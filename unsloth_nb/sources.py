@@ -13,7 +13,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .engine import check_hub
-from .spec import SpecError,settings
+from .places import settings
+from .schema import SpecError
 
 # %% ../nbs/sources.ipynb #d3244393
 class DataError(SpecError):
@@ -68,6 +69,7 @@ class _Json:
         return self.buf[at]
     def fail(self, what): raise json.JSONDecodeError(what, self.buf, self.at)
 
+# %% ../nbs/sources.ipynb #ad4ec883
 @patch
 def value(self:_Json):
     "The next value; raises `JSONDecodeError`"
@@ -125,6 +127,7 @@ def _read_csv(f):
         for i,r in enumerate(t):
             yield DataError(f"row {i} has more or fewer cells than the header") if None in r or None in r.values() else r
 
+# %% ../nbs/sources.ipynb #32a2891d
 def plain(v):
     "A cell of a table as plain Python: arrays as lists, missing values as null, and no entries that a table only added to make its structs alike"
     if hasattr(v, 'tolist'): v = v.tolist()
@@ -146,6 +149,7 @@ def _read_arrow(f):
         except pa.ArrowInvalid: t = pa.ipc.open_file(m); batches = (t.get_batch(i) for i in range(t.num_record_batches))
         for b in batches: yield from _of_batch(b)
 
+# %% ../nbs/sources.ipynb #4b097813
 def _read_txt(f):
     with _text(f) as h: yield from (dict(text=l.rstrip('\r\n')) for l in h if l.strip())
 

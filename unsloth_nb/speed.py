@@ -37,6 +37,7 @@ class Speed:
     tokens_per_second:float # Real ones, without padding
     bound:str # What it waits for: `compute` or `launches`
 
+# %% ../nbs/speed.ipynb #75bb4ed6
 def predict_speed(
     s:dict, # From `model_shape`
     counts:dict, # From `parameter_counts`

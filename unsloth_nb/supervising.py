@@ -13,8 +13,10 @@ from pathlib import Path
 from fastcore.basics import patch
 from . import attempts # noqa: F401 (Run.interrupt)
 from .escaping import mask_secrets,plain_text
+from .places import settings
 from .runs import RUN_DIR_VARIABLE,Run,read_json,read_lines
-from .spec import fields,jobs_dir,settings
+from .schema import fields
+from .spec import jobs_dir
 
 # %% ../nbs/supervising.ipynb #dd3470c9
 class Watcher(threading.Thread):
@@ -110,6 +112,7 @@ class Supervisor(threading.Thread):
     def run(self):
         while not self.over.wait(0.5): self.look(time.time())
 
+# %% ../nbs/supervising.ipynb #55fca0a3
 @patch
 def look(self:Supervisor, now:float):
     "End what is silent, stuck or late"
@@ -128,6 +131,7 @@ def _training(self:Supervisor)->bool:
     last = [l for l in read_lines(self.run_dir.path/'progress.jsonl') if 'stage' in l][-1:]
     return bool(last) and last[0]['stage'] == 'training' and last[0]['state'] == 'started'
 
+# %% ../nbs/supervising.ipynb #f8fd3bfc
 @patch
 def ask(self:Supervisor)->bool: # Is there a process to ask?
     "Ask the kernel to stop, as its stop button would"
@@ -185,7 +189,7 @@ def execute(job, name, run, sup):
     logging.getLogger('papermill').setLevel(logging.ERROR)
     papermill_engines.register('unsloth_nb', _engine(sup))
     with _passing_on(sup), _environment(**{RUN_DIR_VARIABLE:str(run.path), 'HF_HUB_DISABLE_PROGRESS_BARS':'1', 'UNSLOTH_NB_RUNS_DIR':str(run.path.parent)}):
-        pm.execute_notebook(_literal(jobs_dir()/f'{name}.ipynb'), None, _changed(job), engine_name='unsloth_nb', kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=ERROR'])
+        pm.execute_notebook(_literal(jobs_dir()/f'{name}.ipynb'), None, _changed(job), engine_name='unsloth_nb', kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
 
 # %% ../nbs/supervising.ipynb #2426726f
 STOPPED = ('Interrupted', 'KeyboardInterrupt') # Ends that a person or a machine has asked for
@@ -196,7 +200,7 @@ def reason(e, sup:Supervisor)->tuple[str,str,bool]: # (interrupted or failed, wh
     if e is None: return 'failed','the notebook ended without finishing its run',False
     if kind == 'PapermillExecutionError':
         if e.ename in STOPPED: return 'interrupted',sup.why or f'cell {e.cell_index}: {e.evalue or e.ename}',bool(sup.timeout) and sup.why.startswith('it took')
-        return 'failed',f'cell {e.cell_index}: {e.ename}: {e.evalue}',False
+        return 'failed',f'cell {e.cell_index}: {e.ename}: {e.evalue}',e.ename == 'RankLost' # Of a process that was killed, the next attempt may know nothing
     if kind == 'DeadKernelError': return 'failed',sup.why or 'the kernel died: it was killed, most often because memory ran out; see plan.json for what was predicted',True
     if isinstance(e, KeyboardInterrupt): return 'interrupted',sup.why or 'interrupted from the keyboard',False
     return 'failed',f'{kind}: {e}',False

@@ -10,7 +10,7 @@ import ast,json,re
 
 from .engine import start_engine
 from .escaping import json_text
-from .spec import SpecError,nearest
+from .schema import SpecError,nearest
 
 # %% ../nbs/tool_calls.ipynb #25d6fc01
 def _schema(f):
@@ -88,10 +88,11 @@ def _llama(text, at):
         if not (m := re.compile(r'\s*;\s*(?=\{)').match(text, at)): return values,at
         at = m.end()
 
+# %% ../nbs/tool_calls.ipynb #01464745
 _parameter = re.compile(r'\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>', re.S)
 
 def _parameters(text, at):
-    "Parameters as tags; a value that is JSON other than a string is read as such"
+    "Parameters as tags; a value that is JSON is read as such, any other is text"
     args = {}
     while (m := _parameter.match(text, at)):
         try: args[m[1]] = json.loads(m[2])
@@ -100,6 +101,7 @@ def _parameters(text, at):
     if not (m := re.compile(r'\s*</function>').match(text, at)): raise ValueError('a parameter or the function is not closed')
     return args,m.end()
 
+# %% ../nbs/tool_calls.ipynb #4ff86a3a
 def _gemma(text, at):
     "Gemma's own JSON, up to the closing token"
     start_engine()
@@ -134,6 +136,7 @@ def _one(v, text):
     if not isinstance(args, dict): return _wrong(f['name'], None, f'arguments: expected an object, got {json_text(args)[:40]}', text)
     return dict(name=f['name'], arguments=args)
 
+# %% ../nbs/tool_calls.ipynb #023164e0
 def _next(text, at):
     "The next call from a position on: (format, its beginning)"
     return min(((k, m) for k,(o,_,_) in FORMATS.items() if (m := o.search(text, at))), key=lambda f: (f[1].start(), -f[1].end()), default=None)

@@ -37,6 +37,7 @@ class Vllm:
         if r.status == 200: return json.loads(text)
         raise ServeError(f'vllm: {path} was refused with {r.status}: {text[:1000]}')
 
+# %% ../nbs/vllm_server.ipynb #18726589
 @contextmanager
 def open_vllm(
     folder, # Merged model, or an adapter, whose base must be at hand

@@ -11,9 +11,9 @@ import hashlib,importlib.metadata,json,os,re,subprocess,sys,tempfile
 from pathlib import Path
 
 from .escaping import mask_secrets,plain_text
+from .places import settings
 from .runs import read_json,write_json
 from .serving import find_vllm
-from .spec import settings
 from .vllm_server import open_vllm
 
 # %% ../nbs/witness.ipynb #398bb9a8

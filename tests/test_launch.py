@@ -1,0 +1,151 @@
+"Training in several real processes: the same losses as one, whatever is killed, stopped or raised on the way"
+import os,signal,subprocess,sys,time
+
+import pytest
+from fastcore.basics import AttrDict
+
+from unsloth_nb.launching import first_failure
+from unsloth_nb.planning import make_plan
+from unsloth_nb.resuming import PassOrder
+from unsloth_nb.runs import Run,read_json,start_run
+from unsloth_nb.spec import FinetuneJob
+
+pytestmark = pytest.mark.slow
+SMALL = dict(max_rows=30, test_size=2, max_seq_length=256, batch_size=8, per_device_train_batch_size=2, learning_rate=1e-3, gradient_checkpointing=False, max_steps=6, save_steps=2, max_new_tokens=4)
+LOSSES,NORMS = 1e-5,1e-4 # What several processes may differ by from one: sums in another order
+
+def curve(run, key='loss'): return [m[key] for m in run.metrics]
+def alive(pid):
+    try: return open(f'/proc/{pid}/stat').read().split(')')[1].split()[0] != 'Z'
+    except FileNotFoundError: return False
+def pids(run): return {int(f.parent.name[5:]):read_json(f)['pid'] for f in (run.path/'launch').glob('rank-*/heartbeat.json')}
+def wait(what, seconds=240):
+    end = time.time()+seconds
+    while time.time() < end:
+        if (got := what()): return got
+        time.sleep(0.05)
+    pytest.fail(f'waited {seconds} s')
+def command(*args, **kw): return subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+def launch(runs_dir, *more, **params):
+    "`unsloth-nb launch finetune` and the run that it makes"
+    p = command('launch', 'finetune', '--runs-dir', runs_dir, *more, *(w for k,v in (SMALL|params).items() for w in ('-p', f'{k}={v}')))
+    return p,Run(wait(lambda: next((d for d in runs_dir.iterdir() if (d/'job.json').exists()), None) if runs_dir.exists() else None))
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread(lib):
+    "In every process alike: where a processor multiplies 16-bit numbers in tiles (Intel's AMX), the order of a sum depends on the number of threads"
+    import torch
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('OMP_NUM_THREADS', '1')
+        yield
+    torch.set_num_threads(was)
+
+@pytest.fixture(scope='module')
+def data(lib): return lib.load_data(FinetuneJob(**SMALL))
+
+@pytest.fixture(scope='module')
+def alone(lib, data, tmp_path_factory):
+    "One process: what all others are compared with"
+    job = FinetuneJob(**SMALL)
+    model = lib.load_model(job, make_plan(job, data))
+    run = lib.finetune(model, data, job, run=start_run(job, tmp_path_factory.mktemp('alone')))
+    return AttrDict(model=model, run=run)
+
+def same(run, alone):
+    "The curve of one process, step by step"
+    assert curve(run, 'step') == [1, 2, 3, 4, 5, 6] and curve(run, 'tokens') == curve(alone.run, 'tokens')
+    assert curve(run) == pytest.approx(curve(alone.run), abs=LOSSES) and curve(run, 'grad_norm') == pytest.approx(curve(alone.run, 'grad_norm'), abs=NORMS)
+
+def test_order_is_the_trainers(alone):
+    "Rows come in the order in which one process has them, which accelerate makes from the seed and the number of the pass"
+    import torch
+    from accelerate.data_loader import SeedableRandomSampler
+    theirs,ours = SeedableRandomSampler(range(26), data_seed=3407, generator=torch.Generator()),PassOrder([5]*26, 3407)
+    for epoch in (0, 1, 2):
+        theirs.set_epoch(epoch)
+        ours.set_epoch(epoch)
+        assert list(theirs) == list(ours)
+
+def test_from_a_cell(lib, data, alone, tmp_path):
+    "`finetune(…, devices=2)` on a model that is loaded; the pass over 30 rows ends in the middle of a step, and is filled up"
+    job = FinetuneJob(**SMALL)
+    model = lib.load_model(job, make_plan(job, data))
+    run = lib.finetune(model, data, job, run=start_run(job.replace(devices=2), tmp_path), devices=2)
+    same(run, alone)
+    trained = read_json(run.path/'trained.json')
+    assert trained['ranks'] == 2 and trained['rows'] == 30 and len(trained['rank_peak_bytes']) == 2 and trained['launch_seconds'] > 0
+    assert '2 rows without anything to train fill up each pass' in (run.path/'progress.jsonl').read_text()
+    assert not list((run.path/'launch').glob('*.safetensors')) and not any(map(alive, pids(run).values()))
+    theirs,ours = (dict(m.model.named_parameters()) for m in (alone.model, model))
+    assert max(float((ours[n].detach()-p.detach()).abs().max()) for n,p in theirs.items() if p.requires_grad) < 1e-4
+
+def test_killed_and_resumed(alone, tmp_path):
+    "A rank is killed: the run fails with its number and signal, the other rank ends, and a second attempt goes on to the same curve"
+    p,run = launch(tmp_path/'runs', '--devices', 2)
+    wait(lambda: len(run.metrics) >= 4 and pids(run))
+    os.kill(pids(run)[1], signal.SIGKILL)
+    said,_ = p.communicate(timeout=120)
+    assert p.returncode == 1 and 'rank 1 of 2 was killed by SIGKILL' in run.result['reason'] and 'rank 1 of 2' in said, said[-2000:]
+    wait(lambda: not any(map(alive, pids(run).values())), 10)
+    again = command('run', '--resume', run.path)
+    said,_ = again.communicate(timeout=300)
+    assert again.returncode == 0, said[-2000:]
+    same(run, alone)
+    assert run.status == 'finished' and 'goes on after step' in (run.path/'progress.jsonl').read_text() and run.result['metrics']['training']['ranks'] == 2
+
+def test_sharded_and_stopped(alone, tmp_path):
+    "FSDP2: a request to stop reaches all ranks; its checkpoint holds whole tensors, from which one process goes on when it is allowed to"
+    p,run = launch(tmp_path/'runs', '--devices', 2, '--parallel', 'fsdp')
+    wait(lambda: len(run.metrics) >= 2)
+    run.stop('a test')
+    said,_ = p.communicate(timeout=200)
+    assert p.returncode == 3 and run.status == 'interrupted' and 'a test' in run.result['reason'], said[-2000:]
+    again = command('run', '--resume', run.path, '--allow', 'gradient_accumulation_steps', '-p', 'devices=1', '-p', 'parallel=auto')
+    said,_ = again.communicate(timeout=300)
+    assert again.returncode == 0, said[-2000:]
+    same(run, alone)
+
+def test_nobody_is_left_behind(tmp_path):
+    "The process that asked is killed with its kernel: torchrun and all ranks end by themselves"
+    p,run = launch(tmp_path/'runs', '--devices', 2, max_steps=500)
+    wait(lambda: run.metrics and len(pids(run)) == 2)
+    kernel,ranks = read_json(run.path/'heartbeat.json')['pid'],pids(run)
+    for pid in (p.pid, kernel): os.kill(pid, signal.SIGKILL)
+    wait(lambda: not any(map(alive, ranks.values())), 15)
+    steps = len(run.metrics)
+    time.sleep(3)
+    assert len(run.metrics) == steps
+
+def test_two_machines(alone, tmp_path):
+    "Two launches that meet on loopback, one rank each, write one run"
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        place = f'127.0.0.1:{s.getsockname()[1]}'
+    first,run = launch(tmp_path/'runs', '--devices', 1, '--nodes', 2, '--rendezvous', place)
+    second = command('launch', 'finetune', '--devices', 1, '--nodes', 2, '--rendezvous', place, '--runs-dir', tmp_path/'runs', '--node-rank', 1)
+    said,_ = first.communicate(timeout=300)
+    assert first.returncode == 0, said[-2000:]
+    assert second.wait(60) == 0
+    same(run, alone)
+    assert run.result['metrics']['training']['ranks'] == 2
+
+def test_broken_training_is_said_once(lib, data, tmp_path):
+    "What all ranks raise is raised here as in one process, with the run's last numbers on record"
+    from unsloth_nb.guards import TrainingError
+    job = FinetuneJob(**SMALL|dict(learning_rate=1.0, save_steps='auto', max_steps=20, devices=2))
+    run,model = start_run(job, tmp_path),lib.load_model(job, make_plan(job, data))
+    examples = lib.make_examples(data.train, model.formatter, 256)
+    with pytest.raises(TrainingError, match='exploded'): lib.train(model, examples, job, run)
+    assert len(run.metrics) >= 3 and first_failure(run)['type'] == 'TrainingError'
+
+def test_no_token_in_logs(tmp_path):
+    "What a library of a rank has quoted is masked in its log before the run is over"
+    from conftest import TOKEN
+    from unsloth_nb.launching import _mask_logs
+    (tmp_path/'rank-0').mkdir()
+    for f in (tmp_path/'torchrun-host.log', tmp_path/'rank-0'/'log.txt'): f.write_text(f'before {TOKEN} after')
+    _mask_logs(tmp_path)
+    for f in (tmp_path/'torchrun-host.log', tmp_path/'rank-0'/'log.txt'): assert TOKEN not in f.read_text() and f.read_text().startswith('before')
