@@ -5,8 +5,9 @@
 A configuration is DEVICES:BITS:LAYOUT[:PARALLEL], as in 1:16:packed 2:16:packed:ddp 2:4:rows:ddp 2:16:packed:fsdp. `packed` fills
 --rows rows of --max-seq-length tokens on each device, so that two devices do twice the work of a step; `rows` has one optimizer
 step of --batch-size rows, which the devices share, so that the loss by step can be compared. Configurations of the same devices
-run one after the other in the same processes, started by torchrun as a job's are. Tokens a second are those of the median step,
-the first two left out; efficiency is them over those of one device with the same bits and layout, divided by the devices."""
+run one after the other in the same processes, started by torchrun as a job's are. Tokens a second are the median over the steps
+of the tokens of each over its seconds, the first two steps left out (a pass that the end of the data has left half empty weighs
+no more than any other); efficiency is them over those of one device with the same bits and layout, divided by the devices."""
 
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -65,8 +66,8 @@ def row(spec, plan, res, metrics, load_seconds):
     "What came of a configuration"
     if 'error' in res: return dict(configuration=spec, **res)
     tokens = [m['tokens']-n for m, n in zip(metrics, [0, *(m['tokens'] for m in metrics)])]
-    secs, per_step = [m['seconds'] for m in metrics], statistics.mean(tokens[2:])
-    return res | dict(configuration=spec, load_seconds=load_seconds, step_seconds=secs, median_step=statistics.median(secs[2:]), median_tokens_per_second=per_step/statistics.median(secs[2:]), predicted_bytes=plan.peak, predicted_tokens_per_second=plan.tokens_per_second,
+    secs = [m['seconds'] for m in metrics]
+    return res | dict(configuration=spec, load_seconds=load_seconds, step_seconds=secs, step_tokens=tokens, median_step=statistics.median(secs[2:]), median_tokens_per_second=statistics.median(t/s for t, s in list(zip(tokens, secs))[2:]), predicted_bytes=plan.peak, predicted_tokens_per_second=plan.tokens_per_second,
         plan={k:getattr(plan, k) for k in ('parallel', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'largest_pass', 'memory')}, losses=[m['loss'] for m in metrics], grad_norms=[m['grad_norm'] for m in metrics])
 
 def efficiency(rows):

@@ -141,6 +141,28 @@ def test_broken_training_is_said_once(lib, data, tmp_path):
     with pytest.raises(TrainingError, match='exploded'): lib.train(model, examples, job, run)
     assert len(run.metrics) >= 3 and first_failure(run)['type'] == 'TrainingError'
 
+REPORT = """Failures:
+[1]:
+  time      : 2026-11-29_16:36:18
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : -9 (pid: 11787)  (SIGKILL)
+  error_file: <N/A>
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-29_16:35:48
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 11788)  (SIGKILL)
+  error_file: <N/A>
+"""
+
+def test_the_rank_that_hung_is_not_blamed(tmp_path):
+    "torchrun kills a rank that waits for the lost one and does not end on SIGTERM; the one killed first is named"
+    (tmp_path/'launch').mkdir()
+    (tmp_path/'launch'/'torchrun-host.log').write_text(REPORT)
+    assert first_failure(Run(tmp_path)) == dict(rank=1, signal='SIGKILL')
+
 def test_no_token_in_logs(tmp_path):
     "What a library of a rank has quoted is masked in its log before the run is over"
     from conftest import TOKEN

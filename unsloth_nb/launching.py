@@ -92,17 +92,18 @@ def follow(
 
 # %% ../nbs/launching.ipynb #76d90f85
 _LOST = re.compile(r'Connection (closed|reset)|gloo|NCCL|ProcessGroup|c10d|remote process|Broken pipe|TCPStore|timed? ?out', re.I)
-_ENTRY = re.compile(r'rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-?\d+)')
+_ENTRY = re.compile(r'\btime\s*:\s*(\S+)\s+host\s*:[^\n]*\s+rank\s*:\s*(\d+)[^\n]*\s+exitcode\s*:\s*(-?\d+)') # Of torchrun's report, for each rank that failed
 
 def first_failure(run:Run)->dict: # rank, type, message; signal, where it was killed
     "What went wrong first"
     home = launch_dir(run)
     errors = sorted((read_json(f) for f in home.glob('rank-*/error.json')), key=lambda e: e['time'])
     if (own := next((e for e in errors if not _LOST.search(f"{e['type']} {e['message']}")), None)): return own
-    codes = {int(r):int(c) for log in home.glob('torchrun-*.log') for r,c in _ENTRY.findall(log.read_text(errors='replace'))}
-    killed = [(r, -c) for r,c in codes.items() if c < 0 and -c != signal.SIGTERM]
+    codes = [(int(r), int(c)) for _,r,c in sorted(e for log in home.glob('torchrun-*.log') for e in _ENTRY.findall(log.read_text(errors='replace')))]
+    killed = [(r, -c) for r,c in codes if c < 0 and -c != signal.SIGTERM]
     if killed: return dict(rank=killed[0][0], signal=signal.Signals(killed[0][1]).name)
-    return errors[0] if errors else dict(rank=next(iter(codes), 0), type='exit', message=f'it ended with code {next(iter(codes.values()), "unknown")}')
+    rank,code = codes[0] if codes else (0, 'unknown')
+    return errors[0] if errors else dict(rank=rank, type='exit', message=f'it ended with code {code}')
 
 def failure(run:Run, ranks:int)->Exception:
     "The error to raise for it"
