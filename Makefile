@@ -6,7 +6,7 @@ SHELL := /bin/bash
 supported = import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do $$p -c '$(supported)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 BIN := .venv/bin
-# Test files side by side
+# Tests side by side; tests/conftest.py says which stay together
 JOBS ?= 2
 # More arguments for `make run`, `make test` and `make preview`: make test ARGS='-k spec'
 ARGS ?=
@@ -27,7 +27,7 @@ run: setup ## Fine-tune the embedded model on the built-in set: the main job
 	$(BIN)/unsloth-nb run finetune --preset smollm2-135m $(ARGS)
 
 test: setup ## Run every test (make test ARGS='-k spec' for some)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 docs: setup ## Render the site into _docs and check its links
 	$(BIN)/python tools/docs.py

@@ -10,7 +10,7 @@ A test file says `from browser import browser,lab,notebook # noqa: F401` and `py
         assert not nb.errors and not nb.violations('.jp-OutputArea')
 
 One server and one browser serve a file. They end with it, because Playwright holds the event loop of its thread while it lives."""
-import json,os,re,shutil,socket,subprocess,sys,time
+import importlib.util,json,os,re,shutil,socket,subprocess,sys,time
 from pathlib import Path
 from urllib.request import Request,urlopen
 import nbformat,pytest
@@ -21,12 +21,15 @@ SETTINGS = {'apputils-extension/notification': dict(fetchNews='false', checkForU
     'notebook-extension/tracker': dict(windowingMode='none', showEditorForReadOnlyMarkdown=False), # Cells out of sight stay in the page
     'docmanager-extension/plugin': dict(autosave=False)}
 
+def find_browser():
+    "Chromium's program, where it and Playwright are installed"
+    return importlib.util.find_spec('playwright') and next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+
 @pytest.fixture(scope='module')
 def browser():
     "Chromium without a window; skips where it or Playwright is absent"
-    playwright = pytest.importorskip('playwright.sync_api')
-    exe = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if not exe: pytest.skip('needs Chromium')
+    if not (exe := find_browser()): pytest.skip('needs Chromium and Playwright')
+    from playwright import sync_api as playwright
     with playwright.sync_playwright() as p:
         b = p.chromium.launch(executable_path=exe, args=FLAGS)
         yield b
@@ -35,12 +38,12 @@ def browser():
 class Lab:
     "A JupyterLab server on loopback, in a folder of its own, with settings of its own"
     token = 't0k'
-    def __init__(self, home):
-        self.home,self.folder = home,home/'work'
+    def __init__(self, home, kernel='python3', **env):
+        self.home,self.folder,self.kernel = home,home/'work',kernel
         self.folder.mkdir()
         for k,v in SETTINGS.items(): self.set(k, **v)
         dirs = {f'JUPYTER_{k}_DIR':str(home/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
-        env = os.environ|dirs|dict(IPYTHONDIR=str(home/'ipython'), PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]), UNSLOTH_NB_RUNS_DIR=str(self.folder/'runs'))
+        env = os.environ|dirs|dict(IPYTHONDIR=str(home/'ipython'), PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]), UNSLOTH_NB_RUNS_DIR=str(self.folder/'runs'))|env
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
@@ -66,7 +69,7 @@ class Lab:
         f.write_text(json.dumps(values))
     def write(self, name, cells):
         "A notebook of these cells in the server's folder; a string is a code cell"
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) if isinstance(c, str) else c for c in cells], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) if isinstance(c, str) else c for c in cells], metadata=dict(kernelspec=dict(name=self.kernel, display_name=self.kernel, language='python')))
         nbformat.write(nb, self.folder/name)
     def call(self, path, method='GET'):
         "Ask the server's API"

@@ -1,5 +1,5 @@
 "One environment for every test, children included: no display, no Hub, runs in a temporary folder."
-import importlib.util,os,shutil,subprocess,sys,tempfile
+import importlib.util,json,os,shutil,subprocess,sys,tempfile
 from pathlib import Path
 import pytest
 
@@ -16,8 +16,13 @@ def has_cuda():
     if not shutil.which('nvidia-smi'): return False
     return subprocess.run([sys.executable, '-c', 'import torch,sys; sys.exit(not torch.cuda.is_available())'], capture_output=True).returncode == 0
 
+# What takes longest comes first, so that no worker is left with it at the end
+FIRST = ('test_tutorials.py', 'test_quickstart.py', 'test_main_job.py', 'test_launch.py', 'test_notebooks.py', 'test_survival.py', 'test_jobs.py', 'test_widgets_live.py', 'test_export.py', 'test_hostile.py')
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
     for i in items:
+        if i.path.name not in ('test_tutorials.py', 'test_notebooks.py'): i.add_marker(pytest.mark.xdist_group(i.path.stem)) # Pages are handed out one by one, files whole: their tests share fixtures
         if 'finished_run' in i.fixturenames: i.add_marker(pytest.mark.slow) # A whole job
     if not importlib.util.find_spec('llama_cpp'):
         for i in items:
@@ -56,7 +61,7 @@ def tool():
     return f
 
 # The smallest honest run of the finetune job
-TINY = dict(max_steps=3, max_rows=24, test_size=4, max_seq_length=256, max_new_tokens=16, gradient_checkpointing=False, optim='adamw_8bit', learning_rate=1e-3)
+TINY = dict(max_steps=3, batch_size=2, max_rows=24, test_size=4, max_seq_length=256, max_new_tokens=8, gradient_checkpointing=False, optim='adamw_8bit', learning_rate=1e-3)
 
 @pytest.fixture(scope='session')
 def finished_run(tmp_path_factory):
@@ -73,6 +78,25 @@ def lib():
     start_engine()
     import unsloth_nb
     return unsloth_nb
+
+@pytest.fixture(scope='session')
+def bare(tmp_path_factory):
+    "A folder with a kernel, `bare`, whose environment has nothing of ours, and a clone in the folder `work`, as on Colab"
+    home = tmp_path_factory.mktemp('bare')
+    subprocess.run([sys.executable, '-m', 'venv', home/'env'], check=True)
+    subprocess.run([home/'env/bin/python', '-m', 'pip', 'install', '-q', '--disable-pip-version-check', 'ipykernel'], check=True)
+    (home/'work').mkdir()
+    (home/'work/unsloth_nb').symlink_to(ROOT)
+    spec = home/'jupyter/kernels/bare'
+    spec.mkdir(parents=True)
+    argv = [str(home/'env/bin/python'), '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    (spec/'kernel.json').write_text(json.dumps(dict(argv=argv, display_name='bare', language='python', env=dict(PYTHONPATH='', VIRTUAL_ENV=''))))
+    return home
+
+def installed(bare):
+    "Is our package in that environment itself?"
+    where = subprocess.run([bare/'env/bin/python', '-P', '-c', 'import unsloth_nb; print(unsloth_nb.__file__)'], env={k:v for k,v in os.environ.items() if k != 'PYTHONPATH'}, capture_output=True, text=True).stdout
+    return where.startswith(str(bare/'env'))
 
 @pytest.fixture(scope='session')
 def converter():
