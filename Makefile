@@ -27,7 +27,7 @@ run: setup ## Fine-tune the embedded model on the built-in set: the main job
 	$(BIN)/unsloth-nb run finetune --preset smollm2-135m $(ARGS)
 
 test: setup ## Run every test (make test ARGS='-k spec' for some)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 docs: setup ## Render the site into _docs and check its links
 	$(BIN)/python tools/docs.py

@@ -19,10 +19,17 @@ def has_cuda():
 # What takes longest comes first, so that no worker is left with it at the end
 FIRST = ('test_tutorials.py', 'test_quickstart.py', 'test_main_job.py', 'test_launch.py', 'test_notebooks.py', 'test_survival.py', 'test_jobs.py', 'test_widgets_live.py', 'test_export.py', 'test_hostile.py')
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Pages are handed out one by one, other files whole: their tests share fixtures"
+    from xdist.scheduler import LoadFileScheduling
+    class Pages(LoadFileScheduling):
+        def _split_scope(self, nodeid): return nodeid if nodeid.startswith(('tests/test_tutorials.py', 'tests/test_notebooks.py')) else super()._split_scope(nodeid)
+    return Pages(config, log)
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
     for i in items:
-        if i.path.name not in ('test_tutorials.py', 'test_notebooks.py'): i.add_marker(pytest.mark.xdist_group(i.path.stem)) # Pages are handed out one by one, files whole: their tests share fixtures
         if 'finished_run' in i.fixturenames: i.add_marker(pytest.mark.slow) # A whole job
     if not importlib.util.find_spec('llama_cpp'):
         for i in items:

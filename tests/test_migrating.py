@@ -53,7 +53,7 @@ def test_a_notebook_becomes_the_job_that_it_describes(tmp_path):
 def test_the_defaults_are_those_of_the_class_that_is_called(tmp_path):
     bare = lambda cls: import_job(notebook(tmp_path/f'{cls}.ipynb', LOAD, LORA, ROWS, f'from trl import SFTTrainer\ntrainer = SFTTrainer(model=model, train_dataset=dataset, args={cls}())')).job
     assert (bare('SFTConfig').per_device_train_batch_size, bare('SFTConfig').gradient_accumulation_steps, bare('SFTConfig').weight_decay) == (4, 2, 0.001)
-    assert (bare('TrainingArguments').per_device_train_batch_size, bare('TrainingArguments').gradient_accumulation_steps, bare('TrainingArguments').weight_decay) == (8, 1, 0.0)
+    for cls in ('TrainingArguments', 'Seq2SeqTrainingArguments'): assert (bare(cls).per_device_train_batch_size, bare(cls).gradient_accumulation_steps, bare(cls).weight_decay) == (8, 1, 0.0)
     assert bare('SFTConfig').num_train_epochs == 3.0 and bare('SFTConfig').max_steps is None
 
 def test_the_defaults_are_still_those_of_the_installed_libraries():
