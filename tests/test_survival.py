@@ -275,6 +275,22 @@ def test_hang_and_timeout(tiny, tmp_path):
     run = resume_run(run, show=False, timeout=1)
     assert run.status == 'interrupted' and 'it took longer than its 1 s' in run.result['reason']
 
+def test_request_that_was_not_heard_is_made_again(tmp_path):
+    "A kernel ignores SIGINT between two cells: one that goes on is asked again, one that ends its steps is not"
+    from unsloth_nb.runs import Run,write_json
+    from unsloth_nb.supervising import Supervisor
+    deaf = "import signal,time; signal.signal(signal.SIGINT, lambda *a: print('asked', flush=True)); print('ready', flush=True)\nwhile True: time.sleep(1)"
+    with subprocess.Popen([sys.executable, '-c', deaf], stdout=subprocess.PIPE, text=True) as kernel:
+        assert kernel.stdout.readline() == 'ready\n'
+        sup,calls = Supervisor(Run(tmp_path), timeout=1),[]
+        for at,step in ((2, 10), (5, 90), (12, 200), (13, 202), (14, 203), (15, 204)):
+            write_json(tmp_path/'heartbeat.json', dict(time=sup.started+at, pid=kernel.pid, step=step, step_time=sup.started+at))
+            sup.look(sup.started+at)
+            calls.append(sup.called)
+        assert len({*calls[:4]}) == 1 and len({*calls}) == 2 and calls[3] != calls[4] and sup.asked == calls[0]
+        assert [kernel.stdout.readline() for _ in range(2)] == ['asked\n']*2
+        kernel.kill()
+
 @pytest.mark.slow
 def test_replay(whole):
     "A finished run, done again from its record: the same bits, exit code 0"

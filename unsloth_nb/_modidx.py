@@ -1831,6 +1831,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'unsloth_nb/supervising.py'),
                                         'unsloth_nb.supervising.Supervisor._training': ( 'supervising.html#supervisor._training',
                                                                                          'unsloth_nb/supervising.py'),
+                                        'unsloth_nb.supervising.Supervisor._unheard': ( 'supervising.html#supervisor._unheard',
+                                                                                        'unsloth_nb/supervising.py'),
                                         'unsloth_nb.supervising.Supervisor.ask': ( 'supervising.html#supervisor.ask',
                                                                                    'unsloth_nb/supervising.py'),
                                         'unsloth_nb.supervising.Supervisor.beat': ( 'supervising.html#supervisor.beat',

@@ -103,7 +103,8 @@ class Supervisor(threading.Thread):
     ):
         super().__init__(daemon=True)
         self.run_dir,self.hang_after,self.timeout,self.grace,self.over = run,hang_after,timeout,grace,threading.Event()
-        self.nb,self.why,self.started,self.asked,self.longest,self.last_step = None,'',time.time(),None,0.0,None
+        self.nb,self.why,self.started,self.longest,self.last_step = None,'',time.time(),0.0,None
+        self.asked,self.called,self.from_step = None,None,None # When first and when last, and the first step that ended long after
     @property
     def beat(self)->dict: # Empty before the kernel has said anything
         b = read_json(self.run_dir.path/'heartbeat.json') or {}
@@ -125,6 +126,7 @@ def look(self:Supervisor, now:float):
     elif self._training() and self.longest and now-b['step_time'] > max(self.hang_after, 50*self.longest): self.end(f"training hangs: no step for {now-b['step_time']:.0f} s, where the longest took {self.longest:.1f} s", b)
     elif over_time and not self.asked and self.ask(): self.why = f'it took longer than its {self.timeout:g} s'
     if self.asked and now-self.asked > self.grace: self.end(self.why or f'it did not stop within {self.grace:g} s', b)
+    elif self.asked and self._unheard(b): self.ask()
 
 @patch
 def _training(self:Supervisor)->bool:
@@ -136,9 +138,17 @@ def _training(self:Supervisor)->bool:
 def ask(self:Supervisor)->bool: # Is there a process to ask?
     "Ask the kernel to stop, as its stop button would"
     if not (pid := self.beat.get('pid')): return False
-    self.asked = time.time()
+    self.called,self.from_step = time.time(),None
+    self.asked = self.asked or self.called
     os.kill(pid, signal.SIGINT)
     return True
+
+@patch
+def _unheard(self:Supervisor, beat:dict)->bool:
+    "Has the kernel gone on, ten seconds after it was asked last: with a new stage, or with three steps?"
+    late,began = self.called+10,[l['time'] for l in read_lines(self.run_dir.path/'progress.jsonl') if l.get('state') == 'started'][-1:]
+    if self.from_step is None and (beat.get('step_time') or 0) > late: self.from_step = beat['step']
+    return bool(began and began[0] > late) or (self.from_step is not None and (beat.get('step') or 0) > self.from_step+2)
 
 @patch
 def end(self:Supervisor, why:str, beat:dict):
