@@ -17,7 +17,8 @@ def has_cuda():
     return subprocess.run([sys.executable, '-c', 'import torch,sys; sys.exit(not torch.cuda.is_available())'], capture_output=True).returncode == 0
 
 # What takes longest comes first, so that no worker is left with it at the end
-FIRST = ('test_tutorials.py', 'test_quickstart.py', 'test_main_job.py', 'test_launch.py', 'test_notebooks.py', 'test_survival.py', 'test_jobs.py', 'test_widgets_live.py', 'test_export.py', 'test_hostile.py')
+FIRST = ('test_tutorials.py', 'test_quickstart.py', 'test_main_job.py', 'test_launch.py', 'test_notebooks.py', 'test_survival.py', 'test_jobs.py', 'test_widgets_live.py', 'test_export.py', 'test_hostile.py',
+    'test_site.py', 'test_sweeping.py', 'test_data_command.py', 'test_serving.py', 'test_cloud.py', 'test_training.py')
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
