@@ -136,14 +136,11 @@ class Notebook:
         (of or self.page).screenshot(path=self.shots/f'{name}.png', animations='disabled')
         return self.shots/f'{name}.png'
     def saved(self):
-        "Save, and read the file back"
-        f = self.lab.folder/self.name
-        before = f.stat().st_mtime_ns
-        self.page.locator('[data-jp-item-name=save] jp-button').first.click()
-        for _ in range(100):
-            if f.stat().st_mtime_ns != before: return nbformat.read(f, as_version=4)
-            self.page.wait_for_timeout(100)
-        pytest.fail(f'{self.name} was not saved')
+        "Save, and read the file back when the server has answered, since it writes the file in place"
+        with self.page.expect_request(lambda r: r.method == 'PUT' and '/api/contents/' in r.url) as asked:
+            self.page.locator('[data-jp-item-name=save] jp-button').first.click()
+        assert asked.value.response().ok
+        return nbformat.read(self.lab.folder/self.name, as_version=4)
     def focused(self):
         "The element that has the keyboard: its tag and its name for a screen reader"
         return self.page.evaluate("(e => [e.tagName.toLowerCase(), e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || e.title || ''])(document.activeElement)")
