@@ -597,6 +597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'unsloth_nb.engine._import_unsloth': ('engine.html#_import_unsloth', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine._release': ('engine.html#_release', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine.check_hub': ('engine.html#check_hub', 'unsloth_nb/engine.py'),
+                                   'unsloth_nb.engine.collector_paused': ('engine.html#collector_paused', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine.device_info': ('engine.html#device_info', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine.quiet': ('engine.html#quiet', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine.set_environment': ('engine.html#set_environment', 'unsloth_nb/engine.py'),

@@ -10,6 +10,7 @@ __all__ = ['PROBES', 'log_probabilities', 'greedy_answers', 'render_ids', 'templ
 import hashlib,importlib.metadata,json,os,re,subprocess,sys,tempfile
 from pathlib import Path
 
+from .engine import collector_paused
 from .escaping import mask_secrets,plain_text
 from .places import settings
 from .runs import read_json,write_json
@@ -87,7 +88,7 @@ def transformers_answers(
     request:dict, # As above
 )->dict:
     "What plain transformers, or PEFT, makes of an exported folder"
-    from transformers import AutoTokenizer,GenerationConfig
+    with collector_paused(): from transformers import AutoModelForCausalLM,AutoTokenizer,GenerationConfig # The first is for `_network`, and most of the time
     tok,config = AutoTokenizer.from_pretrained(spec['folder']),GenerationConfig.from_pretrained(spec['folder'])
     net,software = _network(spec)
     return dict(software=software, **tokenizer_facts(tok, request['probes'], config), **greedy_answers(net, tok, request['prompts'], config, request['max_new_tokens']), **log_probabilities(net, request['examples']))
