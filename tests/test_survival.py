@@ -78,6 +78,21 @@ def test_finished_does_nothing(lab):
     again,_,got = lab.train(run)
     assert got == want and run.metrics == before and weights(again) == weights(model)
 
+def test_stopped_before_it_begins(lib, lab, tmp_path):
+    "A request is kept until there is a step; one that comes after the training is refused"
+    run = lib.start_run(lib.FinetuneJob(model=str(lab.model), **SMALL), tmp_path)
+    def stop():
+        p = cli('runs', 'stop', run.path)
+        return p.communicate(timeout=60)[0],p.returncode
+    assert 'will stop after its first step' in stop()[0]
+    with pytest.raises(lib.Interrupted, match='stopped by unsloth-nb runs stop after step 1'), run.stage('training'): lab.train(run)
+    run.stop('a test')
+    run.interrupt('a test')
+    lab.train(run.reopen())
+    with run.stage('training'): pass
+    said,code = stop()
+    assert code == 2 and 'no training ahead' in said and not (run.path/'stop.json').exists()
+
 def test_stopped_at_the_end(lab):
     "Asked to stop during the last step, and again after a longer run was allowed: no step too many, no step too few"
     model,whole,want = lab.train()
@@ -263,6 +278,20 @@ def test_killed_and_retried(tiny, whole, tmp_path):
     nb = nbformat.read(first/'notebook.ipynb', 4)
     states = [c.metadata.papermill.status for c in nb.cells if c.cell_type == 'code']
     assert states.count('failed') == 1 and set(states[states.index('failed')+1:]) == {'pending'} and 'completed' in states
+
+@pytest.mark.slow
+def test_killed_after_a_request_to_stop(tiny, tmp_path):
+    "A kernel that dies before it has heard the request is not started again"
+    from unsloth_nb.jobs import run_job
+    from unsloth_nb.runs import Run
+    def kill():
+        path,pid = wait_for_step(tmp_path, 5)
+        os.kill(pid, signal.SIGSTOP)
+        Run(path).stop('a test')
+        os.kill(pid, signal.SIGKILL)
+    threading.Thread(target=kill, daemon=True).start()
+    run = run_job('finetune', runs_dir=tmp_path, show=False, retries=1, **dict(model=str(tiny), **SMALL)|SLOWLY)
+    assert run.status == 'failed' and run.attempt == 1 and 'not tried again: a test' in (run.path/'progress.jsonl').read_text()
 
 @pytest.mark.slow
 def test_hang_and_timeout(tiny, tmp_path):

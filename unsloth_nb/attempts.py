@@ -33,6 +33,7 @@ def reopen(self:Run,
     aside.mkdir(parents=True, exist_ok=True)
     for n in ('notebook.ipynb', 'report.html', 'result.json'):
         if (self.path/n).exists(): os.replace(self.path/n, aside/n)
+    self.stop_asked() # That was for the attempt before
     if params: write_json(self.path/'job.json', read_json(self.path/'job.json')|dict(parameters=job.to_dict(), auto=job.auto_fields()))
     return self
 
@@ -56,7 +57,7 @@ def allowed(self:Run)->list: # Names
 # %% ../nbs/attempts.ipynb #2d99cfb8
 @patch
 def stop(self:Run, by:str='someone'):
-    "Ask a run that is training to stop after its next step, with a checkpoint"
+    "Ask a run to stop after its next step of training, with a checkpoint"
     write_json(self.path/'stop.json', dict(by=by))
 
 @patch

@@ -32,7 +32,7 @@ from .jobs import read_pairs,replay_run,resume_run,run_job
 from .leaderboard import compare_runs,write_comparison
 from .places import settings
 from .planning import make_plan
-from .runs import Run,RunError,before_after,open_run
+from .runs import Run,RunError,before_after,open_run,read_lines
 from .schema import SpecError,fields,nearest
 from .spec import EXPORTS,JOBS,FinetuneJob,make_job
 
@@ -218,11 +218,13 @@ def replay_command(run:Annotated[str, typer.Argument(help="Name, unique part of 
 # %% ../nbs/cli.ipynb #0a827d00
 @runs_app.command('stop')
 def stop_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
-    "Ask a run that is training to stop after its next step, with a checkpoint."
+    "Ask a run to stop after its next step of training, with a checkpoint."
     r = open_run(run, runs_dir)
     if r.status != 'running': raise RunError(f"{r.name} is {r.status}; there is nothing to stop")
+    trained = [l['state'] for l in read_lines(r.path/'progress.jsonl') if l.get('stage') == 'training']
+    if r.kind != 'finetune' or trained[-1:] == ['done']: raise RunError(f"{r.name} has no training ahead, which alone is stopped from here; Ctrl-C or SIGTERM ends it where it was started, and what it has done is kept")
     r.stop('unsloth-nb runs stop')
-    print(f'{r.name} will stop after its next step')
+    print(f"{r.name} will stop after its {'next' if trained else 'first'} step")
 
 @runs_app.command('show')
 def show_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):

@@ -51,6 +51,9 @@ def _attempts(run, name, show, retries, **watch):
             if show: watcher.stop()
         again = conclude(run, error, sup)
         if not again or not left: return run
+        if (by := run.stop_asked()):
+            run.note(f'not tried again: {by} had asked it to stop')
+            return run
         run.note(f"attempt {run.attempt}: {run.result['reason']}; trying again")
         run.reopen(run.allowed) # What a person has allowed stays allowed
 

@@ -58,7 +58,6 @@ def prepare(model:LoadedModel, examples:Examples, job:FinetuneJob, run:Run):
     check_rendezvous(plan.nodes)
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
-    run.stop_asked() # What was asked of an earlier attempt is over
     examples.save(home/'examples')
     if model.weights: save_file({n:p.contiguous() for n,p in model.weights.items()}, home/'weights.safetensors') # Else each rank makes the same ones, from the seed
     write_json(home/'launch.json', dict(job=job.to_dict(), plan=plan.to_dict(), rendezvous=settings().rendezvous, pid=os.getpid(), host=socket.gethostname(), time=time.time()))

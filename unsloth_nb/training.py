@@ -73,7 +73,6 @@ def _recorder(*args):
 @patch
 def on_train_begin(self:_Recorder, args, state, control, **kw):
     self.time,self.step,self.saved,self.began = time.perf_counter(),state.global_step,time.time(),int(state.epoch or 0)
-    if ranks() == 1: self.run.stop_asked() # What was asked of an earlier attempt is over
     self.trainer._total_loss_scalar,self.before = self.sums.loss,self.sums.tokens
     self.metrics = [m for m in self.metrics if m['step'] <= state.global_step]
     self.run.keep_metrics(self.metrics)
@@ -236,9 +235,9 @@ def train(
     import torch
     model.plan.check_room(job, run.path)
     with only_writer(run), stop_requests() as stop, live_view(run, live) as live:
-        if model.plan.ranks > 1: return train_in_ranks(model, examples, job, run, live, stop)
-        try: return _train(model, examples, job, run, live, stop)
+        try: return (train_in_ranks if model.plan.ranks > 1 else _train)(model, examples, job, run, live, stop)
         except torch.OutOfMemoryError as e: raise _out_of_memory(e, model, job, examples) from e
+        finally: run.stop_asked() # A request that came too late is over with the training
 
 # %% ../nbs/training.ipynb #c812ad06
 def _announce(own, changes, fillers, found):
