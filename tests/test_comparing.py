@@ -157,7 +157,8 @@ def test_replay(make):
     for other,why in ((make(seed=1), 'not a replay: differ in seed'), (make(data=dict(fingerprint='f2')), 'not the same data: fingerprint'), (make([2.0, 1.0]), 'not complete: 2 of 3 steps'), (make([2.0, 1.0, 0.5, 0.4]), 'not the same length: 1 steps more')):
         r = replayed(a, other, band=1.0)
         assert not r.ok and r.verdict == why and r.to_dict()['ok'] is False and why in repr(r)
-    assert 'other environment (device.name)' in replayed(a, make([2.0, 1.01, 0.5], plan=dict(device=dict(kind='cpu', name='B')))).verdict
+    elsewhere = make([2.0, 1.01, 0.5], plan=dict(device=dict(kind='cpu', name='B'), dtype='bfloat16'))
+    assert replayed(a, elsewhere).verdict.endswith('; other plan (dtype); other environment (device.name)')
 
 def test_replay_gpu(make):
     "On a GPU the band is 2%; a replay of a run that broke off may go further than it"

@@ -350,6 +350,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unsloth_nb.comparing.RunDiff.__repr__': ( 'comparing.html#rundiff.__repr__',
                                                                                  'unsloth_nb/comparing.py'),
                                       'unsloth_nb.comparing.RunDiff._course': ('comparing.html#rundiff._course', 'unsloth_nb/comparing.py'),
+                                      'unsloth_nb.comparing.RunDiff._others': ('comparing.html#rundiff._others', 'unsloth_nb/comparing.py'),
                                       'unsloth_nb.comparing.RunDiff._repr_markdown_': ( 'comparing.html#rundiff._repr_markdown_',
                                                                                         'unsloth_nb/comparing.py'),
                                       'unsloth_nb.comparing.RunDiff._sections': ( 'comparing.html#rundiff._sections',

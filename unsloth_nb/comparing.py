@@ -175,14 +175,16 @@ def _course(self:RunDiff):
     over = f'same curves over {loss.common} common steps'
     return over+{True:', same adapter', False:', the adapters differ', None:', no two adapters to compare'}[self.same_adapter]
 
+@patch
+def _others(self:RunDiff, *parts): return [f'other {p} ({_names(rows)})' for p in parts if (rows := getattr(self, p))]
+
 @patch(as_prop=True)
 def verdict(self:RunDiff)->str:
     "The comparison in one line"
     differ = f'differ in {_names(self.parameters)}' if self.parameters else ''
     if self.identical: return f"identical: {self.curves['loss'].common} steps bit for bit, same adapter"+(f'; {differ}' if differ else '')
     if differ: return f'{differ}; {self._course()}'
-    more = [f'other {what} ({_names(rows)})' for what,rows in (('plan', self.plan), ('data', self.data), ('environment', self.environment)) if rows]
-    return '; '.join([f'same parameters, {self._course()}', *more])
+    return '; '.join([f'same parameters, {self._course()}', *self._others('plan', 'data', 'environment')])
 
 # %% ../nbs/comparing.ipynb #7f38092c
 def _text(v): return '' if v is None else ' '.join(plain_text(v).split())
@@ -289,7 +291,7 @@ def _problem(self:Replay):
     if loss.only_a: return f'not complete: {loss.common} of {loss.common+loss.only_a} steps'
     if loss.only_b and d.status[0] == 'finished': return f'not the same length: {loss.only_b} steps more'
     worst = next((c for c,band in ((loss, self.band), (grad, 10*self.band)) if c.largest > band), None)
-    since = f"; other environment ({_names(d.environment)})" if d.environment else ''
+    since = ''.join(f'; {o}' for o in d._others('plan', 'environment'))
     if worst: return f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step {worst.at}){since}'
     if d.same_adapter is False and not self.band: return f'parted: the same curves, yet other adapter weights{since}'
 
