@@ -26,8 +26,10 @@ pickle.dump(res, open(out, 'wb'))
 """
 
 class Volume:
-    "A folder with a live and a committed state"
-    def __init__(self, home): self.home,self.live,self.committed,self.commits,self.lock = home,home/'live',home/'committed',0,threading.Lock(); self.live.mkdir(); self.committed.mkdir()
+    "A folder with a live and a committed state; who reads what is committed holds the lock"
+    def __init__(self, home):
+        self.home,self.live,self.committed,self.blocks,self.commits,self.lock = home,home/'live',home/'committed',home/'blocks',0,threading.Lock()
+        for d in (self.live, self.committed, self.blocks): d.mkdir()
     @staticmethod
     def _copy(a, b):
         shutil.rmtree(b)
@@ -40,10 +42,20 @@ class Volume:
     def lose(self):
         with self.lock: self._copy(self.committed, self.live)
     def put(self, path, data):
-        for state in (self.live, self.committed):
-            f = state/path.lstrip('/')
-            f.parent.mkdir(parents=True, exist_ok=True)
-            f.write_bytes(data)
+        with self.lock:
+            for state in (self.live, self.committed):
+                f = state/path.lstrip('/')
+                f.parent.mkdir(parents=True, exist_ok=True)
+                f.write_bytes(data)
+    def cut(self, path, size):
+        "A committed file as it is now, in blocks that no commit takes away: its bytes, and where the blocks are"
+        with self.lock:
+            f = self.committed/path.lstrip('/')
+            if not f.is_file(): raise GRPCError(Status.NOT_FOUND, f'no {path}')
+            to,n = Path(tempfile.mkdtemp(dir=self.blocks)),f.stat().st_size
+            with f.open('rb') as h:
+                for i in range(-(-n//size)): (to/str(i)).write_bytes(h.read(size))
+            return n,[f'{to.name}/{i}' for i in range(-(-n//size))]
 
 class Call(threading.Thread):
     "One function call: a process, started again as its retries allow"
@@ -74,9 +86,9 @@ class Call(threading.Thread):
         self.server.volume.lose()
 
 class Blocks(BaseHTTPRequestHandler):
-    "Files of the committed Volume, over HTTP"
+    "Blocks of files of the committed Volume, over HTTP"
     def do_GET(self):
-        data = (self.server.volume.committed/unquote(self.path).lstrip('/')).read_bytes()
+        data = (self.server.volume.blocks/unquote(self.path).lstrip('/')).read_bytes()
         self.send_response(200); self.send_header('Content-Length', str(len(data))); self.end_headers()
         self.wfile.write(data)
     def log_message(self, *_): pass
@@ -172,20 +184,13 @@ class ModalServer:
         return Empty()
     def VolumeListFiles(self, r):
         top = self.volume.committed/r.path.lstrip('/')
-        if not top.exists(): raise GRPCError(Status.NOT_FOUND, f'no {r.path}')
         kind = lambda p: pb.FileEntry.DIRECTORY if p.is_dir() else pb.FileEntry.FILE
-        found = [top] if top.is_file() else [*(top.rglob('*') if r.recursive else top.iterdir())]
-        return [pb.VolumeListFilesResponse(entries=[pb.FileEntry(path=str(p.relative_to(self.volume.committed)), type=kind(p), size=p.stat().st_size) for p in found])]
+        with self.volume.lock:
+            if not top.exists(): raise GRPCError(Status.NOT_FOUND, f'no {r.path}')
+            found = [top] if top.is_file() else [*(top.rglob('*') if r.recursive else top.iterdir())]
+            return [pb.VolumeListFilesResponse(entries=[pb.FileEntry(path=str(p.relative_to(self.volume.committed)), type=kind(p), size=p.stat().st_size) for p in found])]
     def VolumeGetFile2(self, r):
-        f = self.volume.committed/r.path.lstrip('/')
-        if not f.is_file(): raise GRPCError(Status.NOT_FOUND, f'no {r.path}')
-        n,block = f.stat().st_size,8*2**20
-        if n > block: # One address a block: the file is cut
-            (cut := self.volume.committed/'.blocks'/r.path).mkdir(parents=True, exist_ok=True)
-            with f.open('rb') as h:
-                for i in range(-(-n//block)): (cut/str(i)).write_bytes(h.read(block))
-            paths = [f'.blocks/{r.path}/{i}' for i in range(-(-n//block))]
-        else: paths = [r.path] if n else []
+        n,paths = self.volume.cut(r.path, 8*2**20)
         return pb.VolumeGetFile2Response(get_urls=[f'http://127.0.0.1:{self.blocks.server_port}/{p}' for p in paths], size=n, start=0, len=n)
     def SecretGetOrCreate(self, r):
         if r.deployment_name and r.deployment_name not in self.secrets: raise GRPCError(Status.NOT_FOUND, f'no secret {r.deployment_name}')

@@ -1,14 +1,18 @@
 "Jobs on Modal: the real client against a server on loopback, which runs what it is asked to run and can lose its machines. And other machines: the Dockerfile, and the Slurm script among stand-ins for Slurm's programs."
-import json,os,re,shutil,signal,subprocess,sys,time,tomllib
+import json,os,re,shutil,signal,subprocess,sys,threading,time,tomllib
+from dataclasses import replace
+from types import SimpleNamespace
 import pytest
 from conftest import ROOT,TOKEN
 
 pytest.importorskip('modal')
 from modal_server import TOKEN_ID,TOKEN_SECRET,ModalServer
 from unsloth_nb.checkpoints import CheckpointError,check_whole
-from unsloth_nb.cloud import HOME,CloudError,ask,lock_file
-from unsloth_nb.runs import open_run
-from unsloth_nb.spec import JOBS
+from unsloth_nb import remote
+from unsloth_nb.cloud import HOME,CloudError,ask,lock_file,uploads_of
+from unsloth_nb.runs import Run,RunError,open_run,record_job,write_json
+from unsloth_nb.schema import SpecError
+from unsloth_nb.spec import JOBS,FinetuneJob
 
 TINY = dict(max_steps=6, max_rows=24, test_size=2, max_seq_length=256, max_new_tokens=8, save_steps=1, learning_rate=1e-3)
 
@@ -136,6 +140,85 @@ def test_a_job_that_was_stopped_is_over(server, tmp_path):
     assert cancel('latest', tmp_path) == sub == find_submission('latest', tmp_path)
     assert status(sub.run_name, tmp_path, timeout=20).over
 
+def test_a_request_is_sent_once_and_with_a_place_for_its_record(server, tmp_path):
+    from unsloth_nb.submissions import cancel,submit
+    req = ask(gpu='T4', max_steps=2)
+    submit(req, tmp_path, lambda _: None)
+    n = len(server.calls)
+    with pytest.raises(SpecError, match='submitted already'): submit(req, tmp_path, lambda _: None)
+    (tmp_path/'file').touch()
+    with pytest.raises(SpecError, match='runs_dir: .*file.* cannot be written'): submit(ask(gpu='T4', max_steps=2), tmp_path/'file', lambda _: None)
+    assert len(server.calls) == n
+    until(lambda: server.calls[f'fc-{n}'].process)
+    cancel(req.run_name, tmp_path)
+
+def test_what_is_refused_over_there_is_not_tried_again(server, tmp_path):
+    from unsloth_nb.submissions import fetch,status,submit
+    sub = submit(replace(ask(gpu='T4', max_steps=2), params=dict(max_step=2)), tmp_path, lambda _: None)
+    now = status(sub.run_name, tmp_path, timeout=120)
+    assert (now.state, server.calls[sub.call].attempts) == ('failed', 1) and "did you mean 'max_steps'" in now.reason
+    with pytest.raises(CloudError, match="left nothing on the disk: .*did you mean 'max_steps'"): fetch(sub.run_name, tmp_path)
+
+def test_a_hub_that_is_away_is_worth_another_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    with pytest.raises(remote.Unfinished, match='Hub cannot be reached'): remote.run_remote('finetune', dict(dataset='me/rows'), 'x', tmp_path)
+
+@pytest.fixture
+def recorded(tmp_path):
+    "A run that was begun, and a function that is its writer's beat"
+    run = Run(tmp_path/'runs/x')
+    run.path.mkdir(parents=True)
+    record_job(run.path, FinetuneJob())
+    return run,lambda age=0: write_json(run.path/'heartbeat.json', dict(time=time.time()-age, pid=1, host='elsewhere', step=3, step_time=None))
+
+def test_another_writer_is_seen_where_its_beats_come_by_reloading(recorded, tmp_path):
+    run,beat = recorded
+    beat(28.5)
+    with pytest.raises(RunError, match='another machine'): remote.run_remote('finetune', {}, run.name, tmp_path, wait=3, reload=beat)
+
+def test_beats_are_committed_and_reloaded(recorded, monkeypatch):
+    run,commits = recorded[0],[]
+    with remote.keeping(run, lambda: commits.append(1), every=0.02, beat=0.1): until(lambda: len(commits) > 1, 10)
+    disk = SimpleNamespace(commit=1, reload=2)
+    monkeypatch.setenv(remote.KEPT, '/vol')
+    monkeypatch.setattr(remote, '_volume', lambda: disk)
+    monkeypatch.setattr(remote, 'run_remote', lambda *a, **k: (a[4], k['reload']))
+    assert remote.finetune(run_name='x') == (1, 2)
+
+def test_a_mistyped_file_is_not_taken_for_the_hub_s(rows, monkeypatch):
+    monkeypatch.chdir(rows.parent.parent)
+    here = rows.parent.name
+    for k in ('dataset', 'test_dataset'):
+        with pytest.raises(SpecError, match="did you mean 'rows.jsonl'"): ask(**{k:f'{here}/rowz.jsonl'})
+    with pytest.raises(SpecError, match='task_dir: there is no folder'): ask('evaluate', gpu='L4', run='x', tasks=['t'], task_dir=f'{here}/tasks')
+    assert ask(dataset='yahma/alpaca-cleaned').params['dataset'] == 'yahma/alpaca-cleaned'
+
+def test_a_link_keeps_its_name(rows, tmp_path):
+    (tmp_path/'abc123').write_bytes(rows.read_bytes())
+    (tmp_path/'rows.jsonl').symlink_to('abc123')
+    params,(up,) = uploads_of(FinetuneJob(dataset=str(tmp_path/'rows.jsonl')))
+    assert params['dataset'].endswith('/rows.jsonl') and up.local.name == 'rows.jsonl'
+
+def test_as_many_cards_as_there_are():
+    big = dict(preset='llama-3.3-70b-instruct', load_in_4bit=False, dataset='yahma/alpaca-cleaned', max_steps=10, devices='auto')
+    with pytest.raises(SpecError, match='devices: 16; one machine has 8'): ask(devices=16)
+    with pytest.raises(SpecError, match='expected a card and a count'): ask(gpu='H100:0')
+    req = ask(gpu='H100', **big)
+    assert req.gpu == next(o.gpu for o in req.offers.offers if o.card == 'H100') == f"H100:{req.params['devices']}" and req.params['devices'] > 1
+    with pytest.raises(SpecError, match='does not fit on T4, T4:2, T4:4'): ask(gpu='T4', **big)
+
+def test_the_stand_in_shows_no_half_commit(tmp_path, monkeypatch):
+    from modal_proto import api_pb2 as pb
+    s,copy = ModalServer(tmp_path),shutil.copytree
+    s.blocks.server_close()
+    s.volume.put('a', b'1')
+    monkeypatch.setattr(shutil, 'copytree', lambda *a, **k: (time.sleep(0.5), copy(*a, **k)))
+    threading.Thread(target=s.volume.commit).start()
+    until(s.volume.lock.locked, 5)
+    time.sleep(0.2)
+    answer, = s.VolumeListFiles(pb.VolumeListFilesRequest(path='/'))
+    assert [e.path for e in answer.entries] == ['a']
+
 def test_without_the_package_the_extra_is_named(monkeypatch):
     from unsloth_nb.cloud import make_app
     monkeypatch.setitem(sys.modules, 'modal', None)
@@ -179,7 +262,7 @@ def slurm(tmp_path):
     "The script among stand-ins for Slurm's programs and ours, which write down what they are called with"
     bin = tmp_path/'bin'
     bin.mkdir()
-    stubs = dict(scontrol='[ "$1" = show ] && echo node1 || echo "scontrol $*" >>"$CALLS"', scancel='echo "scancel $*" >>"$CALLS"; touch "$STOP"',
+    stubs = dict(scontrol='[ "$1" = show ] && echo node1 || echo "scontrol $*" >>"$CALLS"', scancel='echo "scancel $*" >>"$CALLS"; touch "$STOP"; sleep ${SLOW:-0}; exit ${REFUSED:-0}',
         srun='shift; SLURM_NODEID=${NODE:-0} exec "$@"',
         **{'unsloth-nb':'echo "unsloth-nb $*" >>"$CALLS"; mkdir -p "$UNSLOTH_NB_RUNS_DIR/r"; touch "$UNSLOTH_NB_RUNS_DIR/r/job.json"; [ -z "$LONG" ] || until [ -e "$STOP" ]; do sleep 0.05; done; exit ${CODE:-0}'})
     for n,body in stubs.items(): (bin/n).write_text(f'#!/bin/bash\n{body}\n'); (bin/n).chmod(0o755)
@@ -196,8 +279,10 @@ def test_slurm_begins_and_after_a_requeue_goes_on(slurm):
     launch = 'unsloth-nb launch finetune --devices 8 --nodes 2 --rendezvous node1:20123 --node-rank'
     assert slurm.calls() == [f'{launch} 0 -p model=a b -f p.yaml', 'unsloth-nb run --resume latest', f'{launch} 1 -p model=a b']
 
-def test_slurm_stops_with_a_checkpoint_and_requeues(slurm):
-    p = slurm(LONG='1', CODE='3')
+@pytest.mark.parametrize('more', [{}, dict(REFUSED='1'), dict(SLOW='0.5'), dict(POSIXLY_CORRECT='1'), dict(SLOW='0.5', POSIXLY_CORRECT='1')])
+def test_slurm_stops_with_a_checkpoint_and_requeues(slurm, more):
+    "Also when srun is over before scancel is, and when scancel says that something went wrong"
+    p = slurm(LONG='1', CODE='3', **more)
     until(slurm.calls, 20)
     p.send_signal(signal.SIGUSR1)
     assert p.wait(20) == 3

@@ -21,11 +21,11 @@ from .data import load_data
 from .engine import _env
 from .escaping import markdown_code,mask_secrets,plain_text
 from .loading import check_model
-from .prices import CORES,PRICES_DATE,Offers,cheapest,duration,gpu_string
+from .prices import CORES,PRICES,PRICES_DATE,Offers,cheapest,duration,gpu_string
 from .remote import KEPT,PORT,SERVED,VOLUME
 from .runs import fingerprint,sha256
 from .schema import Job,SpecError
-from .sources import find_source
+from .sources import KINDS,file_kind,find_source
 from .spec import FinetuneJob,jobs_dir,make_job,resolve_model
 from .supervising import _changed
 
@@ -104,21 +104,25 @@ class Upload:
     bytes:int
 
 def _upload(path, kind):
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser()
+    path = path.resolve() if path.name == '..' else path.parent.resolve()/path.name
     files = fingerprint(path) if path.is_dir() else {path.name:dict(sha256=sha256(path), bytes=path.stat().st_size)}
     key = hash_of(files) if path.is_dir() else files[path.name]['sha256']
     return Upload(path, f'{kind}/{key}/{path.name}', sum(f['bytes'] for f in files.values()))
 
-def _on_hub(name): return name.count('/') == 1 and not name.startswith(('.', '/', '~')) and not os.path.exists(name)
+def _on_hub(name): return name.count('/') == 1 and file_kind(Path(name)) not in KINDS and not name.startswith(('.', '/', '~')) and not os.path.exists(name)
 
 def uploads_of(job:Job)->tuple[dict,list]: # Parameters that change, and `Upload`s
     "What of a job is on this machine only"
     found = {}
-    for k in ('dataset', 'test_dataset', 'task_dir'):
+    for k in ('dataset', 'test_dataset'):
         v = getattr(job, k, None)
         if not v or v == 'events' or _on_hub(v): continue
-        if k != 'task_dir' and find_source(v, getattr(job, 'dataset_split', 'train')).kind == 'mix': raise SpecError(f"{k}: {v} is a mix, which names other files; a mix is not taken to another machine: write its rows into one file, or put them on the Hub")
+        if find_source(v, getattr(job, 'dataset_split', 'train')).kind == 'mix': raise SpecError(f"{k}: {v} is a mix, which names other files; a mix is not taken to another machine: write its rows into one file, or put them on the Hub")
         found[k] = _upload(v, 'data')
+    if (v := getattr(job, 'task_dir', None)):
+        if not Path(v).expanduser().is_dir(): raise SpecError(f"task_dir: there is no folder {v!r}; give one that holds tasks (*.yaml)")
+        found['task_dir'] = _upload(v, 'data')
     if isinstance(job, FinetuneJob) and resolve_model(job.model, job.allow_remote_code).kind == 'local': found['model'] = _upload(job.model, 'models')
     return {k:f'{ROOT}/{u.remote}' for k,u in found.items()},list(found.values())
 
@@ -160,8 +164,8 @@ def _check(kind, job):
 # %% ../nbs/cloud.ipynb #dda561f3
 def _card(gpu):
     "A card and how many of it, None where that is not said"
-    name,_,n = gpu.partition(':')
-    if n and not n.isdigit(): raise SpecError(f"gpu: {gpu!r}; expected a card and a count, as in H100:2")
+    name,colon,n = gpu.partition(':')
+    if colon and not (n.isdecimal() and int(n)): raise SpecError(f"gpu: {gpu!r}; expected a card and a count, as in H100:2")
     return name,int(n) if n else None
 
 def _machine(job, kind, data, gpu):
@@ -172,10 +176,15 @@ def _machine(job, kind, data, gpu):
         return gpu_string(name, n or 1),CORES,32,job,None
     asked = getattr(job, 'devices', 1)
     counts = (n,) if n else (1, 2, 4, 8) if asked == 'auto' else (asked,)
+    card,most = None if gpu == 'auto' else gpu_string(name, counts[0]).partition(':')[0],max(p.most for p in PRICES.values())
+    if counts[0] > most: raise SpecError(f"devices: {counts[0]}; one machine has {most} GPUs at most: set devices to {most} or fewer, or use Slurm for several machines (deploy/finetune.slurm)")
     offers = cheapest(job, data, counts)
-    best = offers.best if gpu == 'auto' else next((o for o in offers.offers if o.gpu == gpu_string(name, counts[0])), None)
+    tried = [o for o in offers.offers if card in (None, PRICES[o.card].gpu)]
+    best = tried[0] if card else offers.best
     if best is None: raise SpecError(f"gpu: no card is known to fit{': '+offers.offers[0].plan.mend if offers.offers[0].plan.mend else ''}; choose one by name, or change the job")
-    if best.fits is False: raise SpecError(f"gpu: the job does not fit on {best.gpu}; {best.plan.mend}")
+    if best.fits is False:
+        tried.sort(key=lambda o: o.count)
+        raise SpecError(f"gpu: the job does not fit on {', '.join(o.gpu for o in tried)}; {tried[-1].plan.mend}")
     return best.gpu,best.cores,best.ram,job if best.count == asked else job.replace(devices=best.count),offers
 
 # %% ../nbs/cloud.ipynb #e166ce3c

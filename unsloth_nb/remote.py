@@ -14,6 +14,7 @@ from pathlib import Path
 from .checkpoints import checkpoint_dirs
 from .jobs import _attempts,preflight,resume_run
 from .runs import Run,RunError,record_job
+from .schema import SpecError
 from .spec import JOBS,make_job
 
 # %% ../nbs/remote.ipynb #1f70b8fc
@@ -22,12 +23,16 @@ def keeping(
     run:Run, # What is being written
     commit, # Called without arguments: makes the disk's state durable
     every:float=2., # [s] between looks
+    beat:float=10., # [s] after which a sign of life is committed, where no checkpoint is new
 ):
-    "Commit whenever a new checkpoint stands in a run, and at the end, whatever happened"
+    "Commit whenever a new checkpoint stands in a run, now and then without one, and at the end, whatever happened"
     over,kept = threading.Event(),{p.name for p in checkpoint_dirs(run)}
     def look():
+        last = time.time()
         while not over.wait(every):
-            if not (new := {p.name for p in checkpoint_dirs(run)}-kept): continue
+            new = {p.name for p in checkpoint_dirs(run)}-kept
+            if not new and time.time()-last < beat: continue
+            last = time.time()
             try: commit(); kept.update(new)
             except Exception as e: print(f'commit failed, to be tried again: {type(e).__name__}: {e}', flush=True)
     thread = threading.Thread(target=look, daemon=True)
@@ -45,14 +50,27 @@ def worth_another(run:Run)->bool:
     "May the next attempt end better?"
     return run.status in ('interrupted', 'unfinished') or run.status == 'failed' and (run.result['reason'].startswith(_WORTH) or ': RankLost: ' in run.result['reason'])
 
-def _await_silence(run, wait):
-    "A machine that was taken away has stopped writing, though its last sign of life is fresh"
+def _await_silence(run, wait, reload):
+    "A machine that was taken away has stopped writing, though its last sign of life is fresh; one that is there commits new ones"
     end = time.time()+wait
     while run.status == 'running':
         if time.time() > end: raise RunError(f"{run.name} is being written by another machine; two writers would mix their steps")
-        time.sleep(0.5)
+        time.sleep(1)
+        reload()
 
 # %% ../nbs/remote.ipynb #60406f6d
+def _attempt(run, kind, params, commit, seconds, wait, reload):
+    "Begin a run, or go on with it"
+    if (run.path/'job.json').exists():
+        _await_silence(run, wait, reload)
+        with keeping(run, commit): return resume_run(run.path, timeout=seconds)
+    job = make_job(kind, **params)
+    preflight(job, run.path.parent)
+    run.path.mkdir(parents=True, exist_ok=True)
+    record_job(run.path, job)
+    commit()
+    with keeping(run, commit): return _attempts(run, kind, True, 0, timeout=seconds)
+
 def run_remote(
     kind:str, # `finetune`, `evaluate` or `export`
     params:dict, # Of the job
@@ -61,18 +79,13 @@ def run_remote(
     commit=lambda: None, # Makes the folder's state durable
     seconds:float|None=None, # [s] for this attempt; then a checkpoint, and an end
     wait:float=60, # [s] for an earlier writer to fall silent
+    reload=lambda: None, # Brings the folder to what others have committed
 )->dict: # run, status, reason, metrics
     "Do a job on a machine that may vanish, or go on with it; raises `Unfinished` when another attempt may finish it"
-    run = Run(Path(root)/'runs'/run_name)
-    first = not (run.path/'job.json').exists()
-    if first:
-        job = make_job(kind, **params)
-        preflight(job, run.path.parent)
-        run.path.mkdir(parents=True, exist_ok=True)
-        record_job(run.path, job)
-        commit()
-    else: _await_silence(run, wait)
-    with keeping(run, commit): run = _attempts(run, kind, True, 0, timeout=seconds) if first else resume_run(run.path, timeout=seconds)
+    try: run = _attempt(Run(Path(root)/'runs'/run_name), kind, params, commit, seconds, wait, reload)
+    except SpecError as e:
+        if 'Hub cannot be reached' in str(e): raise Unfinished(f'{run_name}: {e}') from None
+        return dict(run=run_name, status='failed', reason=str(e), metrics={})
     if run.status != 'finished' and worth_another(run): raise Unfinished(f"{run_name} is {run.status}: {run.result['reason']}")
     return dict(run=run_name, status=run.status, reason=run.result.get('reason', ''), metrics=run.result.get('metrics', {}))
 
@@ -94,7 +107,9 @@ def _volume():
 
 def _function(kind):
     "A job's function for Modal, which finds it by its name in this module"
-    def body(*, run_name, seconds=None, **params): return run_remote(kind, params, run_name, os.environ[KEPT], _volume().commit, seconds)
+    def body(*, run_name, seconds=None, **params):
+        volume = _volume()
+        return run_remote(kind, params, run_name, os.environ[KEPT], volume.commit, seconds, reload=volume.reload)
     body.__name__ = body.__qualname__ = kind
     body.__doc__,body.__signature__ = JOBS[kind].__doc__,signature_of(kind)
     return body

@@ -59,6 +59,17 @@ def find_submission(
     if hits: raise SpecError(f"run: {ref!r} fits {', '.join(s.run_name for s in hits)}; give more of the name")
     raise SpecError(f"run: {ref!r} was not submitted from here{nearest(ref, [s.run_name for s in have][-10:])}")
 
+# %% ../nbs/submissions.ipynb #5732da4f
+def _place(req, runs_dir):
+    "Where a request's record goes; raises `SpecError` where it cannot be written, or is there already"
+    f = _records(runs_dir)/f'{req.run_name}.json'
+    try:
+        f.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=f.parent): pass
+    except OSError as e: raise SpecError(f"runs_dir: {f.parent} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
+    if f.exists(): raise SpecError(f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or make a new request for another run")
+    return f
+
 # %% ../nbs/submissions.ipynb #6d354933
 def _put(volume, u, say):
     "Upload unless it is there; its name is its hash"
@@ -91,6 +102,7 @@ def submit(
     say=print, # Called with a line about what is being done
 )->Submission:
     "Send a job to Modal; returns when it has been accepted, not when it is done"
+    record = _place(req, runs_dir)
     with modal_client() as modal:
         secrets = [modal.Secret.from_name(n) for n in req.secrets]
         for n,s in zip(req.secrets, secrets):
@@ -102,8 +114,7 @@ def submit(
         f = _deployed(modal, req, say).with_options(gpu=req.gpu, cpu=float(req.cores), memory=1024*req.ram, timeout=req.timeout, retries=again, secrets=secrets)
         call = f.spawn(run_name=req.run_name, seconds=req.timeout-GRACE, **req.params)
     sub = Submission(req.run_name, call.object_id, req.app, req.kind, req.params, req.gpu, req.timeout, req.retries, list(req.secrets), req.estimate, datetime.now().astimezone().isoformat())
-    _records(runs_dir).mkdir(parents=True, exist_ok=True)
-    write_json(_records(runs_dir)/f'{sub.run_name}.json', asdict(sub))
+    write_json(record, asdict(sub))
     return sub
 
 # %% ../nbs/submissions.ipynb #1b101a84
