@@ -105,6 +105,27 @@ def test_all_reduce_sends_what_a_ring_sends(which, scale, ranks):
     assert (sent == sent[0]).all()
     for p in (which, scale): assert p['all_reduce'](1000, ranks, 10) == pytest.approx(100*sent[0])
 
+def test_rings_over_nodes_use_every_port(scale):
+    "One ring leaves each node at one GPU; with a ring for each GPU, every port carries an eighth of what a rank sends"
+    nodes,gpus = scale['NODES'],scale['GPUS']
+    ranks,port,nvlink = nodes*gpus,np.zeros((nodes, gpus)),np.zeros((nodes, gpus))
+    for k in range(gpus):
+        order = [(n, (k+1+i) % gpus) for n in range(nodes) for i in range(gpus)] # The last of a node is its GPU k
+        have = np.eye(ranks, dtype=bool)
+        for t in range(ranks-1):
+            for i,(n,g) in enumerate(order):
+                assert have[i, (i-t) % ranks]
+                have[(i+1) % ranks, (i-t) % ranks] = True
+                (port if order[(i+1) % ranks][0] != n else nvlink)[n, g] += 1
+        assert have.all()
+    sizes = 1/ranks/gpus # A piece of a ring, of the whole
+    assert (port == port[0, 0]).all() and (nvlink == nvlink[0, 0]).all()
+    sharded = 'sharded over all 64, 16 bit'
+    assert scale['sent'][sharded] == pytest.approx(sizes*port[0, 0]*(2*scale['weights']+scale['gradient']))
+    assert scale['sent']['data parallel, NF4'] == pytest.approx(2*sizes*port[0, 0]*scale['gradient'])
+    slowest = max(sizes*port[0, 0]/scale['NETWORK'], sizes*nvlink[0, 0]/scale['NVLINK'])
+    assert scale['gather'](ranks, scale['across']()) == pytest.approx(2*slowest*scale['weights'])
+
 def test_gathering_is_hidden_from_the_least_tokens_on(which):
     "A pass of so many tokens takes as long to compute as its weights to gather; half as many do not"
     (s,c),h100,link = which['shape']('70B'),which['find_device']('H100'),which['LINKS']['NVLink']
