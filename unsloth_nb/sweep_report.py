@@ -8,7 +8,7 @@ __all__ = ['STATES', 'TOGETHER', 'SHOWN', 'TABLE', 'Trial', 'SweepResult', 'swee
 
 # %% ../nbs/sweep_report.ipynb #13dbe5ae
 import math
-from dataclasses import asdict,dataclass
+from dataclasses import asdict,dataclass,replace
 from functools import cached_property
 from pathlib import Path
 
@@ -149,6 +149,7 @@ def _unfinished(self:SweepResult):
 def _edges(self:SweepResult):
     "Values of the best trial at the end of what was tried"
     for n,v in self.best.params.items():
+        if n == 'seed': continue # A name, not an amount
         tried = sorted({t.params[n] for t in self.trials if _is_number(t.params[n])})
         if not _is_number(v) or len(tried) < 2: continue
         spec = self.sweep.search.get(n)
@@ -204,6 +205,17 @@ def _head(self:SweepResult)->str:
 # %% ../nbs/sweep_report.ipynb #fd62633c
 TABLE = 40 # Trials in the table
 
+@patch(as_prop=True)
+def _by_loss(self:SweepResult)->bool:
+    "Is the objective the perplexity? Rows have a loss, whose exponential it is"
+    return self.sweep.objective.endswith('.perplexity')
+
+@patch
+def _estimate(self:SweepResult, s): # s: a Standing
+    "The objective of a trial with its interval"
+    f = lambda v: v if v is None else math.exp(min(v, 700))
+    return replace(s.estimate, mean=f(s.estimate.mean), low=f(s.estimate.low), high=f(s.estimate.high)) if s.estimate and self._by_loss else s.estimate
+
 @patch
 def _notes(self:SweepResult):
     "What stands below the table"
@@ -215,10 +227,10 @@ def _rows(self:SweepResult):
     "The table: a head, and a row for each trial, the best first"
     standings,confidence,_ = self._compared()
     rest = sorted((t for t in self.trials if t.state != 'finished'), key=lambda t: (STATES.index(t.state), t.number))
-    yield ['trial', *self.sweep.names, self.sweep.objective, f'{100*confidence:.3g}% interval', 'to the best', 'state', 'attempts', 'minutes', 'run']
+    yield ['trial', *self.sweep.names, self.sweep.objective, f'{100*confidence:.3g}% interval', 'to the best'+' (loss)'*self._by_loss, 'state', 'attempts', 'minutes', 'run']
     for t in [*self.ranking, *rest][:TABLE]:
         s,run = standings.get(t.number),self.run_of(t)
-        e,d = (s.estimate,s.difference) if s else (None,None)
+        e,d = (self._estimate(s),s.difference) if s else (None,None)
         yield [str(t.number), *(show_value(v) for v in t.params.values()), _num(t.value), interval(e) if e else '', f'{number(d.difference, True)} {interval(d, True)}' if d else '', t.state, str(run.attempt), f'{sum(run.seconds().values())/60:.1f}', t.run]
 
 # %% ../nbs/sweep_report.ipynb #d2b3e447
@@ -278,7 +290,7 @@ def plot_intervals(self:SweepResult, ax=None):
     standings,confidence,why = self._compared()
     ax = ax or plt.figure(figsize=(6, 0.8+0.28*max(1, len(standings))), layout='tight').gca()
     for y,(n,s) in enumerate(standings.items()):
-        e = s.estimate
+        e = self._estimate(s)
         if e is None: continue
         tied = y == 0 or s.difference is None or s.difference.p > 1-confidence
         ax.errorbar(e.mean, -y, xerr=None if e.low is None else [[e.mean-e.low], [e.high-e.mean]], fmt='o', color='C0' if tied else 'grey', capsize=3)

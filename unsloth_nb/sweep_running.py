@@ -7,7 +7,7 @@ __all__ = ['processes_of', 'end_leftovers', 'carry_out', 'ask_to_stop', 'Search'
            'cluster_workers', 'left_over', 'Conductor', 'value_of', 'foresee', 'run_sweep', 'resume_sweep']
 
 # %% ../nbs/sweep_running.ipynb #bc13b88e
-import logging,math,os,secrets,signal,socket,time
+import logging,math,os,secrets,shutil,signal,socket,time
 from asyncio import CancelledError
 from contextlib import contextmanager
 from datetime import datetime
@@ -24,7 +24,7 @@ from .runs import RUN_DIR_VARIABLE,Run,RunError,_num,append_line,new_run_dir,rea
 from .schema import SpecError
 from .spec import JOBS
 from .sweep_report import SweepResult,Trial,open_sweep,write_sweep_notebook
-from .sweeping import Forecast,Sweep,distributions,draw,forecast,key_of,need,read_sweep,show_params,values_of
+from .sweeping import Forecast,Sweep,distributions,draw,forecast,key_of,need,read_parallel,read_sweep,show_params
 
 # %% ../nbs/sweep_running.ipynb #168bcb16
 def processes_of(run:Run)->list: # psutil processes, with their children
@@ -67,6 +67,18 @@ def carry_out(
     if run.result or (run.path/'heartbeat.json').exists(): run.reopen()
     _attempts(run, run.kind, False, retries)
 
+# %% ../nbs/sweep_running.ipynb #3d5c5075
+def _work(execute, path):
+    "Carry out a trial in a worker; a run that was begun in this process ends with it"
+    run,why = Run(path),'its task ended without a result'
+    try: return execute(path)
+    except Exception as e:
+        why = f'its task ended: {type(e).__name__}: {e}'
+        raise
+    finally:
+        beat = read_json(run.path/'heartbeat.json') or {}
+        if run.result is None and (beat.get('host'), beat.get('pid')) == (socket.gethostname(), os.getpid()): run.fail(why)
+
 # %% ../nbs/sweep_running.ipynb #a515623e
 def ask_to_stop(
     run:Run,
@@ -94,13 +106,8 @@ class Search:
     def point(self, number:int)->dict:
         "The parameters of a new trial"
         if self.known is not None: return self.known[number]
-        for _ in range(100):
-            t = self.study.ask(self.space)
-            try: p = self.sweep.point(values_of(self.sweep, t.params), f'trial {number}')
-            except SpecError: self.study.tell(t, state=self.optuna.trial.TrialState.FAIL); continue
-            self.live[number] = t
-            return p
-        raise SpecError(f"search: 100 draws in a row were refused by {self.sweep.job}; narrow the ranges")
+        self.live[number],p = self.sweep.accepted(lambda: self.study.ask(self.space), lambda t: self.study.tell(t, state=self.optuna.trial.TrialState.FAIL))
+        return p
 
 # %% ../nbs/sweep_running.ipynb #0181e935
 @patch
@@ -112,14 +119,15 @@ def begin(self:Search, t:Trial):
 
 @patch
 def behind(self:Search, t:Trial, metrics:list)->str: # Why it should be pruned; empty: go on
-    "Report what is new in a run's metrics, and ask the pruner"
-    mine,sign = self.live[t.number],-1 if self.sweep.larger else 1
+    "Report what is new in a run's metrics, and ask the pruner at each step"
+    mine,sign,late = self.live[t.number],-1 if self.sweep.larger else 1,[]
     for m in metrics:
         loss,step = m.get('loss'),m['step']
         if step <= self.said.get(t.number, 0) or not isinstance(loss, (int, float)) or not math.isfinite(loss): continue
         mine.report(sign*loss, step)
         self.said[t.number] = step
-    return f"the {self.sweep.pruner} pruner (training loss behind at step {self.said[t.number]})" if t.number in self.said and mine.should_prune() else ''
+        if mine.should_prune(): late.append(step) # Asked once for several steps, Hyperband would compare a late loss with early ones
+    return f"the {self.sweep.pruner} pruner (training loss behind at step {late[0]})" if late else ''
 
 @patch
 def end(self:Search, t:Trial, metrics:list=()):
@@ -182,6 +190,8 @@ def left_over(res:SweepResult, retry_failed:bool=False)->list[Trial]:
     "Trials that were begun and can go on"
     return [t for t in res.trials if t.state in ('running', 'interrupted') or t.state == 'failed' and retry_failed]
 
+_LOST = 'the scheduler was lost; no more trials are started'
+
 class Conductor:
     "Carries out a sweep, from whatever state it is in"
     def __init__(self, res:SweepResult, client, room, execute, show=True, retry_failed=False):
@@ -197,10 +207,25 @@ class Conductor:
     def run(self, stop):
         "Until all trials are over, or someone asks for an end"
         while True:
-            while len(self.live) < self.room() and not stop.by and not self.halted and (t := self.next()): self.submit(t)
-            for t,task in [*self.live.values()]: self.conclude(t, task) if task.done() else self.watch(t, stop)
+            while not stop.by and self.free() and (t := self.next()): self.submit(t)
+            for t,task in [*self.live.values()]: self.conclude(t, task) if self.over(t, task) else self.watch(t, stop)
             if not self.live and (stop.by or self.halted or not (self.queue or len(self.trials) < self.res.sweep.count())): return
             time.sleep(0.2)
+
+# %% ../nbs/sweep_running.ipynb #f8a023e1
+@patch
+def free(self:Conductor)->bool:
+    "May one more trial start?"
+    if self.halted: return False
+    try: return len(self.live) < self.room()
+    except OSError: self.halted = _LOST
+    self.say(self.halted)
+    return False
+
+@patch
+def over(self:Conductor, t:Trial, task)->bool:
+    "Has a trial come to its end? Not while its run still says that it is alive, unless no more can be heard of it"
+    return task.status != 'pending' and (task.status not in ('finished', 'error') or self.res.run_of(t).status != 'running')
 
 # %% ../nbs/sweep_running.ipynb #f4d17488
 @patch
@@ -225,7 +250,7 @@ def submit(self:Conductor, t:Trial):
     self.write(t)
     self.search.begin(t)
     wants = dict(resources=dict(GPU=self.client.gpus)) if getattr(self.client, 'gpus', 0) else {}
-    self.live[t.number] = (t, self.client.submit(self.execute, str(run.path), key=f'{self.res.name}-{t.number}-{secrets.token_hex(4)}', pure=False, **wants))
+    self.live[t.number] = (t, self.client.submit(_work, self.execute, str(run.path), key=f'{self.res.name}-{t.number}-{secrets.token_hex(4)}', pure=False, **wants))
 
 # %% ../nbs/sweep_running.ipynb #dc26d1e3
 @patch
@@ -253,7 +278,7 @@ def conclude(self:Conductor, t:Trial, task):
     "Write down how a trial ended"
     if task.status not in ('finished', 'error'): return self.lose(t)
     run,error = self.res.run_of(t),task.exception()
-    if run.result is None and run.status != 'running': run.fail(f'its task ended: {type(error).__name__}: {error}' if error else 'its task ended without a result')
+    if run.result is None: run.fail(f'its task ended: {type(error).__name__}: {error}' if error else 'its task ended without a result')
     t.state,t.reason = run.status,(run.result or {}).get('reason', '')
     if t.state == 'interrupted' and t.asked: t.state,t.reason = 'pruned',t.asked
     if t.state == 'finished':
@@ -274,7 +299,7 @@ def lose(self:Conductor, t:Trial):
     t.state,t.reason = 'interrupted','its scheduler was lost'
     self.write(t)
     del self.live[t.number]
-    self.halted = 'the scheduler was lost; no more trials are started'
+    self.halted = _LOST
     self.say(f'trial {t.number}: {t.reason}')
 
 # %% ../nbs/sweep_running.ipynb #36800f2f
@@ -291,13 +316,40 @@ def _places(sweep, parallel, runs_dir, show, elsewhere):
     if show: print(f'{seen}\n', flush=True)
     return seen.places
 
+# %% ../nbs/sweep_running.ipynb #4a1ad7d2
+def _outcome(res, given_up=False)->str: # finished, failed or interrupted
+    "What the trials add up to"
+    states = [t.state for t in res.trials]
+    if {'running', 'interrupted'} & {*states} or len(states) < res.sweep.count() and not given_up: return 'interrupted'
+    return 'failed' if 'failed' in states else 'finished'
+
+def _before(res):
+    "What stays of the result of a sweep that was over already"
+    old = read_json(res.path/'result.json') or {}
+    return dict(seconds=old.get('seconds'), halted=old.get('reason', '') if old.get('status') == 'failed' else '')
+
+def _close(res, say, seconds, by=None, halted=''): # by: who has asked for an end; halted: why no more trials were started
+    "Write how a sweep has ended; compare its trials, unless someone wants it to end"
+    status = _outcome(res, halted not in ('', _LOST))
+    asked = by and status == 'interrupted'
+    reason = f'stopped by {by}' if asked else '' if status == 'finished' else halted
+    write_json(res.path/'result.json', dict(status=status, reason=reason, seconds=seconds, ended=datetime.now().astimezone().isoformat()))
+    if not asked: _compare(res, say)
+    return res
+
+def _compare(res, say):
+    "Leave the notebook that compares the trials"
+    say(f'comparing them in {res.path/"sweep.ipynb"}')
+    try: write_sweep_notebook(res)
+    except (Exception, KeyboardInterrupt, CancelledError) as e: say(f'sweep.ipynb was not executed to its end: {type(e).__name__}: {e}') # The trials are safe, and open_sweep shows them
+
 # %% ../nbs/sweep_running.ipynb #7b05eb44
 def _conduct(res, parallel, scheduler, execute, show, retry_failed):
     "Carry out what is left of a sweep"
     Sweep(**res.sweep.to_dict()) # Is it still right, here?
-    if len(res.trials) == res.sweep.count() and not left_over(res, retry_failed):
-        write_sweep_notebook(res)
-        return res
+    parallel = read_parallel(parallel)
+    if scheduler and parallel != 'auto': raise SpecError(f"parallel: got {parallel}, and a scheduler, which does as many trials at once as it has workers; leave one of them out")
+    if len(res.trials) == res.sweep.count() and not left_over(res, retry_failed): return _close(res, (lambda s: show and print(plain_text(s), flush=True)), **_before(res))
     places = [] if scheduler else _places(res.sweep, parallel, res.runs_dir, show, execute)
     gpus = max((getattr(JOBS[res.sweep.job](**res.sweep.parameters(p)), 'devices', 1) for p in res.sweep.points() or draw(res.sweep, 1)), key=lambda n: n if n != 'auto' else 0)
     workers = cluster_workers(scheduler, 1 if gpus == 'auto' else gpus) if scheduler else local_workers(places, res.sweep.retries)
@@ -306,17 +358,7 @@ def _conduct(res, parallel, scheduler, execute, show, retry_failed):
         (res.path/'result.json').unlink(missing_ok=True)
         c = Conductor(res, client, (lambda: max(1, len(client.nthreads()))) if scheduler else lambda: len(places), execute, show, retry_failed)
         c.run(stop)
-    states = [t.state for t in res.trials]
-    status = 'interrupted' if stop.by or 'interrupted' in states else 'failed' if 'failed' in states else 'finished'
-    write_json(res.path/'result.json', dict(status=status, reason=f'stopped by {stop.by}' if stop.by else c.halted, seconds=round(time.time()-start, 1), ended=datetime.now().astimezone().isoformat()))
-    if not stop.by: _compare(res, c)
-    return res
-
-def _compare(res, c):
-    "Leave the notebook that compares the trials"
-    c.say(f'comparing them in {res.path/"sweep.ipynb"}')
-    try: write_sweep_notebook(res)
-    except (Exception, KeyboardInterrupt, CancelledError) as e: c.say(f'sweep.ipynb was not executed to its end: {type(e).__name__}: {e}') # The trials are safe, and open_sweep shows them
+    return _close(res, c.say, round(time.time()-start, 1), stop.by, c.halted)
 
 # %% ../nbs/sweep_running.ipynb #ac57aa97
 def run_sweep(
@@ -334,8 +376,12 @@ def run_sweep(
     if path.exists(): raise SpecError(f"name: {path} exists already; go on with it (--resume {path.name}), or choose another name")
     path.mkdir(parents=True)
     write_json(path/'sweep.json', dict(sweep=s.to_dict()))
-    return _conduct(SweepResult(path), parallel, scheduler, execute, show, False)
+    try: return _conduct(SweepResult(path), parallel, scheduler, execute, show, False)
+    except BaseException:
+        if not (path/'trials.jsonl').exists(): shutil.rmtree(path, ignore_errors=True) # Nothing has begun, and the name is free again
+        raise
 
+# %% ../nbs/sweep_running.ipynb #85f1010b
 def resume_sweep(
     sweep='latest', # Name, unique part of a name, or directory
     runs_dir=None, # Where runs are

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALLER', 'LARGER', 'MOST', 'Range', 'SweepSpace', 'Sweep', 'is_whole', 'check_point', 'show_value', 'show_params',
-           'read_sweep', 'need', 'key_of', 'distributions', 'values_of', 'draw', 'Forecast', 'forecast', 'slots',
-           'text_table', 'markdown_table']
+           'read_sweep', 'need', 'key_of', 'distributions', 'values_of', 'draw', 'Forecast', 'forecast',
+           'read_parallel', 'slots', 'text_table', 'markdown_table']
 
 # %% ../nbs/sweeping.ipynb #d3147c6c
 import itertools,json,math,os,re
@@ -95,7 +95,7 @@ class SweepSpace(Job):
 def _as_read(job, name, x):
     "A choice as the job reads it: YAML takes 1e-4 for a text, and it is a number"
     f = JOBS[job].model_fields.get(name) if job in JOBS else None
-    if f is None: return x
+    if f is None or isinstance(x, bool) and bool not in _parts(f.annotation): return x # Pydantic would make a 1 of True
     try: return TypeAdapter(f.annotation).validate_python(x)
     except ValidationError: return x # Refused below, with its place
 
@@ -134,6 +134,8 @@ def _combinations(s):
     "Every combination that is checked beforehand, with its number"
     vary = {n:_varied('grid' if s.grid else 'search', n, v) for n,v in (s.grid or s.search).items()}
     if math.prod(len(v) if isinstance(v, list) else 2 for v in vary.values()) > MOST: raise ValueError(f"{'grid' if s.grid else 'search'}: more than {MOST:,} combinations; vary fewer parameters")
+    for n,v in vary.items():
+        if isinstance(v, Range) and v.step is not None: _number(s, n, v.step)
     ends = {n:v if isinstance(v, list) else [_number(s, n, x) for x in (v.low, v.high)] for n,v in vary.items()}
     for vals in itertools.product(*ends.values()): yield dict(zip(ends, vals))
 
@@ -235,8 +237,7 @@ def values_of(s:Sweep, drawn:dict)->dict:
 def points(self:Sweep)->list[dict]|None: # None: chosen one by one
     "The varied parameters of each trial, where they are known beforehand, as the job has them"
     if self.how == 'tpe': return None
-    found = [*_combinations(self)] if self.grid else draw(self, self.trials or 20)
-    return [self.point(p, f'trial {i}') for i,p in enumerate(found)]
+    return [self.point(p, f'trial {i}') for i,p in enumerate(_combinations(self))] if self.grid else draw(self, self.count())
 
 @patch
 def point(self:Sweep, p:dict, where:str)->dict:
@@ -250,15 +251,25 @@ def count(self:Sweep)->int: # trials
     "How many trials there will be"
     return math.prod(map(len, self.grid.values())) if self.grid else self.trials or 20
 
+# %% ../nbs/sweeping.ipynb #8ad92142
+@patch
+def accepted(self:Sweep, ask, refused=lambda t: None)->tuple: # A trial of Optuna, its parameters
+    "The first draw that the job accepts; each one that it refuses goes to `refused`"
+    for _ in range(100):
+        t = ask()
+        try: return t,self.point(values_of(self, t.params), 'a draw')
+        except SpecError: refused(t)
+    raise SpecError(f"search: 100 draws in a row were refused by {self.job}; narrow the ranges")
+
 def draw(
     s:Sweep,
     n:int, # How many
 )->list[dict]:
-    "Parameters drawn at random from the ranges of a sweep"
+    "Parameters drawn at random from the ranges of a sweep, as the job has them; what it refuses is drawn again"
     optuna = need('optuna')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study,d = optuna.create_study(sampler=optuna.samplers.RandomSampler(s.seed)),distributions(s)
-    return [values_of(s, study.ask(d).params) for _ in range(n)]
+    return [s.accepted(lambda: study.ask(d))[1] for _ in range(n)]
 
 # %% ../nbs/sweeping.ipynb #783e3c3d
 @dataclass
@@ -301,7 +312,7 @@ def forecast(
 )->Forecast:
     "Check the data and the model of every trial, and predict time and memory; raises `SpecError` for what can be known to fail"
     from unsloth_nb.engine import device_info
-    points = s.points() or [s.point(p, 'a draw') for p in draw(s, min(8, s.count()))]
+    points = s.points() or draw(s, min(8, s.count()))
     dev,seen,rows,jobs = device_info(),{},[],[JOBS[s.job](**s.parameters(p)) for p in points]
     for p,job in zip(points, jobs):
         key = json.dumps({k:v for k,v in job.to_dict().items() if s.job != 'finetune' or k not in _HOW}, sort_keys=True)
@@ -317,6 +328,14 @@ def _look(job, runs_dir):
     preflight(job, runs_dir)
     return load_data(job) if isinstance(job, FinetuneJob) and find_source(job.dataset, job.dataset_split).kind != 'hub' else None
 
+# %% ../nbs/sweeping.ipynb #e8289d4c
+def read_parallel(v:int|str)->int|str:
+    "Trials at once, as a number or a text says it; raises `SpecError`"
+    if v == 'auto': return v
+    if isinstance(v, str) and v.isdecimal(): v = int(v)
+    if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise SpecError(f"parallel: got {v!r}; expected 'auto', or a whole number (at least 1)")
+    return v
+
 # %% ../nbs/sweeping.ipynb #11f723cd
 def slots(
     jobs:list, # Of all trials
@@ -326,7 +345,7 @@ def slots(
 )->list[dict]: # Environment of each worker
     "The places in which trials run, one at a time in each"
     from unsloth_nb.engine import device_info
-    dev = dev or device_info()
+    dev,parallel = dev or device_info(),read_parallel(parallel)
     if dev.kind == 'cuda':
         each = max(_gpus(j, dev) for j in jobs)
         ids = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if os.environ.get('CUDA_VISIBLE_DEVICES') else [str(i) for i in range(dev.count)]
