@@ -5,9 +5,12 @@ import pytest
 from fastcore.basics import AttrDict
 
 from unsloth_nb.launching import first_failure
+from unsloth_nb.places import settings
 from unsloth_nb.planning import make_plan
 from unsloth_nb.resuming import PassOrder
-from unsloth_nb.runs import Run,read_json,start_run
+from unsloth_nb import attempts # noqa: F401 (Run.stop)
+from unsloth_nb.runs import Run,RunError,read_json,start_run,write_json
+from unsloth_nb.schema import SpecError
 from unsloth_nb.spec import FinetuneJob
 
 pytestmark = pytest.mark.slow
@@ -17,7 +20,7 @@ LOSSES,NORMS = 1e-5,1e-4 # What several processes may differ by from one: sums i
 def curve(run, key='loss'): return [m[key] for m in run.metrics]
 def alive(pid):
     try: return open(f'/proc/{pid}/stat').read().split(')')[1].split()[0] != 'Z'
-    except FileNotFoundError: return False
+    except (FileNotFoundError, ProcessLookupError): return False
 def pids(run): return {int(f.parent.name[5:]):read_json(f)['pid'] for f in (run.path/'launch').glob('rank-*/heartbeat.json')}
 def wait(what, seconds=240):
     end = time.time()+seconds
@@ -84,7 +87,7 @@ def test_from_a_cell(lib, data, alone, tmp_path):
 def test_killed_and_resumed(alone, tmp_path):
     "A rank is killed: the run fails with its number and signal, the other rank ends, and a second attempt goes on to the same curve"
     p,run = launch(tmp_path/'runs', '--devices', 2)
-    wait(lambda: len(run.metrics) >= 4 and pids(run))
+    wait(lambda: len(run.metrics) >= 3 and pids(run))
     os.kill(pids(run)[1], signal.SIGKILL)
     said,_ = p.communicate(timeout=120)
     assert p.returncode == 1 and 'rank 1 of 2 was killed by SIGKILL' in run.result['reason'] and 'rank 1 of 2' in said, said[-2000:]
@@ -94,6 +97,7 @@ def test_killed_and_resumed(alone, tmp_path):
     assert again.returncode == 0, said[-2000:]
     same(run, alone)
     assert run.status == 'finished' and 'goes on after step' in (run.path/'progress.jsonl').read_text() and run.result['metrics']['training']['ranks'] == 2
+    assert (run.path/'attempts'/'1'/'launch'/'rank-1'/'log.txt').exists()
 
 def test_sharded_and_stopped(alone, tmp_path):
     "FSDP2: a request to stop reaches all ranks; its checkpoint holds whole tensors, from which one process goes on when it is allowed to"
@@ -119,16 +123,24 @@ def test_nobody_is_left_behind(tmp_path):
     assert len(run.metrics) == steps
 
 def test_two_machines(alone, tmp_path):
-    "Two launches that meet on loopback, one rank each, write one run"
+    "Two launches that meet on loopback, one rank each, write one run; a signal to the second stops both with a checkpoint, from which both go on"
     import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        place = f'127.0.0.1:{s.getsockname()[1]}'
+    def free(port):
+        with socket.socket() as s: return s.connect_ex(('127.0.0.1', port))
+    place = f'127.0.0.1:{next(p for p in range(20000+os.getpid() % 5000, 30000) if free(p))}' # Below those that other processes are given
     first,run = launch(tmp_path/'runs', '--devices', 1, '--nodes', 2, '--rendezvous', place)
     second = command('launch', 'finetune', '--devices', 1, '--nodes', 2, '--rendezvous', place, '--runs-dir', tmp_path/'runs', '--node-rank', 1)
-    said,_ = first.communicate(timeout=300)
-    assert first.returncode == 0, said[-2000:]
+    wait(lambda: len(run.metrics) >= 2)
+    second.send_signal(signal.SIGTERM)
+    said,_ = first.communicate(timeout=200)
+    assert first.returncode == 3 and 'stopped by SIGTERM' in run.result['reason'] and len(run.metrics) < 6, said[-2000:]
     assert second.wait(60) == 0
+    again = command('run', '--resume', run.path, env=os.environ|dict(UNSLOTH_NB_RENDEZVOUS=place))
+    wait(lambda: run.status == 'running')
+    second = command('launch', 'join', run.path)
+    said,_ = again.communicate(timeout=300)
+    assert again.returncode == 0, said[-2000:]
+    assert second.wait(60) == 0 and f'takes part in {run.name}' in second.stdout.read()
     same(run, alone)
     assert run.result['metrics']['training']['ranks'] == 2
 
@@ -163,11 +175,74 @@ def test_the_rank_that_hung_is_not_blamed(tmp_path):
     (tmp_path/'launch'/'torchrun-host.log').write_text(REPORT)
     assert first_failure(Run(tmp_path)) == dict(rank=1, signal='SIGKILL')
 
-def test_no_token_in_logs(tmp_path):
-    "What a library of a rank has quoted is masked in its log before the run is over"
+def test_what_a_killed_kernel_leaves(tmp_path):
+    "What a library of a rank has quoted is masked in its log, and the tokens of the rows are removed, by whoever concludes the run"
     from conftest import TOKEN
-    from unsloth_nb.launching import _mask_logs
-    (tmp_path/'rank-0').mkdir()
-    for f in (tmp_path/'torchrun-host.log', tmp_path/'rank-0'/'log.txt'): f.write_text(f'before {TOKEN} after')
-    _mask_logs(tmp_path)
-    for f in (tmp_path/'torchrun-host.log', tmp_path/'rank-0'/'log.txt'): assert TOKEN not in f.read_text() and f.read_text().startswith('before')
+    from unsloth_nb.launching import tidy_after
+    home = tmp_path/'launch'
+    for d in ('rank-0', 'examples'): (home/d).mkdir(parents=True)
+    logs = home/'torchrun-host-1.log',home/'rank-0'/'log.txt'
+    for f in logs: f.write_text(f'before {TOKEN} after')
+    (home/'weights.safetensors').touch()
+    tidy_after(Run(tmp_path))
+    for f in logs: assert TOKEN not in f.read_text() and f.read_text().startswith('before')
+    assert {p.name for p in home.iterdir()} == {logs[0].name, 'rank-0'}
+
+def test_a_zombie_is_gone():
+    "Where nobody waits for a killed kernel, it stays in the table of processes, and its ranks end all the same"
+    import socket
+    from unsloth_nb.worker import gone
+    with subprocess.Popen(['sleep', '60']) as p:
+        asked = dict(host=socket.gethostname(), pid=p.pid)
+        assert not gone(asked, os.getppid())
+        p.kill()
+        wait(lambda: gone(asked, os.getppid()), 10)
+
+def test_options_and_parameters(monkeypatch, tmp_path):
+    "What is given by -p or in a file counts as much as an option; the same twice is refused"
+    from typer.testing import CliRunner
+    from unsloth_nb import cli
+    got = []
+    monkeypatch.setattr(cli, 'run_job', lambda name, preset, file, runs_dir, **kw: got.append(cli.make_job(name, preset, file, **{k:kw[k] for k in kw if k in FinetuneJob.model_fields})))
+    monkeypatch.setattr(cli, '_over', lambda run: None)
+    (tmp_path/'p.yaml').write_text('devices: 2\nnodes: 2\nparallel: fsdp\n')
+    for args,want in ((['--devices', '8', '-p', 'parallel=fsdp'], (8, 1, 'fsdp')), (['-f', tmp_path/'p.yaml', '--rendezvous', 'a:1'], (2, 2, 'fsdp')), (['-p', 'nodes=2', '--rendezvous', 'a:1'], ('auto', 2, 'auto')), ([], ('auto', 1, 'auto'))):
+        monkeypatch.setenv('UNSLOTH_NB_RENDEZVOUS', '')
+        r = CliRunner().invoke(cli.app, ['launch', 'finetune', *map(str, args)], catch_exceptions=False)
+        assert r.exit_code == 0 and (got[-1].devices, got[-1].nodes, got[-1].parallel) == want
+    with pytest.raises(SpecError, match='by --devices and by -p'): CliRunner().invoke(cli.app, ['launch', 'finetune', '--devices', '2', '-p', 'devices=4'], catch_exceptions=False)
+
+def test_who_may_take_part(tmp_path):
+    "A run on one machine, one that is over, what an attempt before has left, and retries that nobody would join"
+    from unsloth_nb.jobs import resume_run,run_job
+    from unsloth_nb.launching import find_launch,join
+    with pytest.raises(SpecError, match='wait for them in vain'): run_job('finetune', runs_dir=tmp_path/'none', retries=1, nodes=2, devices=2)
+    runs = [start_run(FinetuneJob(devices=2, nodes=n), tmp_path) for n in (1, 2)]
+    for run in runs:
+        (run.path/'launch').mkdir()
+        write_json(run.path/'launch'/'launch.json', dict(rendezvous=settings().rendezvous, plan=dict(nodes=run.job.nodes)))
+    with pytest.raises(RunError, match='trains on one machine'): join(runs[0])
+    assert find_launch(tmp_path, 5).name == runs[1].name
+    runs[1].interrupt('a test')
+    with pytest.raises(RunError, match='is interrupted'): join(runs[1])
+    with pytest.raises(SpecError, match='wait for them in vain'): resume_run(runs[1], retries=1)
+    with pytest.raises(RunError, match='no run waits'): find_launch(tmp_path, 1)
+    assert not (runs[1].reopen().path/'launch').exists() and (runs[1].path/'attempts'/'1'/'launch'/'launch.json').exists()
+
+def test_a_request_to_stop_forbids_a_retry(lib, data, monkeypatch, tmp_path):
+    "A rank that is lost after somebody has asked for an end does not bring another attempt"
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+    from unsloth_nb import training
+    from unsloth_nb.launching import RankLost
+    from unsloth_nb.supervising import Supervisor,reason
+    run = start_run(FinetuneJob(**SMALL, devices=2), tmp_path)
+    def lost(*args): run.stop('a test'); raise RankLost('rank 1 of 2')
+    monkeypatch.setattr(training, 'train_in_ranks', lost)
+    model = AttrDict(plan=AttrDict(ranks=2, check_room=lambda *a: None))
+    with pytest.raises(RankLost): lib.train(model, None, run.job, run)
+    assert run.stop_asked() == 'a test'
+    sup,ends = Supervisor(run),(PapermillExecutionError(1, 1, '', 'RankLost', '', []), DeadKernelError())
+    assert [reason(e, sup)[2] for e in ends] == [True, True]
+    sup.why = 'stopped by SIGINT'
+    assert [reason(e, sup)[2] for e in ends] == [False, False]

@@ -6,7 +6,7 @@ from hypothesis import given,settings,strategies as st
 from unsloth_nb.architecture import linear_shapes,model_shape,parameter_counts,read_config,weight_shapes
 from unsloth_nb.devices import CARDS,find_device
 from unsloth_nb.memory import memory_estimate
-from unsloth_nb.planning import make_plan,past_runs
+from unsloth_nb.planning import _rows_per_step,make_plan,past_runs,smaller_way
 from unsloth_nb.schema import SpecError
 from unsloth_nb.spec import FinetuneJob,ModelRef,presets,resolve_model
 from unsloth_nb.ways import example_lengths,usable
@@ -164,6 +164,27 @@ def test_calibration(tmp_path):
     assert past_runs('smollm2-135m', dev, tmp_path)['memory'] == pytest.approx(1.2)
     run_dir(tmp_path/'low', 'r', **known, measured=dict(peak_bytes=0.5*first.peak, steady_tokens_per_second=first.tokens_per_second))
     assert past_runs('smollm2-135m', dev, tmp_path/'low')['memory'] == 1 # The longest rows may meet next time
+
+GPUS = {n:replace(find_device('H100'), count=n) for n in (1, 2, 4)}
+
+@pytest.mark.parametrize('before, now, has', [(2, 4, 4), (1, 2, 4), (4, 1, 4), (4, 'auto', 2), (2, 2, 2)])
+def test_other_devices_share_the_same_rows(before, now, has):
+    "A run that goes on with more or fewer GPUs keeps the rows of its optimizer step, whoever has chosen them"
+    for more in ({}, dict(batch_size=8), dict(batch_size='fastest')):
+        job = FinetuneJob(model='llama-3.1-8b-instruct', devices=before, **more)
+        then = make_plan(job, device=GPUS[4]).to_dict()
+        p = make_plan(job.replace(devices=now), device=GPUS[has], like=then)
+        assert _rows_per_step(p.to_dict()) == _rows_per_step(then) and p.devices == (now if now != 'auto' else has)
+    if (before, now) == (2, 4):
+        with pytest.raises(SpecError, match='3 does not divide an optimizer step of 8 rows'): make_plan(job.replace(devices=3, batch_size='auto'), device=GPUS[4], like=then|dict(per_device_train_batch_size=4, gradient_accumulation_steps=1))
+
+def test_sharding_stays():
+    "A plan that shards goes on to do so when there is room for the whole model; out of memory, it is named as the mend"
+    job = FinetuneJob(model='qwen3-32b', load_in_4bit=False, devices=2)
+    whole = make_plan(job, device=GPUS[2])
+    assert whole.parallel == 'ddp' and '-p parallel=fsdp' in smaller_way(job, None, whole)
+    less = make_plan(job, device=replace(GPUS[2], memory_free=50*2**30))
+    assert less.parallel == 'fsdp' == make_plan(job, device=GPUS[2], like=less.to_dict()).parallel
 
 def test_lengths():
     "Lengths of tokens, of conversations not tokenized yet, and of nothing"

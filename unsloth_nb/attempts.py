@@ -31,7 +31,7 @@ def reopen(self:Run,
     append_line(self.path/'attempts.jsonl', attempt)
     aside = self.path/'attempts'/str(self.attempt-1)
     aside.mkdir(parents=True, exist_ok=True)
-    for n in ('notebook.ipynb', 'report.html', 'result.json'):
+    for n in ('notebook.ipynb', 'report.html', 'result.json', 'launch'):
         if (self.path/n).exists(): os.replace(self.path/n, aside/n)
     self.stop_asked() # That was for the attempt before
     if params: write_json(self.path/'job.json', read_json(self.path/'job.json')|dict(parameters=job.to_dict(), auto=job.auto_fields()))

@@ -108,26 +108,33 @@ def _meet(place):
     "The setting `rendezvous`, for this process and those that it starts"
     if place: os.environ['UNSLOTH_NB_RENDEZVOUS'] = place
 
+def _take_part(run):
+    from unsloth_nb.launching import join
+    print(plain_text(f'takes part in {run.name}; logs of the ranks: {run.path}/launch/rank-*/log.txt'), flush=True)
+    raise typer.Exit(join(run))
+
 @launch_app.command('finetune')
-def launch_command(param:Params, devices:Annotated[str, typer.Option(help='GPUs of each machine, on a CPU processes; auto: as many as make it faster.')]='auto', nodes:Annotated[int, typer.Option(help='Machines that train together.', min=1)]=1,
-    node_rank:Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')]=0, rendezvous:Rendezvous=None, parallel:Annotated[str, typer.Option(help='ddp, fsdp, device_map or auto.')]='auto',
+def launch_command(param:Params, devices:Annotated[str|None, typer.Option(help='GPUs of each machine, on a CPU processes; default: auto, as many as make it faster.', show_default=False)]=None, nodes:Annotated[int|None, typer.Option(help='Machines that train together; default: 1.', min=1, show_default=False)]=None,
+    node_rank:Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')]=0, rendezvous:Rendezvous=None, parallel:Annotated[str|None, typer.Option(help='ddp, fsdp, device_map or auto; default: auto.', show_default=False)]=None,
     file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None, retries:Retries=0, timeout:Timeout=None, hang_after:HangAfter=300):
     "Fine-tune on several devices; each machine after the first takes part in what that one does."
-    from unsloth_nb.launching import check_rendezvous,find_launch,join
-    params = dict(read_pairs(FinetuneJob, param), devices=devices, nodes=nodes, parallel=parallel)
-    make_job('finetune', preset, file, **params)
-    if node_rank >= nodes: raise SpecError(f'node_rank: {node_rank}, and the machines are numbered from 0 to {nodes-1}')
+    from unsloth_nb.launching import check_rendezvous,find_launch
+    params,given = read_pairs(FinetuneJob, param),{k:v for k,v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None}
+    if (twice := next((k for k in given if k in params), None)): raise SpecError(f'{twice}: given by --{twice} and by -p {twice}; leave one of them out')
+    params |= given
+    job = make_job('finetune', preset, file, **params)
+    if 'devices' not in job.model_fields_set: params['devices'] = 'auto'
+    if node_rank >= job.nodes: raise SpecError(f'node_rank: {node_rank}, and the machines are numbered from 0 to {job.nodes-1}')
     _meet(rendezvous)
-    check_rendezvous(nodes)
-    if node_rank: raise typer.Exit(join(find_launch(runs_dir)))
+    check_rendezvous(job.nodes)
+    if node_rank: _take_part(find_launch(runs_dir))
     _over(run_job('finetune', preset, file, runs_dir, retries=retries, timeout=timeout, hang_after=hang_after, **params))
 
 @launch_app.command('join')
 def join_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")], rendezvous:Rendezvous=None, runs_dir:RunsDir=None):
     "Have this machine's devices take part in a run that trains on several machines."
-    from unsloth_nb.launching import join
     _meet(rendezvous)
-    raise typer.Exit(join(open_run(run, runs_dir)))
+    _take_part(open_run(run, runs_dir))
 
 # %% ../nbs/cli.ipynb #117a0f8c
 @app.command('plan')
@@ -383,10 +390,6 @@ def modal_serve_command(run:Annotated[str, typer.Argument(metavar='RUN', help="N
         print(plain_text(f'base_url={serve_remote(run, to, gpu, public)}; end it with: modal app stop unsloth-nb-serve-{run}'))
 
 # %% ../nbs/cli.ipynb #44ad9b3b
-def _parallel(v):
-    if v == 'auto' or v.isdecimal() and int(v) > 0: return v if v == 'auto' else int(v)
-    raise SpecError(f"parallel: got {v!r}; expected auto, or a whole number (at least 1)")
-
 @app.command('sweep')
 def sweep_command(param:Params, job:Annotated[str|None, typer.Argument(metavar='JOB', help='The job of each trial, as in: sweep finetune grid.yaml.', show_default=False)]=None, file:Annotated[Path|None, typer.Argument(metavar='FILE', help='YAML file with params, grid or search, objective …', show_default=False)]=None,
     parallel:Annotated[str, typer.Option(metavar='N', help='Trials at once on this machine; auto: one a GPU, or as many as memory and cores allow.')]='auto', scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this machine.')]=None,
@@ -394,9 +397,10 @@ def sweep_command(param:Params, job:Annotated[str|None, typer.Argument(metavar='
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Only show the trials, with their predicted time and memory.')]=False, runs_dir:RunsDir=None):
     "Carry out many trials of a job, each a run of its own, and compare them; what varies stands in a YAML file."
     from unsloth_nb.sweep_running import foresee,resume_sweep,run_sweep
-    from unsloth_nb.sweeping import read_sweep
+    from unsloth_nb.sweeping import read_parallel,read_sweep
     if bool(resume) == bool(job or file) or resume and (param or dry_run) or not resume and (not file or retry_failed): raise SpecError("sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume and the name of a sweep (with --retry-failed)")
-    how = dict(parallel=_parallel(parallel), scheduler=scheduler)
+    if dry_run and scheduler: raise SpecError("scheduler: --dry-run predicts for this machine, not for a cluster; leave one of them out")
+    how = dict(parallel=read_parallel(parallel), scheduler=scheduler)
     if resume: res = resume_sweep(resume, runs_dir, retry_failed, **how)
     else:
         if job not in JOBS: raise SpecError(f"sweep: there is no job {job!r}{nearest(job, JOBS)}")

@@ -58,6 +58,9 @@ def _attempts(run, name, show, retries, **watch):
         run.reopen(run.allowed) # What a person has allowed stays allowed
 
 # %% ../nbs/jobs.ipynb #1bd03b21
+def _check_retries(job, retries):
+    if retries and getattr(job, 'nodes', 1) > 1: raise SpecError('retries: where several machines train, the others end with an attempt, so the next one would wait for them in vain; set retries to 0, and go on with unsloth-nb run --resume RUN here and launch join RUN there')
+
 def run_job(
     name:str='finetune', # `finetune`, `evaluate`, `export` or `benchmark`
     preset:str|None=None, # Model preset
@@ -72,6 +75,7 @@ def run_job(
 )->Run:
     "Run a job notebook: check, execute, conclude; returns the run, finished, failed or interrupted"
     job,other = make_job(name, preset, params_file, **params),reuse and open_run(reuse, runs_dir, kind=name)
+    _check_retries(job, retries)
     preflight(job, runs_dir)
     run = Run(new_run_dir(name, runs_dir))
     try: record_job(run.path, job, preset=preset, reuse=other and other.name)
@@ -94,7 +98,8 @@ def resume_run(
     known = [f['name'] for f in fields(JOBS[run.kind])]+['data', 'model', 'code', 'plan']
     if (bad := next((n for n in allow if n not in known), None)): raise SpecError(f"allow: {bad!r} is nothing that could differ{nearest(bad, known)}")
     if run.status == 'finished' and not params: return run
-    preflight(run.job.replace(**params), run.path.parent)
+    _check_retries(job := run.job.replace(**params), retries)
+    preflight(job, run.path.parent)
     return _attempts(run.reopen(allow, **params), run.kind, show, retries, hang_after=hang_after, timeout=timeout)
 
 # %% ../nbs/jobs.ipynb #61de3c4c

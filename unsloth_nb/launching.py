@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RankLost', 'RankFailed', 'launch_dir', 'check_rendezvous', 'torchrun', 'rank_environment', 'prepare', 'started',
-           'follow', 'first_failure', 'failure', 'train_in_ranks', 'find_launch', 'join']
+           'follow', 'first_failure', 'failure', 'tidy', 'tidy_after', 'train_in_ranks', 'find_launch', 'join']
 
 # %% ../nbs/launching.ipynb #09e14148
 import os,re,shutil,signal,socket,subprocess,sys,time
@@ -14,7 +14,7 @@ from pathlib import Path
 from .checkpoints import CheckpointError
 from .escaping import mask_secrets
 from .examples import Examples
-from .guards import Interrupted,TrainingError
+from .guards import Interrupted,TrainingError,stop_requests
 from .loading import LoadedModel
 from .monitor import Progress,Tail
 from .places import settings
@@ -66,7 +66,7 @@ def prepare(model:LoadedModel, examples:Examples, job:FinetuneJob, run:Run):
 @contextmanager
 def started(run:Run, plan:Plan):
     "torchrun as a process, ended on the way out"
-    with open(launch_dir(run)/f'torchrun-{socket.gethostname()}.log', 'wb') as log:
+    with open(launch_dir(run)/f'torchrun-{socket.gethostname()}-{os.getpid()}.log', 'wb') as log:
         proc = subprocess.Popen(torchrun(run, plan), env=rank_environment(plan), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try: yield proc
         finally:
@@ -77,14 +77,14 @@ def started(run:Run, plan:Plan):
 def follow(
     proc, # torchrun
     run:Run, # What its ranks write
-    live, # What shows it
+    live, # What shows it; None: nothing
     stop, # A `StopRequest`
 ):
     "Show what is new and pass requests on until the ranks have ended"
     tail,asked,step = Tail(run.path/'metrics.jsonl'),False,None
     while proc.poll() is None:
         if stop.by and not asked: run.stop(stop.by); asked = True
-        if tail.read(): live.show(Progress(tail.lines))
+        if live and tail.read(): live.show(Progress(tail.lines))
         now = (read_json(launch_dir(run)/'rank-0'/'heartbeat.json') or {}).get('step')
         if now not in (None, step): run.beat(now); step = now
         time.sleep(0.2)
@@ -119,6 +119,24 @@ def _mask_logs(home):
         text = f.read_text(errors='replace')
         if (safe := mask_secrets(text)) != text: f.write_text(safe)
 
+def tidy(run:Run):
+    "Remove what only the ranks needed, and mask their logs"
+    home = launch_dir(run)
+    _mask_logs(home)
+    (home/'weights.safetensors').unlink(missing_ok=True)
+    shutil.rmtree(home/'examples', ignore_errors=True)
+
+def tidy_after(
+    run:Run, # Whose process may have been killed
+    wait:float=10, # [s] for its ranks on this machine, which end within a second
+):
+    "`tidy`, from outside, when the ranks have ended"
+    import psutil
+    ours = lambda p: 'unsloth_nb.worker' in p.info['cmdline'] and str(run.path) in p.info['cmdline']
+    if launch_dir(run).exists():
+        psutil.wait_procs([p for p in psutil.process_iter(['cmdline']) if p.info['cmdline'] and ours(p)], wait)
+        tidy(run)
+
 # %% ../nbs/launching.ipynb #6110e01c
 def train_in_ranks(
     model:LoadedModel, # Makes room while the ranks train, and comes back with what they have learned
@@ -139,14 +157,16 @@ def train_in_ranks(
         res = read_json(home/'result.json')
         if res is None: raise failure(run, plan.ranks)
         model.release(load_file(home/'weights.safetensors'))
-    finally:
-        _mask_logs(home)
-        (home/'weights.safetensors').unlink(missing_ok=True)
-        shutil.rmtree(home/'examples')
+    finally: tidy(run)
     if 'interrupted' in res: raise Interrupted(res['interrupted'])
     return res['training']
 
 # %% ../nbs/launching.ipynb #05db55f1
+def _waiting(run):
+    "`launch.json` of a training that other machines can take part in"
+    asked = read_json(launch_dir(run)/'launch.json')
+    return asked if asked and asked['plan']['nodes'] > 1 and run.status == 'running' and not (launch_dir(run)/'result.json').exists() else None
+
 def find_launch(
     runs_dir=None, # Where runs are, on a file system that all machines share
     wait:float=900, # [s]
@@ -154,15 +174,24 @@ def find_launch(
     "The run that waits for this machine at the rendezvous"
     place,end = settings().rendezvous,time.time()+wait
     while time.time() < end:
-        for d in reversed(run_dirs(runs_dir)):
-            asked = read_json(d/'launch'/'launch.json')
-            if asked and asked['rendezvous'] == place and Run(d).status == 'running' and not (d/'launch'/'result.json').exists(): return Run(d)
+        for run in map(Run, reversed(run_dirs(runs_dir))):
+            if (asked := _waiting(run)) and asked['rendezvous'] == place: return run
         time.sleep(1)
     raise RunError(f"no run waits at {place or 'any rendezvous'}: none has begun to train under {runs_dir or settings().runs_dir} in {wait:.0f} s")
 
-def join(run:Run)->int: # Exit code of torchrun
-    "Have the devices of this machine take part in a run's training"
-    plan = Plan.from_dict(read_json(launch_dir(run)/'launch.json')['plan'])
+def join(
+    run:Run, # Its training may be still to begin
+    wait:float=900, # [s] for that
+)->int: # Exit code of torchrun
+    "Have the devices of this machine take part in a run's training; SIGINT and SIGTERM ask the whole run to stop"
+    if run.job.nodes == 1: raise RunError(f'{run.name} trains on one machine, so no other can take part; nodes says how many do')
+    end = time.time()+wait
+    while not (asked := _waiting(run)):
+        if run.status != 'running': raise RunError(f'{run.name} is {run.status}; another machine takes part while it runs')
+        if time.time() > end: raise RunError(f'{run.name} has not begun to train in {wait:.0f} s')
+        time.sleep(1)
+    if not settings().rendezvous: os.environ['UNSLOTH_NB_RENDEZVOUS'] = asked['rendezvous']
     try:
-        with started(run, plan) as proc: return proc.wait()
+        with started(run, Plan.from_dict(asked['plan'])) as proc, stop_requests() as stop: follow(proc, run, None, stop)
+        return proc.returncode
     finally: _mask_logs(launch_dir(run))

@@ -186,24 +186,28 @@ def make_plan(
     "The fastest configuration that fits, among those that the job leaves open"
     dev = find_device(device) if isinstance(device, str) else device or device_info()
     check_devices(job, dev)
-    if like and like['device']['kind'] == dev.kind: return _as_before(job, rows, device, runs_dir, like)
+    if like and like['device']['kind'] == dev.kind: return _as_before(job, rows, device, dev, runs_dir, like)
     s = model_shape(resolve_model(job.model, job.allow_remote_code), job.revision)
     factors = past_runs(job.model, dev, runs_dir) if device is None else None
     plan = _plan(job, rows, dev, s, factors)
     return replace(plan, mend=_mend(job, rows, dev, s)) if plan.fits is False else plan
 
 # %% ../nbs/planning.ipynb #8191dcd7
-def _as_before(job, rows, device, runs_dir, like):
+def _as_before(job, rows, device, dev, runs_dir, like):
     "The plan of the attempt before, for what the job leaves open"
-    keep = {k:like[k] for k in _DECIDED if k in like and getattr(job, k) == 'auto'}
-    if job.per_device_train_batch_size != 'auto' or job.gradient_accumulation_steps != 'auto' or job.batch_size != 'auto' and _rows_per_step(like) != job.batch_size:
-        keep = {k:v for k,v in keep.items() if k not in ('per_device_train_batch_size', 'gradient_accumulation_steps')}
+    keep = {k:like[k] for k in _DECIDED if like.get(k, '') != '' and getattr(job, k) == 'auto'}
+    if dev.kind == 'cuda' and keep.get('devices', 1) > dev.count: del keep['devices']
+    moved = (keep.get('devices', job.devices), job.nodes) != (like.get('devices', 1), like.get('nodes', 1)) or job.parallel not in ('auto', like.get('parallel') or 'auto')
+    free,before = all(getattr(job, k) == 'auto' for k in _SPLIT),_rows_per_step(like)
+    if moved and free and job.batch_size in ('auto', 'fastest'): job = job.replace(batch_size=before) # Other devices share the same rows of a step
+    if moved or not free or job.batch_size not in ('auto', 'fastest', before): keep = {k:v for k,v in keep.items() if k not in _SPLIT}
     plan = make_plan(job.replace(**keep), rows, device, runs_dir)
     return replace(plan, reasons=plan.reasons|{k:'as in the attempt before' for k in keep})
 
 def _rows_per_step(like): return like['per_device_train_batch_size']*like['gradient_accumulation_steps']*(like.get('devices', 1)*like.get('nodes', 1) if like.get('parallel') in ('ddp', 'fsdp') else 1)
 
-_DECIDED = ('devices', 'dtype', 'load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free')
+_SPLIT = ('per_device_train_batch_size', 'gradient_accumulation_steps') # Of the rows of a step
+_DECIDED = ('devices', 'parallel', 'dtype', 'load_in_4bit', *_SPLIT, 'gradient_checkpointing', 'optim', 'packing', 'padding_free')
 
 # %% ../nbs/planning.ipynb #429ac8c2
 def smaller_way(
@@ -216,7 +220,7 @@ def smaller_way(
     room = min([usable(plan.device), *([0.8*plan.peak] if plan.memory else []), *([0.95*held] if held else [])])
     less = make_plan(job, rows, replace(plan.device, memory_free=int((room+2**28)/0.98)))
     if not less.fits: return f'Of what the job leaves open, nothing needs clearly less; {less.mend or "take a smaller model"}.'
-    change = {k:getattr(less, k) for k in ('load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free') if getattr(less, k) != getattr(plan, k)}
+    change = {k:v for k in _DECIDED if k != 'dtype' and (v := getattr(less, k)) not in ('', getattr(plan, k))}
     return f"It should fit with {' '.join(f'-p {k}={str(v).lower() if isinstance(v, bool) else v}' for k,v in change.items())} ({less.peak/_GIB:.2f} GiB)."
 
 # %% ../nbs/planning.ipynb #90e3dfb9

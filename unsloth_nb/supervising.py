@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from . import attempts # noqa: F401 (Run.interrupt)
 from .escaping import mask_secrets,plain_text
+from .launching import tidy_after
 from .places import settings
 from .runs import RUN_DIR_VARIABLE,Run,read_json,read_lines
 from .schema import fields
@@ -206,18 +207,19 @@ STOPPED = ('Interrupted', 'KeyboardInterrupt') # Ends that a person or a machine
 
 def reason(e, sup:Supervisor)->tuple[str,str,bool]: # (interrupted or failed, why, would another attempt be worth it?)
     "How and why an execution ended"
-    kind = type(e).__name__ if e is not None else ''
+    kind,told = type(e).__name__ if e is not None else '',sup.why.startswith('stopped by')
     if e is None: return 'failed','the notebook ended without finishing its run',False
     if kind == 'PapermillExecutionError':
         if e.ename in STOPPED: return 'interrupted',sup.why or f'cell {e.cell_index}: {e.evalue or e.ename}',bool(sup.timeout) and sup.why.startswith('it took')
-        return 'failed',f'cell {e.cell_index}: {e.ename}: {e.evalue}',e.ename == 'RankLost' # Of a process that was killed, the next attempt may know nothing
-    if kind == 'DeadKernelError': return 'failed',sup.why or 'the kernel died: it was killed, most often because memory ran out; see plan.json for what was predicted',True
+        return 'failed',f'cell {e.cell_index}: {e.ename}: {e.evalue}',e.ename == 'RankLost' and not told # Of a process that was killed, the next attempt may know nothing
+    if kind == 'DeadKernelError': return 'failed',sup.why or 'the kernel died: it was killed, most often because memory ran out; see plan.json for what was predicted',not told
     if isinstance(e, KeyboardInterrupt): return 'interrupted',sup.why or 'interrupted from the keyboard',False
     return 'failed',f'{kind}: {e}',False
 
 def conclude(run:Run, error, sup:Supervisor)->bool: # Would another attempt be worth it?
     "Give the run its result if the notebook did not, its executed notebook and its report"
     how,why,again = reason(error, sup)
+    tidy_after(run)
     if run.result is None: run.interrupt(why) if how == 'interrupted' else run.fail(why)
     if sup.nb is not None:
         if type(error).__name__ == 'DeadKernelError': mark_died(sup.nb, why)

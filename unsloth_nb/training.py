@@ -235,9 +235,10 @@ def train(
     import torch
     model.plan.check_room(job, run.path)
     with only_writer(run), stop_requests() as stop, live_view(run, live) as live:
-        try: return (train_in_ranks if model.plan.ranks > 1 else _train)(model, examples, job, run, live, stop)
+        try: res = (train_in_ranks if model.plan.ranks > 1 else _train)(model, examples, job, run, live, stop)
         except torch.OutOfMemoryError as e: raise _out_of_memory(e, model, job, examples) from e
-        finally: run.stop_asked() # A request that came too late is over with the training
+        run.stop_asked() # A request that came too late is over with the training
+        return res
 
 # %% ../nbs/training.ipynb #c812ad06
 def _announce(own, changes, fillers, found):

@@ -9,6 +9,8 @@ __all__ = ['gone', 'watch', 'work', 'main']
 import os,socket,sys,threading,time,traceback
 from pathlib import Path
 
+import psutil
+
 from .engine import start_engine
 from .escaping import mask_secrets
 from .examples import read_examples
@@ -29,10 +31,9 @@ def gone(
     "Has torchrun, or whoever started it on this machine, ended?"
     if os.getppid() != parent: return True
     if asked['host'] != socket.gethostname(): return False
-    try: os.kill(asked['pid'], 0)
-    except ProcessLookupError: return True
-    except PermissionError: pass
-    return False
+    try: return psutil.Process(asked['pid']).status() == psutil.STATUS_ZOMBIE # Ended, and in some containers nobody asks how
+    except psutil.NoSuchProcess: return True
+    except psutil.AccessDenied: return False
 
 def watch(asked:dict):
     "End this process within a second when nobody is there any more"
