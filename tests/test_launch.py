@@ -4,11 +4,11 @@ import os,signal,subprocess,sys,time
 import pytest
 from fastcore.basics import AttrDict
 
+from unsloth_nb import attempts # noqa: F401 (Run.stop)
 from unsloth_nb.launching import first_failure
 from unsloth_nb.places import settings
 from unsloth_nb.planning import make_plan
 from unsloth_nb.resuming import PassOrder
-from unsloth_nb import attempts # noqa: F401 (Run.stop)
 from unsloth_nb.runs import Run,RunError,read_json,start_run,write_json
 from unsloth_nb.schema import SpecError
 from unsloth_nb.spec import FinetuneJob
@@ -175,18 +175,23 @@ def test_the_rank_that_hung_is_not_blamed(tmp_path):
     (tmp_path/'launch'/'torchrun-host.log').write_text(REPORT)
     assert first_failure(Run(tmp_path)) == dict(rank=1, signal='SIGKILL')
 
-def test_what_a_killed_kernel_leaves(tmp_path):
-    "What a library of a rank has quoted is masked in its log, and the tokens of the rows are removed, by whoever concludes the run"
+def test_what_a_killed_kernel_leaves(monkeypatch, tmp_path):
+    "What a library of a rank has quoted is masked in its log, and the tokens of the rows are removed, by whoever concludes the run or goes on with it"
     from conftest import TOKEN
-    from unsloth_nb.launching import tidy_after
-    home = tmp_path/'launch'
+    from unsloth_nb import jobs
+    run = start_run(FinetuneJob(devices=2), tmp_path)
+    home = run.path/'launch'
     for d in ('rank-0', 'examples'): (home/d).mkdir(parents=True)
-    logs = home/'torchrun-host-1.log',home/'rank-0'/'log.txt'
-    for f in logs: f.write_text(f'before {TOKEN} after')
+    logs = 'torchrun-host-1.log','rank-0/log.txt'
+    for f in logs: (home/f).write_text(f'before {TOKEN} after')
     (home/'weights.safetensors').touch()
-    tidy_after(Run(tmp_path))
-    for f in logs: assert TOKEN not in f.read_text() and f.read_text().startswith('before')
-    assert {p.name for p in home.iterdir()} == {logs[0].name, 'rank-0'}
+    run.interrupt('a test')
+    def no_kernel(*args): raise RuntimeError('a test')
+    monkeypatch.setattr(jobs, 'execute', no_kernel)
+    jobs.resume_run(run, show=False)
+    aside = run.path/'attempts'/'1'/'launch'
+    for f in logs: assert TOKEN not in (aside/f).read_text() and (aside/f).read_text().startswith('before')
+    assert {p.name for p in aside.iterdir()} == {logs[0], 'rank-0'} and not home.exists()
 
 def test_a_zombie_is_gone():
     "Where nobody waits for a killed kernel, it stays in the table of processes, and its ranks end all the same"
@@ -229,7 +234,7 @@ def test_who_may_take_part(tmp_path):
     with pytest.raises(RunError, match='no run waits'): find_launch(tmp_path, 1)
     assert not (runs[1].reopen().path/'launch').exists() and (runs[1].path/'attempts'/'1'/'launch'/'launch.json').exists()
 
-def test_a_request_to_stop_forbids_a_retry(lib, data, monkeypatch, tmp_path):
+def test_a_request_to_stop_forbids_a_retry(lib, monkeypatch, tmp_path):
     "A rank that is lost after somebody has asked for an end does not bring another attempt"
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

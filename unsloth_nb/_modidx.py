@@ -594,6 +594,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine.Device.to_dict': ('engine.html#device.to_dict', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine.EngineError': ('engine.html#engineerror', 'unsloth_nb/engine.py'),
+                                   'unsloth_nb.engine.Unreachable': ('engine.html#unreachable', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine._cpu_name': ('engine.html#_cpu_name', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine._import_unsloth': ('engine.html#_import_unsloth', 'unsloth_nb/engine.py'),
                                    'unsloth_nb.engine._release': ('engine.html#_release', 'unsloth_nb/engine.py'),

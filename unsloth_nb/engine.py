@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['engine_log', 'LIBRARIES', 'set_environment', 'Device', 'device_info', 'EngineError', 'quiet', 'collector_paused',
-           'start_engine', 'versions', 'check_hub']
+           'start_engine', 'versions', 'Unreachable', 'check_hub']
 
 # %% ../nbs/engine.ipynb #e807e19b
 import gc,importlib.metadata,io,logging,os,platform,sys,warnings
@@ -102,6 +102,7 @@ def collector_paused():
     finally:
         if was: gc.enable()
 
+# %% ../nbs/engine.ipynb #c41f6b05
 def _import_unsloth():
     "Import Unsloth with its output captured"
     import torch
@@ -136,11 +137,14 @@ def versions()->dict[str,str]: # Library to version; absent ones left out
     return res
 
 # %% ../nbs/engine.ipynb #cf429f71
+class Unreachable(SpecError):
+    "The Hub does not answer; another time it may"
+
 def check_hub(
     what:str, # What would be downloaded, for the message
     timeout:float=5, # [s]
 ):
-    "Raise `SpecError` at once when the Hugging Face Hub cannot be reached"
+    "Raise `Unreachable` at once when the Hugging Face Hub cannot be reached"
     import socket
     from urllib.parse import urlsplit
     u = urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
@@ -148,4 +152,4 @@ def check_hub(
     if not why and not any(os.environ.get(k) for k in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy')):
         try: socket.create_connection((u.hostname, u.port or (443 if u.scheme == 'https' else 80)), timeout).close()
         except OSError as e: why = f'{u.hostname}: {e}'
-    if why: raise SpecError(f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, or use the embedded model 'smollm2-135m' and dataset 'events'")
+    if why: raise Unreachable(f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, or use the embedded model 'smollm2-135m' and dataset 'events'")

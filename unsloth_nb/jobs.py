@@ -12,7 +12,7 @@ from .data import load_data
 from .engine import device_info
 from .gguf import check_gguf_kind,find_llama
 from .harness import check_tasks
-from .launching import check_rendezvous
+from .launching import check_rendezvous,tidy
 from .loading import check_model
 from .planning import check_devices
 from .runs import Run,new_run_dir,open_run,record_job
@@ -40,6 +40,7 @@ def preflight(job:Job, runs_dir=None):
 # %% ../nbs/jobs.ipynb #ce5b58f9
 def _attempts(run, name, show, retries, **watch):
     "Execute a run's notebook, again while that may help"
+    for home in run.path.glob('attempts/*/launch'): tidy(home) # Nobody has concluded an attempt whose runner was killed
     for left in range(retries, -1, -1):
         watcher,sup,error = Watcher(run),Supervisor(run, **watch),None
         sup.start()

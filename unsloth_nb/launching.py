@@ -119,9 +119,8 @@ def _mask_logs(home):
         text = f.read_text(errors='replace')
         if (safe := mask_secrets(text)) != text: f.write_text(safe)
 
-def tidy(run:Run):
+def tidy(home:Path): # As `launch_dir` gives it
     "Remove what only the ranks needed, and mask their logs"
-    home = launch_dir(run)
     _mask_logs(home)
     (home/'weights.safetensors').unlink(missing_ok=True)
     shutil.rmtree(home/'examples', ignore_errors=True)
@@ -135,7 +134,7 @@ def tidy_after(
     ours = lambda p: 'unsloth_nb.worker' in p.info['cmdline'] and str(run.path) in p.info['cmdline']
     if launch_dir(run).exists():
         psutil.wait_procs([p for p in psutil.process_iter(['cmdline']) if p.info['cmdline'] and ours(p)], wait)
-        tidy(run)
+        tidy(launch_dir(run))
 
 # %% ../nbs/launching.ipynb #6110e01c
 def train_in_ranks(
@@ -157,7 +156,7 @@ def train_in_ranks(
         res = read_json(home/'result.json')
         if res is None: raise failure(run, plan.ranks)
         model.release(load_file(home/'weights.safetensors'))
-    finally: tidy(run)
+    finally: tidy(home)
     if 'interrupted' in res: raise Interrupted(res['interrupted'])
     return res['training']
 

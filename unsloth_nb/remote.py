@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoints import checkpoint_dirs
+from .engine import Unreachable
 from .jobs import _attempts,preflight,resume_run
 from .runs import Run,RunError,record_job
 from .schema import SpecError
@@ -83,9 +84,8 @@ def run_remote(
 )->dict: # run, status, reason, metrics
     "Do a job on a machine that may vanish, or go on with it; raises `Unfinished` when another attempt may finish it"
     try: run = _attempt(Run(Path(root)/'runs'/run_name), kind, params, commit, seconds, wait, reload)
-    except SpecError as e:
-        if 'Hub cannot be reached' in str(e): raise Unfinished(f'{run_name}: {e}') from None
-        return dict(run=run_name, status='failed', reason=str(e), metrics={})
+    except Unreachable as e: raise Unfinished(f'{run_name}: {e}') from None
+    except SpecError as e: return dict(run=run_name, status='failed', reason=str(e), metrics={})
     if run.status != 'finished' and worth_another(run): raise Unfinished(f"{run_name} is {run.status}: {run.result['reason']}")
     return dict(run=run_name, status=run.status, reason=run.result.get('reason', ''), metrics=run.result.get('metrics', {}))
 
