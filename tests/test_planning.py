@@ -6,7 +6,9 @@ from hypothesis import given,settings,strategies as st
 from unsloth_nb.architecture import linear_shapes,model_shape,parameter_counts,read_config,weight_shapes
 from unsloth_nb.devices import CARDS,find_device
 from unsloth_nb.memory import memory_estimate
-from unsloth_nb.planning import _rows_per_step,make_plan,past_runs,smaller_way
+from unsloth_nb.certificate import LIMITS,limits
+from unsloth_nb.planning import _rows_per_step,make_plan,past_runs,run_plan,smaller_way
+from unsloth_nb.runs import start_run
 from unsloth_nb.schema import SpecError
 from unsloth_nb.spec import FinetuneJob,ModelRef,presets,resolve_model
 from unsloth_nb.ways import example_lengths,usable
@@ -207,3 +209,35 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert d['fits'] and set(d['memory']) == {'weights', 'adapter', 'optimizer', 'gradients', 'activations', 'logits', 'workspace'} and d['tokens_per_second'] > 0 and d['seconds'] > 0
     bad = go('--device', 'H1000')
     assert isinstance(bad.exception, SpecError) and "did you mean 'H100'" in str(bad.exception)
+
+# Model, card and whether planning again without the rows would hold the weights otherwise
+TRAINED = [
+    ('llama-3.1-8b', 'RTX 4090', True), ('llama-3.1-8b', 'RTX 3090', True), ('qwen3-8b', 'RTX 4090', True),
+    ('llama-3.1-8b', 'L4', True), ('qwen3-4b', 'T4', True), ('qwen3-4b', 'RTX 3060', True),
+    ('qwen3-14b', 'A100 40GB', True), ('qwen2.5-14b-instruct', 'A100 40GB', True),
+    ('llama-3.1-8b', 'H200', False), ('llama-3.1-70b-instruct', 'H200', False), ('qwen3-32b', 'A100 40GB', False),
+]
+
+@pytest.mark.parametrize('model,card,again_differs', TRAINED, ids=str)
+def test_a_run_keeps_its_precision(model, card, again_differs, tmp_path):
+    "What a run has trained is loaded in the precision of its plan, on its own card and elsewhere; an export's limits follow"
+    run = start_run(FinetuneJob(model=model), tmp_path)
+    trained = make_plan(run.job, [[0]*206]*40, card)
+    run.save('plan', trained.to_dict())
+    assert (make_plan(run.job, None, card).load_in_4bit != trained.load_in_4bit) == again_differs
+    for device in (card, 'T4', 'B200', 'CPU 64GB'):
+        plan = run_plan(run, device)
+        assert (plan.load_in_4bit, plan.load_in_8bit) == (trained.load_in_4bit, trained.load_in_8bit), device
+        kind = 'from quantized' if trained.load_in_4bit else 'merged_16bit'
+        assert limits('merged_16bit', plan.load_in_4bit or plan.load_in_8bit) == LIMITS[kind]
+    assert run_plan(run, card).dtype == trained.dtype
+
+def test_a_run_says_what_it_cannot_keep(tmp_path):
+    "Arithmetic that a device lacks is replaced on record; weights in 8 bits are refused without a GPU, and so is a run without a plan"
+    run = start_run(FinetuneJob(model='qwen3-4b', load_in_8bit=True), tmp_path)
+    with pytest.raises(SpecError, match='no plan.json'): run_plan(run, 'T4')
+    run.save('plan', make_plan(run.job, [[0]*206]*40, 'A100 40GB').to_dict())
+    there = run_plan(run, 'T4')
+    assert there.load_in_8bit and there.dtype == 'float16'
+    assert [(c['requested'], c['effective']) for c in there.changes if c['parameter'] == 'dtype'] == [('bfloat16', 'float16')]
+    with pytest.raises(SpecError, match='8 bits, which need a GPU'): run_plan(run, 'CPU 64GB')

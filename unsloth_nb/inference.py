@@ -20,7 +20,7 @@ from .engine import quiet
 from .escaping import html_text,plain_text
 from .formatting import Formatter
 from .loading import LoadedModel,load_adapter,load_tokenizer
-from .planning import make_plan
+from .planning import run_plan
 from .runs import open_run
 from .schema import SpecError,nearest
 from .spec import FinetuneJob
@@ -365,8 +365,7 @@ def load_run(run='latest')->LoadedModel:
     "The model that a finished finetune run has trained"
     run = open_run(run, kind='finetune')
     if not (run.path/'adapter').is_dir(): raise SpecError(f"run: {run.name} has saved no adapter ({run.status}); choose a finished run")
-    job = run.job
-    return load_adapter(run.path/'adapter', job, make_plan(job))
+    return load_adapter(run.path/'adapter', run.job, run_plan(run))
 
 # %% ../nbs/inference.ipynb #f876b655
 def vllm_generate(

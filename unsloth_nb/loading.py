@@ -248,7 +248,7 @@ def _sha256_at(path, changed, size): return sha256(path)
 @patch
 def save_base(self:LoadedModel, folder):
     "Write beside an adapter which model it belongs to"
-    write_json(Path(folder)/BASE_FILE, dict(model=self.job.model, revision=self.job.revision, load_in_4bit=self.plan.load_in_4bit, template=self.job.template, weights=self.base['weights']))
+    write_json(Path(folder)/BASE_FILE, dict(model=self.job.model, revision=self.job.revision, load_in_4bit=self.plan.load_in_4bit, load_in_8bit=self.plan.load_in_8bit, template=self.job.template, weights=self.base['weights']))
 
 def _base_job(folder, job):
     "The job with the model that an adapter was trained on"
@@ -266,6 +266,18 @@ def _check_adapter(folder, job):
     got = {k:sorted(has[k]) if isinstance(has.get(k), list) else has.get(k, v) for k,v in pairs.items()}
     bad = [f"{k}: the adapter {folder} has {got[k]}, the job says {v}; set {k}={got[k]!r}" for k,v in pairs.items() if not isinstance(got[k], str) and got[k] != v]
     if bad: raise SpecError('\n'.join(bad))
+
+_HELD = ('load_in_4bit', 'load_in_8bit') # How the frozen weights are held
+
+def _held_as(job, base):
+    "The job with the precision of the weights that an adapter was trained on, where the job leaves it open"
+    return job.replace(**{k:base[k] for k in _HELD if k in base}) if job.load_in_4bit == 'auto' and not job.load_in_8bit else job
+
+def _in_its_precision(folder, job, base, plan):
+    "The plan, unless it holds the weights otherwise than they were in training and the job does not say so"
+    odd = [k for k in _HELD if k in base and getattr(plan, k) != base[k]] if job.load_in_4bit == 'auto' and not job.load_in_8bit else []
+    if odd: raise SpecError(f"{odd[0]}: the adapter {folder} was trained with {odd[0]}={base[odd[0]]}, and the plan says {getattr(plan, odd[0])}; set it to {base[odd[0]]}, or state another value in the job if you mean it")
+    return plan
 
 def _view(folder, base, tmp):
     "The adapter's files under `tmp`, pointing to where its model is on this machine"
@@ -285,7 +297,8 @@ def load_adapter(
     if (Path(folder)/MANIFEST).exists(): check_whole(folder)
     _check_adapter(folder, job)
     base_job,base = _base_job(folder, job)
-    src,plan = locate(base_job),plan or make_plan(base_job)
+    plan = _in_its_precision(folder, job, base, plan or make_plan(_held_as(base_job, base)))
+    src = locate(base_job)
     if base.get('weights') and base['weights'] != base_fingerprint(src.path, src.revision):
         raise SpecError(f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find the same model, or train again")
     with tempfile.TemporaryDirectory() as tmp:
