@@ -5,7 +5,7 @@ import nbformat,papermill,pytest,yaml
 from conftest import TINY
 from unsloth_nb.jobs import run_job
 from unsloth_nb.runs import Run,read_json
-from unsloth_nb.schema import parameters_cell
+from unsloth_nb.schema import fields,parameters_cell
 from unsloth_nb.spec import JOBS,jobs_dir
 
 CLI = str(Path(sys.executable).parent/'unsloth-nb')
@@ -25,6 +25,17 @@ def test_parameters_cell(name):
     nb = nbformat.read(jobs_dir()/f'{name}.ipynb', as_version=4)
     cells = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
     assert [c.source for c in cells] == [parameters_cell(JOBS[name])]
+
+@pytest.mark.parametrize('name', JOBS)
+def test_papermill_reads_all_parameters(name, tool):
+    "Plain papermill lists every parameter of every job with its default and help, and complains of none"
+    page = jobs_dir()/f'{name}.ipynb'
+    read = papermill.inspect_notebook(page)
+    rows = {r['name']:r for r in fields(JOBS[name])}
+    assert {n:p['default'] for n,p in read.items()} == {n:repr(r['default']) for n,r in rows.items()}
+    assert all(p['help'].startswith(rows[n]['help']) and p['inferred_type_name'] != 'None' for n,p in read.items())
+    shown = tool('papermill', '--help-notebook', page)
+    assert 'Unable to parse' not in shown and shown.count('(default ') == len(rows)
 
 def test_run_directory(finished_run):
     "What a finished job leaves behind"

@@ -156,14 +156,24 @@ class ParamTable:
     __repr__ = _repr_markdown_
 
 # %% ../nbs/schema.ipynb #e4e29a74
+def _type_name(part):
+    "What a part of an annotation is called in Python"
+    if isinstance(part, str): return 'str'
+    return 'None' if part is type(None) else part.__name__
+
+def _parameter_line(cls, row):
+    "One parameter: several types go into a comment, since papermill reads no `|` in an annotation"
+    types = [*dict.fromkeys(map(_type_name, _parts(cls.model_fields[row['name']].annotation)))]
+    told = f"{row['help']} [{row['unit']}]" if row['unit'] else row['help']
+    if len(types) == 1: return f"{row['name']}: {types[0]} = {row['default']!r}  # {told}"
+    return f"{row['name']} = {row['default']!r}  # type: {'|'.join(types)}  {told}"
+
 def parameters_cell(cls)->str: # Source of the notebook cell tagged `parameters`
     "The parameters of a job class as a notebook cell"
     out,group = [],None
     for r in fields(cls):
         if r['group'] != group: out.append(f"# {(group := r['group'])}")
-        types = dict.fromkeys('str' if isinstance(p, str) else 'None' if p is type(None) else p.__name__ for p in _parts(cls.model_fields[r['name']].annotation))
-        unit = f" [{r['unit']}]" if r['unit'] else ''
-        out.append(f"{r['name']}: {' | '.join(types)} = {r['default']!r}  # {r['help']}{unit}")
+        out.append(_parameter_line(cls, r))
     return '\n'.join(out)
 
 # %% ../nbs/schema.ipynb #26e3287f

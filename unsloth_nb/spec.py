@@ -175,7 +175,7 @@ class TrainParams(Job):
     max_grad_norm:float = param(1.0, 'Gradients are clipped to this norm', _TRAIN, '', 'transformers TrainingArguments', gt=0)
     gradient_checkpointing:Literal['unsloth','auto']|bool = param('auto', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174')
     group_by_length:bool = param(False, 'Batch examples of like length, for less padding', _TRAIN)
-    packing:bool|_auto = param('auto', 'Fill each row to max_seq_length with several examples; auto: with batch_size=fastest', _TRAIN)
+    packing:bool|_auto = param('auto', 'Fill each row to max_seq_length with several examples; auto: where batch_size is fastest', _TRAIN)
     padding_free:bool|_auto = param('auto', 'Put the rows of a pass end to end instead of padding them', _TRAIN, '', 'transformers DataCollatorWithFlattening')
     logging_steps:int = param(1, 'Write metrics every so many steps', _TRAIN, 'steps', '', ge=1)
     save_steps:Annotated[int, Field(ge=1)]|_auto|None = param('auto', 'Write a checkpoint every so many steps; auto: every five minutes; null: none', _TRAIN, 'steps')
