@@ -46,18 +46,25 @@ def _step_line(m, total):
 
 # %% ../nbs/supervising.ipynb #e5604a1c
 @patch
+def say_step(self:Watcher)->bool: # Was there one that nobody has been told of?
+    "Print the newest step"
+    steps = self.run_dir.metrics
+    if not steps or steps[-1]['step'] <= self.step: return False
+    self.step = steps[-1]['step']
+    self.say(_step_line(steps[-1], self.total))
+    return True
+
+@patch
 def look(self:Watcher, final=False):
     "Print what is new"
     lines = read_lines(self.run_dir.path/'progress.jsonl')
     for l in lines[self.seen:]:
+        if l.get('state', 'started') != 'started': self.say_step() # What a stage did comes before its end
         self.say(_stage_line(l))
         if 'stage' in l: self.stage = (l['stage'], l['time']) if l['state'] == 'started' else None
     self.seen,quiet = len(lines),time.time()-self.last
-    steps = self.run_dir.metrics
-    if steps and steps[-1]['step'] > self.step and (final or quiet >= self.every):
-        self.step = steps[-1]['step']
-        self.say(_step_line(steps[-1], self.total))
-    elif quiet >= 15 and self.stage: self.say(f'{self.stage[0]} … {time.time()-self.stage[1]:.0f} s')
+    if (final or quiet >= self.every) and self.say_step(): return
+    if quiet >= 15 and self.stage: self.say(f'{self.stage[0]} … {time.time()-self.stage[1]:.0f} s')
 
 # %% ../nbs/supervising.ipynb #dda32ab9
 def write_notebook(nb, path):
