@@ -6,7 +6,7 @@ import pytest
 import real_tokenizers as real
 import template_oracle as oracle
 from unsloth_nb import spec
-from unsloth_nb.conformance import FAMILIES,ConformanceTable,cases,check_formatter,conformance,family_tokens,faults,template_names
+from unsloth_nb.conformance import FAMILIES,ConformanceTable,cases,check_conformance,check_formatter,family_tokens,faults,template_names
 from unsloth_nb.conversations import Conversation
 from unsloth_nb.formatting import Formatter
 from unsloth_nb.templates import FormatError
@@ -80,18 +80,18 @@ def test_oracle(name):
 def test_every_name(any_name):
     "All names, the aliases included, on a tokenizer of bytes with the family's control tokens"
     canonical = next(c for c,ns in template_names().items() if any_name in ns)
-    res = conformance(family_tokens(real.bytes_only(), any_name), any_name)
+    res = check_conformance(family_tokens(real.bytes_only(), any_name), any_name)
     assert res.wrong == {} and set(res.refused) == REFUSED[canonical] & set(cases())
 
 @pytest.mark.parametrize('tokenizer,template', [('mistral_v3', 'mistral'), ('mistral_tekken', 'mistral'), ('deepseek', 'vicuna')])
 def test_other_tokenizers(tokenizer, template):
     "Real tokenizers of other families, with templates that take the tokenizer's own start and end tokens"
-    res = conformance(real.REAL[tokenizer](), template)
+    res = check_conformance(real.REAL[tokenizer](), template)
     assert set(res.refused) == {'tool_call', 'reasoning'} and res.wrong == {}
 
 def test_blank_line_before_answer():
     "A prompt that ends with two line breaks, on a tokenizer that cuts blanks as GPT-2 does: they are one token in the prompt and two in the example"
-    assert conformance(family_tokens(real.embedded(), 'llama-3'), 'llama-3').wrong == {}
+    assert check_conformance(family_tokens(real.embedded(), 'llama-3'), 'llama-3').wrong == {}
 
 # A suite that cannot fail is worth nothing
 def _doubled(e): return replace(e, input_ids=[e.tok.bos_token_id, *e.input_ids], mask=[False, *e.mask])

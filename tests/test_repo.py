@@ -80,6 +80,12 @@ def test_no_machine():
         bad += [f'{n}:{i}: {m[0]}' for i,l in enumerate(lines, 1) for m in [PLACES.search(l) or HOSTS.search(l) or (str(ROOT) in l and re.search(re.escape(str(ROOT)), l))] if m]
     assert not bad, '\n'.join(bad)
 
+def test_public_names():
+    "No public name is also a module's: it would be the one at first and the other once that module is imported"
+    import unsloth_nb
+    modules = {part for p in (ROOT/'unsloth_nb').rglob('*.py') for part in p.relative_to(ROOT/'unsloth_nb').with_suffix('').parts}
+    assert not modules & set(unsloth_nb.__all__)
+
 def test_import_time(record_property):
     "`import unsloth_nb` is quick and loads nothing heavy"
     code = f'import sys,time; t = time.perf_counter(); import unsloth_nb; t = time.perf_counter()-t; print(t, [m for m in {HEAVY} if m in sys.modules])'

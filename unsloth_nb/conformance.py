@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Expected', 'FAMILIES', 'cases', 'marked', 'drawn', 'expected', 'faults', 'Conformance', 'ConformanceTable',
-           'check_formatter', 'conformance', 'template_names', 'put_bos', 'family_tokens', 'template_table']
+           'check_formatter', 'check_conformance', 'template_names', 'put_bos', 'family_tokens', 'template_table']
 
 # %% ../nbs/conformance.ipynb #2c5a0724
 import copy,re,unicodedata
@@ -204,7 +204,7 @@ def check_formatter(
     control = dict.fromkeys([*_spelled(fmt.tok, drawn(fmt.tok, Conversation(_sum))), fmt.tok.eos_token])
     return Conformance(name, {n:finding(n, c) for n,c in cases(tuple(control)).items()})
 
-def conformance(
+def check_conformance(
     tok, # Tokenizer
     name:str|None=None, # One of Unsloth's templates; None: the tokenizer's own
 )->Conformance:
@@ -261,4 +261,4 @@ def template_table(
 )->ConformanceTable:
     "Unsloth's templates and what each does with every conversation"
     every = template_names()
-    return ConformanceTable([replace(conformance(family_tokens(tok, n), n), aliases=tuple(a for a in every.get(n, []) if a != n)) for n in names or every])
+    return ConformanceTable([replace(check_conformance(family_tokens(tok, n), n), aliases=tuple(a for a in every.get(n, []) if a != n)) for n in names or every])
