@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Sampling', 'row_seed', 'answering', 'Answer', 'Answers', 'as_messages', 'context_length', 'check_fits', 'generate',
-           'stream', 'show_pieces', 'show_stream', 'load_run', 'vllm_generate']
+           'stream', 'show_pieces', 'show_stream', 'load_run']
 
 # %% ../nbs/inference.ipynb #dcbe1563
 import bisect,math,queue,secrets,sys,threading,time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field,replace
 from numbers import Real
@@ -18,14 +17,11 @@ from .conversations import Conversation
 from .devices import peak_memory,reset_peak
 from .engine import quiet
 from .escaping import html_text,plain_text
-from .formatting import Formatter
-from .loading import LoadedModel,load_adapter,load_tokenizer
+from .loading import LoadedModel,load_adapter
 from .planning import run_plan
 from .runs import open_run
 from .schema import SpecError,nearest
-from .spec import FinetuneJob
 from .tool_calls import as_tools,parse_calls
-from .vllm_server import open_vllm
 
 # %% ../nbs/inference.ipynb #43ae27a1
 _whole,_positive = (lambda v: isinstance(v, int) and not isinstance(v, bool)),(lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf)
@@ -366,27 +362,3 @@ def load_run(run='latest')->LoadedModel:
     run = open_run(run, kind='finetune')
     if not (run.path/'adapter').is_dir(): raise SpecError(f"run: {run.name} has saved no adapter ({run.status}); choose a finished run")
     return load_adapter(run.path/'adapter', run.job, run_plan(run))
-
-# %% ../nbs/inference.ipynb #f876b655
-def vllm_generate(
-    folder, # Folder of a merged model
-    prompts, # A list of texts or conversations
-    sampling:Sampling|None=None, # Default: greedy
-    system:str|None=None, # System message for prompts that are texts
-    tools:list|None=None, # Functions that the model may call
-    template:str='auto', # As in `FinetuneJob`
-    options:tuple=(), # More words of `vllm serve`, such as `['--gpu-memory-utilization', '0.5']`
-)->Answers:
-    "Answers by vLLM, whose server is there for this call; raises `ServeError` where it is not installed"
-    from transformers import AutoConfig
-    s = _drawn(sampling)
-    _check_list(prompts)
-    tok = load_tokenizer(FinetuneJob(model=str(folder), template=template), engine=False)
-    formatter = Formatter(tok, template)
-    asked,ends = _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools),formatter.stop_ids()
-    how = dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k or 0, min_p=s.min_p, repetition_penalty=s.repetition_penalty, stop=list(s.stop), stop_token_ids=ends)
-    with open_vllm(folder, ('--generation-config', 'vllm', *options)) as v, ThreadPoolExecutor(64) as pool:
-        start = time.perf_counter()
-        got = list(pool.map(lambda i: v.complete(asked[i][0], s.max_new_tokens, **how, **(dict(seed=row_seed(s.seed, i)) if s.temperature else {})), range(len(asked))))
-        seconds = time.perf_counter()-start
-    return Answers([_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g,(ids,t) in zip(got, asked)], seconds, None, s)
