@@ -8,14 +8,14 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do $
 BIN := .venv/bin
 # Tests side by side; tests/conftest.py says which stay together
 JOBS ?= 2
-# More arguments for `make run`, `make test` and `make preview`: make test ARGS='-k spec'
+# More arguments for `make run`, `make test`, `make test-long` and `make preview`: make test ARGS='-k spec'
 ARGS ?=
 
 # A busy machine must not slow training down
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help setup run test docs preview readme export clean-nbs lock
+.PHONY: help setup run test test-long docs preview readme export clean-nbs lock
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,8 +26,13 @@ setup: ## Make or renew the environment .venv
 run: setup ## Fine-tune the embedded model on the built-in set: the main job
 	$(BIN)/unsloth-nb run finetune --preset smollm2-135m $(ARGS)
 
-test: setup ## Run every test (make test ARGS='-k spec' for some)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test: setup ## Run the tests (make test ARGS='-k spec' for some)
+	$(PYTEST) -m 'not long' $(ARGS)
+
+test-long: setup ## Run the campaigns that the tests leave out
+	$(PYTEST) -m long $(ARGS)
 
 docs: setup ## Render the site into _docs and check its links
 	$(BIN)/python tools/docs.py

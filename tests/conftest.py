@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
     for i in items:
         if 'finished_run' in i.fixturenames: i.add_marker(pytest.mark.slow) # A whole job
+        if i.get_closest_marker('long'): i.add_marker(pytest.mark.slow) # So that leaving out the slow ones leaves them out too
     if not importlib.util.find_spec('llama_cpp'):
         for i in items:
             if i.get_closest_marker('llama_cpp'): i.add_marker(pytest.mark.skip(reason='needs llama-cpp-python; CONTRIBUTING.md says how to install it'))
