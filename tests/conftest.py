@@ -2,6 +2,7 @@
 import importlib.util,json,os,shutil,subprocess,sys,tempfile
 from pathlib import Path
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(tempfile.mkdtemp(prefix='unsloth_nb_runs_'))
@@ -69,16 +70,51 @@ def tool():
         return r.stdout
     return f
 
+@pytest.fixture(scope='session')
+def once(tmp_path_factory):
+    "A function that gives a folder which `make` fills for all workers: the first to ask makes it, the others wait for it"
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'once'
+    home.mkdir(exist_ok=True)
+    def f(name, make):
+        with FileLock(home/f'{name}.lock'):
+            if not (home/f'{name}.made').exists():
+                shutil.rmtree(home/name, ignore_errors=True) # What a worker that failed has left
+                (home/name).mkdir()
+                make(home/name)
+                (home/f'{name}.made').touch()
+        return home/name
+    return f
+
 # The smallest honest run of the finetune job
 TINY = dict(max_steps=3, batch_size=2, max_rows=24, test_size=4, max_seq_length=256, max_new_tokens=8, gradient_checkpointing=False, optim='adamw_8bit', learning_rate=1e-3)
 
 @pytest.fixture(scope='session')
-def finished_run(tmp_path_factory):
-    "One finished finetune run, by our runner"
+def finished_run(once, tmp_path_factory):
+    "One finished finetune run, by our runner; each worker has a copy, since some tests add to it"
     from unsloth_nb.jobs import run_job
-    run = run_job('finetune', runs_dir=tmp_path_factory.mktemp('runs'), show=False, **TINY)
-    assert run.status == 'finished', run.result
-    return run
+    from unsloth_nb.runs import Run
+    def make(folder):
+        run = run_job('finetune', runs_dir=folder, show=False, **TINY)
+        assert run.status == 'finished', run.result
+    made, = once('finished_run', make).iterdir()
+    return Run(shutil.copytree(made, tmp_path_factory.mktemp('runs')/made.name, symlinks=True))
+
+# A llama of two layers with random weights and the embedded tokenizer, for what does not test learning
+SHAPE = dict(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    head_dim=32, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=True,
+)
+
+@pytest.fixture(scope='session')
+def tiny(once):
+    "The folder of that model; `tiny-other` beside it has one of the same shape. Made in a child, which may import transformers"
+    def make(folder):
+        code = f"""from unsloth_nb import start_engine,random_model
+start_engine()
+for n,seed in (('tiny', 0), ('tiny-other', 1)): random_model({SHAPE!r}, {str(folder)!r}+'/'+n, seed=seed)"""
+        subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
+    return once('model', make)/'tiny'
 
 @pytest.fixture(scope='session')
 def lib():
@@ -117,13 +153,11 @@ def converter():
         raise
 
 @pytest.fixture(scope='session')
-def gguf_file(converter, tmp_path_factory):
-    "The embedded model as GGUF, in 16 bits"
+def gguf_file(converter, once):
+    "The embedded model as GGUF, in 16 bits; no test changes it"
     from unsloth_nb.gguf import write_gguf
     from unsloth_nb.loading import embedded_model
-    file = tmp_path_factory.mktemp('gguf')/'model.gguf'
-    write_gguf(embedded_model(), file, 'f16', name='smollm2-135m')
-    return file
+    return once('gguf', lambda folder: write_gguf(embedded_model(), folder/'model.gguf', 'f16', name='smollm2-135m'))/'model.gguf'
 
 @pytest.fixture
 def trained(lib, tmp_path):

@@ -3,16 +3,7 @@ import json,os,signal,subprocess,sys,threading,time
 from dataclasses import replace
 import pytest
 
-SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=True)
 SMALL = dict(max_rows=24, test_size=4, max_steps=6, max_seq_length=256, learning_rate=1e-3, warmup_steps=1, save_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1, max_new_tokens=4)
-
-@pytest.fixture(scope='session')
-def tiny(tmp_path_factory):
-    "Folders with a random model of two layers, and one of the same shape; made in a child, which may import transformers"
-    home = tmp_path_factory.mktemp('model')/'tiny'
-    code = f'from unsloth_nb import start_engine,random_model; start_engine(); random_model({SHAPE!r}, {str(home)!r}); random_model({SHAPE!r}, {str(home)+"-other"!r}, seed=1)'
-    subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
-    return home
 
 def trace(run): return [(m['loss'], m['grad_norm']) for m in run.metrics]
 
