@@ -29,9 +29,9 @@ def wait(what, seconds=240):
         time.sleep(0.05)
     pytest.fail(f'waited {seconds} s')
 def command(*args, **kw): return subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
-def launch(runs_dir, *more, **params):
+def launch(runs_dir, params, *more):
     "`unsloth-nb launch finetune` and the run that it makes"
-    p = command('launch', 'finetune', '--runs-dir', runs_dir, *more, *(w for k,v in (SMALL|params).items() for w in ('-p', f'{k}={v}')))
+    p = command('launch', 'finetune', '--runs-dir', runs_dir, *more, *(w for k,v in params.items() for w in ('-p', f'{k}={v}')))
     return p,Run(wait(lambda: next((d for d in runs_dir.iterdir() if (d/'job.json').exists()), None) if runs_dir.exists() else None))
 
 @pytest.fixture(scope='module', autouse=True)
@@ -45,13 +45,18 @@ def one_thread(lib):
         yield
     torch.set_num_threads(was)
 
-@pytest.fixture(scope='module')
-def data(lib): return lib.load_data(FinetuneJob(**SMALL))
+@pytest.fixture(scope='module', params=['tiny', pytest.param('embedded', marks=pytest.mark.long)])
+def small(request):
+    "The job, on a random model of two layers; in the long tests on the embedded model too"
+    return SMALL if request.param == 'embedded' else SMALL|dict(model=str(request.getfixturevalue('tiny')))
 
 @pytest.fixture(scope='module')
-def alone(lib, data, tmp_path_factory):
+def data(lib, small): return lib.load_data(FinetuneJob(**small))
+
+@pytest.fixture(scope='module')
+def alone(lib, data, small, tmp_path_factory):
     "One process: what all others are compared with"
-    job = FinetuneJob(**SMALL)
+    job = FinetuneJob(**small)
     model = lib.load_model(job, make_plan(job, data))
     run = lib.finetune(model, data, job, run=start_run(job, tmp_path_factory.mktemp('alone')))
     return AttrDict(model=model, run=run)
@@ -71,9 +76,9 @@ def test_order_is_the_trainers(alone):
         ours.set_epoch(epoch)
         assert list(theirs) == list(ours)
 
-def test_from_a_cell(lib, data, alone, tmp_path):
+def test_from_a_cell(lib, small, data, alone, tmp_path):
     "`finetune(…, devices=2)` on a model that is loaded; the pass over 30 rows ends in the middle of a step, and is filled up"
-    job = FinetuneJob(**SMALL)
+    job = FinetuneJob(**small)
     model = lib.load_model(job, make_plan(job, data))
     run = lib.finetune(model, data, job, run=start_run(job.replace(devices=2), tmp_path), devices=2)
     same(run, alone)
@@ -84,9 +89,9 @@ def test_from_a_cell(lib, data, alone, tmp_path):
     theirs,ours = (dict(m.model.named_parameters()) for m in (alone.model, model))
     assert max(float((ours[n].detach()-p.detach()).abs().max()) for n,p in theirs.items() if p.requires_grad) < 1e-4
 
-def test_killed_and_resumed(alone, tmp_path):
+def test_killed_and_resumed(small, alone, tmp_path):
     "A rank is killed: the run fails with its number and signal, the other rank ends, and a second attempt goes on to the same curve"
-    p,run = launch(tmp_path/'runs', '--devices', 2)
+    p,run = launch(tmp_path/'runs', small, '--devices', 2)
     wait(lambda: len(run.metrics) >= 3 and pids(run))
     os.kill(pids(run)[1], signal.SIGKILL)
     said,_ = p.communicate(timeout=120)
@@ -99,9 +104,9 @@ def test_killed_and_resumed(alone, tmp_path):
     assert run.status == 'finished' and 'goes on after step' in (run.path/'progress.jsonl').read_text() and run.result['metrics']['training']['ranks'] == 2
     assert (run.path/'attempts'/'1'/'launch'/'rank-1'/'log.txt').exists()
 
-def test_sharded_and_stopped(alone, tmp_path):
+def test_sharded_and_stopped(small, alone, tmp_path):
     "FSDP2: a request to stop reaches all ranks; its checkpoint holds whole tensors, from which one process goes on when it is allowed to"
-    p,run = launch(tmp_path/'runs', '--devices', 2, '--parallel', 'fsdp')
+    p,run = launch(tmp_path/'runs', small, '--devices', 2, '--parallel', 'fsdp')
     wait(lambda: len(run.metrics) >= 2)
     run.stop('a test')
     said,_ = p.communicate(timeout=200)
@@ -111,9 +116,9 @@ def test_sharded_and_stopped(alone, tmp_path):
     assert again.returncode == 0, said[-2000:]
     same(run, alone)
 
-def test_nobody_is_left_behind(tmp_path):
+def test_nobody_is_left_behind(small, tmp_path):
     "The process that asked is killed with its kernel: torchrun and all ranks end by themselves"
-    p,run = launch(tmp_path/'runs', '--devices', 2, max_steps=500)
+    p,run = launch(tmp_path/'runs', small|dict(max_steps=500), '--devices', 2)
     wait(lambda: run.metrics and len(pids(run)) == 2)
     kernel,ranks = read_json(run.path/'heartbeat.json')['pid'],pids(run)
     for pid in (p.pid, kernel): os.kill(pid, signal.SIGKILL)
@@ -122,13 +127,13 @@ def test_nobody_is_left_behind(tmp_path):
     time.sleep(3)
     assert len(run.metrics) == steps
 
-def test_two_machines(alone, tmp_path):
+def test_two_machines(small, alone, tmp_path):
     "Two launches that meet on loopback, one rank each, write one run; a signal to the second stops both with a checkpoint, from which both go on"
     import socket
     def free(port):
         with socket.socket() as s: return s.connect_ex(('127.0.0.1', port))
     place = f'127.0.0.1:{next(p for p in range(20000+os.getpid() % 5000, 30000) if free(p))}' # Below those that other processes are given
-    first,run = launch(tmp_path/'runs', '--devices', 1, '--nodes', 2, '--rendezvous', place)
+    first,run = launch(tmp_path/'runs', small, '--devices', 1, '--nodes', 2, '--rendezvous', place)
     second = command('launch', 'finetune', '--devices', 1, '--nodes', 2, '--rendezvous', place, '--runs-dir', tmp_path/'runs', '--node-rank', 1)
     wait(lambda: len(run.metrics) >= 2)
     second.send_signal(signal.SIGTERM)
@@ -144,10 +149,10 @@ def test_two_machines(alone, tmp_path):
     same(run, alone)
     assert run.result['metrics']['training']['ranks'] == 2
 
-def test_broken_training_is_said_once(lib, data, tmp_path):
+def test_broken_training_is_said_once(lib, small, data, tmp_path):
     "What all ranks raise is raised here as in one process, with the run's last numbers on record"
     from unsloth_nb.guards import TrainingError
-    job = FinetuneJob(**SMALL|dict(learning_rate=1.0, save_steps='auto', max_steps=20, devices=2))
+    job = FinetuneJob(**small|dict(learning_rate=1.0, save_steps='auto', max_steps=20, devices=2))
     run,model = start_run(job, tmp_path),lib.load_model(job, make_plan(job, data))
     examples = lib.make_examples(data.train, model.formatter, 256)
     with pytest.raises(TrainingError, match='exploded'): lib.train(model, examples, job, run)
