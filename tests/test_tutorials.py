@@ -1,4 +1,6 @@
-"Every tutorial from its own first cell: in an environment that has a kernel and nothing else, as on Colab."
+"""Every tutorial from its own first cell: in an environment that has a kernel and nothing else, as on Colab.
+
+`test_quickstart.py` does that for the first one; the others wait for the long tests. Those that train nothing run here too, in this environment."""
 import re,tomllib
 from pathlib import Path
 import nbformat,pytest
@@ -41,14 +43,29 @@ def test_badge(monkeypatch):
     assert 'github/someone/fork/blob/main/nbs/tutorials/first_finetune.ipynb"' in docs.badge(page, docs.repository())
     assert docs.badge(page, None) is None and docs.badge(Path('spec.ipynb'), 'someone/fork') is None
 
-@pytest.mark.slow
-@pytest.mark.parametrize('page', TUTORIALS, ids=lambda p: p.stem)
-def test_from_nothing(bare, page, monkeypatch):
+def execute(page, kernel, folder):
     "Top to bottom; cells for a GPU are left out"
-    if page.stem == 'first_finetune' and find_browser(): pytest.skip('test_quickstart runs it, likewise from nothing')
-    for k in ('PYTHONPATH', 'UNSLOTH_NB_RUNS_DIR', 'VIRTUAL_ENV'): monkeypatch.delenv(k, raising=False)
-    monkeypatch.setenv('JUPYTER_PATH', str(bare/'jupyter'))
     nb = nbformat.read(page, as_version=4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\| (gpu|eval: false)$', c.source, re.M)]
-    NotebookClient(nb, kernel_name='bare', timeout=1200, resources=dict(metadata=dict(path=str(bare/'work')))).execute()
+    NotebookClient(nb, kernel_name=kernel, timeout=1200, resources=dict(metadata=dict(path=str(folder)))).execute()
+
+FIRST = 'first_finetune'
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', [pytest.param(p, marks=[pytest.mark.long] if p.stem != FIRST else []) for p in TUTORIALS], ids=lambda p: p.stem)
+def test_from_nothing(bare, page, monkeypatch):
+    "In an environment with a kernel alone, which the first cell fills"
+    if page.stem == FIRST and find_browser(): pytest.skip('test_quickstart runs it, likewise from nothing')
+    for k in ('PYTHONPATH', 'UNSLOTH_NB_RUNS_DIR', 'VIRTUAL_ENV'): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv('JUPYTER_PATH', str(bare/'jupyter'))
+    execute(page, 'bare', bare/'work')
     assert installed(bare)
+
+TRAIN = FIRST,'export_and_serve','reading_a_run','scale_out'
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', [p for p in TUTORIALS if p.stem not in TRAIN], ids=lambda p: p.stem)
+def test_here(page, tmp_path):
+    "Where the package is installed, the first cell does nothing, and the others show what they show"
+    (tmp_path/'unsloth_nb').symlink_to(ROOT)
+    execute(page, 'python3', tmp_path)
