@@ -17,9 +17,17 @@ def has_cuda():
     if not shutil.which('nvidia-smi'): return False
     return subprocess.run([sys.executable, '-c', 'import torch,sys; sys.exit(not torch.cuda.is_available())'], capture_output=True).returncode == 0
 
-# What takes longest comes first, so that no worker is left with it at the end
-FIRST = ('test_tutorials.py', 'test_quickstart.py', 'test_main_job.py', 'test_launch.py', 'test_notebooks.py', 'test_survival.py', 'test_jobs.py', 'test_widgets_live.py', 'test_export.py', 'test_hostile.py',
-    'test_site.py', 'test_sweeping.py', 'test_data_command.py', 'test_serving.py', 'test_cloud.py', 'test_training.py')
+# What takes longest comes first. Pages come last, the light ones at the very end: they fill what is left
+FIRST = (
+    'test_main_job.py', 'test_quickstart.py', 'test_tutorials.py', 'test_launch.py', 'test_survival.py', 'test_jobs.py', 'test_widgets_live.py', 'test_export.py',
+    'test_hostile.py', 'test_site.py', 'test_sweeping.py', 'test_data_command.py', 'test_serving.py', 'test_cloud.py', 'test_training.py',
+)
+
+def place(item):
+    "Where a test stands in the order"
+    name = item.path.name
+    if name == 'test_notebooks.py': return len(FIRST)+1, not item.get_closest_marker('slow')
+    return FIRST.index(name) if name in FIRST else len(FIRST), False
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
@@ -30,7 +38,7 @@ def pytest_xdist_make_scheduler(config, log):
     return Pages(config, log)
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda i: FIRST.index(i.path.name) if i.path.name in FIRST else len(FIRST))
+    items.sort(key=place)
     for i in items:
         if 'finished_run' in i.fixturenames: i.add_marker(pytest.mark.slow) # A whole job
         if i.get_closest_marker('long'): i.add_marker(pytest.mark.slow) # So that leaving out the slow ones leaves them out too
