@@ -6,7 +6,6 @@ import importlib
 _homes = dict(
     schema='ParamTable SpecError',
     spec='FinetuneJob EvaluateJob ExportJob BenchmarkJob make_job preset presets',
-    places='settings',
     engine='start_engine device_info versions',
     devices='find_device',
     events='make_events',
