@@ -82,7 +82,7 @@ def _rss():
 def child(side, form, model, file, warm, limit, num_proc, dump):
     "One measurement: prepare the file, print its figures; ids and labels go to `dump`"
     from transformers import AutoTokenizer
-    from unsloth_nb.devices import peak_memory,reset_peak
+    from unsloth_nb.planning.devices import peak_memory,reset_peak
     prepare = dict(ours=ours, trl=trl)[side](AutoTokenizer.from_pretrained(model), form, limit, num_proc)
     prepare(warm)
     reset_peak('cpu')
@@ -163,8 +163,8 @@ def main():
     p.add_argument('--max-seq-length', type=int, default=512)
     p.add_argument('--out', type=Path, help='JSON file; default: benchmarks/results/data_preparation_DATE_Ncores.json')
     a = p.parse_args()
-    from unsloth_nb.engine import _cpu_name, versions
-    model = subprocess.check_output([sys.executable, '-c', 'from unsloth_nb.loading import embedded_model as f; print(f())'], text=True).splitlines()[-1]
+    from unsloth_nb.core.engine import _cpu_name, versions
+    model = subprocess.check_output([sys.executable, '-c', 'from unsloth_nb.training.loading import embedded_model as f; print(f())'], text=True).splitlines()[-1]
     cores,date = len(os.sched_getaffinity(0)),time.strftime('%Y-%m-%d')
     res = dict(date=date, cpu=_cpu_name(), cores=cores, load_average=round(os.getloadavg()[0], 2), source=Path(a.source).name, rows=a.rows, rounds=a.rounds,
         max_seq_length=a.max_seq_length, known_differences=KNOWN, versions=versions())

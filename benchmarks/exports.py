@@ -6,12 +6,12 @@ Each form is exported with its certificate, then loaded once more by a fresh pro
 import argparse,json,platform,time
 from pathlib import Path
 import unsloth_nb as u
-from unsloth_nb.engine import device_info,versions
-from unsloth_nb.certificate import make_request
-from unsloth_nb.export import _spec,_vllm_spec
-from unsloth_nb.runs import fingerprint,start_run,write_json
-from unsloth_nb.spec import EXPORTS,ExportJob
-from unsloth_nb.witness import ask
+from unsloth_nb.core.engine import device_info,versions
+from unsloth_nb.export.certificate import make_request
+from unsloth_nb.export.artifacts import _spec,_vllm_spec
+from unsloth_nb.runs.run import fingerprint,start_run,write_json
+from unsloth_nb.core.spec import EXPORTS,ExportJob
+from unsloth_nb.export.witness import ask
 
 def exact(model, tok, rows, said):
     "Share of rows answered exactly"

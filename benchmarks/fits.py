@@ -16,8 +16,8 @@ def one(folder, case, steps):
     "Train under the card's memory; what was predicted, what was measured"
     import torch
     from unsloth_nb import FinetuneJob, Examples, find_device, load_model, make_plan, start_engine, start_run, train
-    from unsloth_nb.formatting import Example
-    from unsloth_nb.schema import read_value
+    from unsloth_nb.tokens.formatting import Example
+    from unsloth_nb.core.schema import read_value
     start_engine()
     card, length, *more = case.split(':')
     dev, total = find_device(card), torch.cuda.get_device_properties(0).total_memory
@@ -54,7 +54,7 @@ def main():
         print(json.dumps({k: v for k, v in res.items() if k != 'trace'}), flush=True)
         return res
     with ThreadPoolExecutor(a.parallel) as pool: rows = list(pool.map(child, a.cases))
-    from unsloth_nb.engine import device_info, versions
+    from unsloth_nb.core.engine import device_info, versions
     res = dict(date=time.strftime('%Y-%m-%d'), device=device_info().name, versions=versions(), model=Path(a.model).name, rows=rows)
     if os.environ.get('OUT'): (Path(os.environ['OUT'])/f'fits_{Path(a.model).name}.json').write_text(json.dumps(res, indent=1)+'\n')
     sys.exit(any(r.get('fits') and r['status'] != 'trained' for r in rows))

@@ -20,21 +20,21 @@ WAYS = ('ours', 'ours_adapter', 'plain_batch', 'plain_single')
 
 def prompts(n):
     "Questions of one to eight notes, so that lengths differ"
-    from unsloth_nb.data import load_data
-    from unsloth_nb.spec import FinetuneJob
+    from unsloth_nb.data.load import load_data
+    from unsloth_nb.core.spec import FinetuneJob
     rows,rng = load_data(FinetuneJob(max_rows=600, test_size=10)).train,random.Random(0)
     notes = [c.messages[-2]['content'] for c in rows]
     return ['Write a short story about these notes.\n'+'\n'.join(rng.sample(notes, rng.randint(1, 8))) for _ in range(n)]
 
 def job_of(a):
-    from unsloth_nb.spec import FinetuneJob
+    from unsloth_nb.core.spec import FinetuneJob
     return FinetuneJob(model=a.model, max_seq_length=4096, gradient_checkpointing=False, load_in_4bit=False)
 
 def ours(a, texts, adapter):
     "This package's `generate`; returns a function of texts and length to (answers, tokens)"
     from unsloth_nb import Sampling, generate, load_model, make_plan
-    from unsloth_nb.engine import start_engine
-    from unsloth_nb.loading import LoadedModel, _from_pretrained, _ready, locate
+    from unsloth_nb.core.engine import start_engine
+    from unsloth_nb.training.loading import LoadedModel, _from_pretrained, _ready, locate
     start_engine()
     job = job_of(a)
     plan = make_plan(job)
@@ -76,7 +76,7 @@ def one(a):
     texts = json.loads(Path(a.spec).read_text())['texts']
     run,dtype = ours(a, texts, a.way == 'ours_adapter') if a.way.startswith('ours') else plain(a, texts, a.batch_size if a.way == 'plain_batch' else 1)
     import torch
-    from unsloth_nb.devices import peak_memory
+    from unsloth_nb.planning.devices import peak_memory
     run(texts[:2], 4)
     if torch.cuda.is_available(): torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
     start,cpu = time.perf_counter(),time.process_time()
@@ -99,8 +99,8 @@ def main():
     a = p.parse_args()
     if a.way: return one(a)
     from unsloth_nb import Formatter, load_tokenizer, make_plan
-    from unsloth_nb.engine import device_info, versions
-    from unsloth_nb.loading import locate
+    from unsloth_nb.core.engine import device_info, versions
+    from unsloth_nb.training.loading import locate
     job = job_of(a)
     fmt,texts,rounds = Formatter(load_tokenizer(job, engine=False)),prompts(a.prompts),{w:[] for w in a.ways}
     drawn = {t:fmt.prompt([dict(role='user', content=t)]) for t in texts}

@@ -9,8 +9,8 @@ of log-probabilities of the five likeliest tokens, and whether greedy answers, t
 import importlib.metadata,importlib.util,json,platform,sys,tempfile,time
 from pathlib import Path
 
-from unsloth_nb.gguf import BINDINGS,CONVERTER,KINDS,GgufError,check_gguf_kind,install_converter,llama_cpp_answers,write_gguf
-from unsloth_nb.loading import embedded_model
+from unsloth_nb.export.gguf import BINDINGS,CONVERTER,KINDS,GgufError,check_gguf_kind,install_converter,llama_cpp_answers,write_gguf
+from unsloth_nb.training.loading import embedded_model
 
 PROBES = ['a  12', '  \n 1', "I've 'told", 'naïve 😀\n\n  x', '٣٤ 12½ ²', '漢字 12', '\t1 \r\n', '<|im_start|>user\nhi<|im_end|>']
 NEW,PROMPTS = 32,6 # tokens, prompts
@@ -19,7 +19,7 @@ def reference():
     "The request, and what transformers answers"
     import torch
     from transformers import AutoModelForCausalLM,AutoTokenizer
-    from unsloth_nb.events import make_events
+    from unsloth_nb.data.events import make_events
     tok = AutoTokenizer.from_pretrained(embedded_model())
     net = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
     prompts,examples,want = [],[],[]

@@ -6,9 +6,9 @@ A few training steps make the adapter; what is measured does not depend on how w
 import argparse,tempfile,time
 from pathlib import Path
 import unsloth_nb as u
-from unsloth_nb.devices import peak_memory,reset_peak
-from unsloth_nb.engine import device_info,versions
-from unsloth_nb.runs import fingerprint,write_json
+from unsloth_nb.planning.devices import peak_memory,reset_peak
+from unsloth_nb.core.engine import device_info,versions
+from unsloth_nb.runs.run import fingerprint,write_json
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,14 +4,14 @@
 
 Needs a CUDA GPU. Every way starts from the same adapter and trains on the same rows in the same order. Speed is taken from the second half
 of the steps. CUDA graphs, a lever that the package does not use, are here: the decoder's forward and backward pass are captured once for
-each length of a flat batch, and replayed. MODEL_FOLDER may hold random weights (`random_model` of unsloth_nb.benchmarking)."""
+each length of a flat batch, and replayed. MODEL_FOLDER may hold random weights (`random_model` of unsloth_nb.jobs.benchmarking)."""
 
 import argparse, gc, json, os, tempfile, time, traceback
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MethodType
 
-from unsloth_nb.engine import device_info, quiet, start_engine, versions
+from unsloth_nb.core.engine import device_info, quiet, start_engine, versions
 
 start_engine()
 import torch
@@ -21,9 +21,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastLanguageModel
 from unsloth_nb import FinetuneJob, Formatter, load_data, load_model, make_examples, make_plan
-from unsloth_nb.batching import pack
-from unsloth_nb.padding_free import FlatCollator, padding_free
-from unsloth_nb.training import trainer_arguments
+from unsloth_nb.tokens.batching import pack
+from unsloth_nb.training.padding_free import FlatCollator, padding_free
+from unsloth_nb.training.trainer import trainer_arguments
 
 class StaticCollator(FlatCollator):
     "Flat batches of a few fixed lengths and one fixed number of examples, as graphs need them; the rest is padding"

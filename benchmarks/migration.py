@@ -7,10 +7,10 @@ MigrationError or ScanError, anything else as a crash. The files stay where they
 import argparse,re,time
 from collections import Counter
 from pathlib import Path
-from unsloth_nb.engine import versions
-from unsloth_nb.migrating import MigrationError,import_job
-from unsloth_nb.runs import write_json
-from unsloth_nb.scanning import ScanError
+from unsloth_nb.core.engine import versions
+from unsloth_nb.lint.migration import MigrationError,import_job
+from unsloth_nb.runs.run import write_json
+from unsloth_nb.lint.scanning import ScanError
 
 def short(why):
     "A refusal without places and names"

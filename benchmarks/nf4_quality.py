@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from unsloth_nb import compare_runs
-from unsloth_nb.engine import device_info, versions
-from unsloth_nb.jobs import run_job
+from unsloth_nb.core.engine import device_info, versions
+from unsloth_nb.jobs.runner import run_job
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])

@@ -8,12 +8,12 @@ one before to its own end, everything between included. The first step of a roun
 import argparse, json, os, statistics, tempfile, time
 from pathlib import Path
 
-from unsloth_nb.engine import device_info, quiet, start_engine, versions
+from unsloth_nb.core.engine import device_info, quiet, start_engine, versions
 
 start_engine()
 from transformers import TrainerCallback
 from unsloth_nb import FinetuneJob, load_data, load_model, make_examples, make_plan, start_run, train
-from unsloth_nb.training import _trainer, trainer_arguments
+from unsloth_nb.training.trainer import _trainer, trainer_arguments
 
 class Clock(TrainerCallback):
     "The seconds of each step"

@@ -9,10 +9,10 @@ so many runs are made, each with that run's small files (as hard links, no weigh
 import argparse, json, os, tempfile, time
 from pathlib import Path
 
-from unsloth_nb.comparing import list_runs
-from unsloth_nb.engine import device_info, versions
-from unsloth_nb.jobs import run_job
-from unsloth_nb.runs import open_run
+from unsloth_nb.runs.comparing import list_runs
+from unsloth_nb.core.engine import device_info, versions
+from unsloth_nb.jobs.runner import run_job
+from unsloth_nb.runs.run import open_run
 
 KINDS = {'checkpoints':'checkpoints', 'adapter':'adapter', 'notebook.ipynb':'notebook', 'report.html':'report'}
 

@@ -25,13 +25,13 @@ def group(a, folder):
     "What one process of a group does: every configuration, on one model as long as its bits stay the same"
     import torch
     from unsloth_nb import load_data, make_examples, make_plan
-    from unsloth_nb.engine import start_engine
-    from unsloth_nb.formatting import Formatter
-    from unsloth_nb.loading import load_model, load_tokenizer, put_weights, trained_weights
-    from unsloth_nb.planning import Plan
-    from unsloth_nb.ranks import first, rank, ranks
-    from unsloth_nb.runs import Run, read_json, record_job, write_json
-    from unsloth_nb.training import train_rank
+    from unsloth_nb.core.engine import start_engine
+    from unsloth_nb.tokens.formatting import Formatter
+    from unsloth_nb.training.loading import load_model, load_tokenizer, put_weights, trained_weights
+    from unsloth_nb.planning.plan import Plan
+    from unsloth_nb.training.ranks import first, rank, ranks
+    from unsloth_nb.runs.run import Run, read_json, record_job, write_json
+    from unsloth_nb.training.trainer import train_rank
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     start_engine()
     model, examples, bits = None, None, None
@@ -90,7 +90,7 @@ def show(rows):
 
 def start(a, specs, folder):
     "A group in processes of its own; what they said when they failed"
-    from unsloth_nb.launching import rank_environment
+    from unsloth_nb.training.launching import rank_environment
     from unsloth_nb import make_plan
     (_, job), n = next(jobs(a, specs[:1])), int(specs[0].split(':')[0])
     env = rank_environment(make_plan(job))
@@ -118,7 +118,7 @@ def main():
     p.add_argument('--group', help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.group: return group(a, a.group)
-    from unsloth_nb.engine import device_info, versions
+    from unsloth_nb.core.engine import device_info, versions
     rows, groups = [], {}
     for c in a.configurations: groups.setdefault((c.split(':')[0], c.endswith(':fsdp')), []).append(c)
     for specs in groups.values():

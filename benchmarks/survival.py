@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 from unsloth_nb import FinetuneJob, load_data, load_model, make_examples, make_plan, random_model, resume_run, run_job, start_engine, start_run, train
-from unsloth_nb.engine import device_info, quiet, versions
+from unsloth_nb.core.engine import device_info, quiet, versions
 
 STEPS = 8
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32, vocab_size=49152, max_position_embeddings=2048, tie_word_embeddings=True)
@@ -27,8 +27,8 @@ def trace(run): return [(m['loss'], m['grad_norm']) for m in run.metrics]
 
 def ours(home, path, four_bit):
     "Train, or go on, in a run directory; what came out goes into out.json"
-    from unsloth_nb.resuming import weights_sha256
-    from unsloth_nb.runs import RUN_DIR_VARIABLE
+    from unsloth_nb.training.resuming import weights_sha256
+    from unsloth_nb.runs.run import RUN_DIR_VARIABLE
     j = job(home, four_bit)
     Path(path).mkdir(parents=True, exist_ok=True)
     os.environ[RUN_DIR_VARIABLE] = str(path)
@@ -42,8 +42,8 @@ def stock(home, path, four_bit):
     "The same training by the stock trainer, which saves and resumes as it does"
     from transformers import DataCollatorForSeq2Seq
     from trl import SFTConfig, SFTTrainer
-    from unsloth_nb.resuming import weights_sha256
-    from unsloth_nb.training import trainer_arguments
+    from unsloth_nb.training.resuming import weights_sha256
+    from unsloth_nb.training.trainer import trainer_arguments
     j = job(home, four_bit)
     data = load_data(j)
     model = load_model(j, make_plan(j, data, runs_dir=home/'none'))
@@ -146,12 +146,12 @@ def failpoints(home, a):
 
 def one_save(home, a):
     "The process ends at each call of a single save"
-    from unsloth_nb.checkpoints import newest_checkpoint
-    from unsloth_nb.runs import Run
+    from unsloth_nb.runs.checkpoints import newest_checkpoint
+    from unsloth_nb.runs.run import Run
     src, left = undisturbed(home), []
     def save(path):
         import safetensors.torch as st
-        from unsloth_nb.checkpoints import write_whole
+        from unsloth_nb.runs.checkpoints import write_whole
         import torch
         def write(d):
             for k in range(3): st.save_file({'w':torch.full((1000,), float(k))}, d/f'{k}.safetensors')
@@ -173,7 +173,7 @@ def files(home, a):
     src, r, ends = undisturbed(home), random.Random(3), []
     newest = sorted((src/'checkpoints').glob('step-*'))[-1].name
     want = read(src)
-    from unsloth_nb.checkpoints import CheckpointError, check_whole
+    from unsloth_nb.runs.checkpoints import CheckpointError, check_whole
     for f in sorted(p.name for p in (src/'checkpoints'/newest).iterdir()):
         for how in ('missing', 'cut', 'bit flipped'):
             path = home/'damaged'
@@ -218,7 +218,7 @@ def notebooks(home, a):
     "kill -9 while a notebook of 30 MB is saved again and again"
     import nbformat
     from papermill.iorw import write_ipynb
-    from unsloth_nb.supervising import write_notebook
+    from unsloth_nb.jobs.supervising import write_notebook
     nb, r, res = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('1', outputs=[nbformat.v4.new_output('stream', text='x'*30_000_000)])]), random.Random(5), {}
     def save(f, path):
         while True: f(nb, str(path))
@@ -236,7 +236,7 @@ def notebooks(home, a):
 
 def _pid(run, step):
     "The kernel's process once it has done a step"
-    from unsloth_nb.runs import read_json
+    from unsloth_nb.runs.run import read_json
     for _ in range(1200):
         b = read_json(run/'heartbeat.json') if run.exists() else None
         if b and (b.get('step') or 0) >= step: return b['pid']

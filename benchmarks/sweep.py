@@ -37,8 +37,8 @@ def name_of(settings, seed): return json.dumps(dict(settings, seed=seed), sort_k
 def trial(settings, common, loss_only):
     "Train and score once, in this process"
     from unsloth_nb import FinetuneJob,TrainingError,evaluate,load_data,load_model,make_examples,make_plan,start_engine,start_run,train
-    from unsloth_nb.evaluation import response_loss
-    from unsloth_nb.significance import estimate
+    from unsloth_nb.evaluation.evaluation import response_loss
+    from unsloth_nb.evaluation.significance import estimate
     start_engine()
     job = FinetuneJob(**{**common, **settings})
     data = load_data(job.replace(seed=0)) # The same rows held out whatever the seed
@@ -78,8 +78,8 @@ def main():
     p.add_argument('--limit', type=int, help='run at most this many trials now')
     a = p.parse_args()
     from unsloth_nb import FinetuneJob
-    from unsloth_nb.engine import device_info,versions
-    from unsloth_nb.runs import read_json,write_json
+    from unsloth_nb.core.engine import device_info,versions
+    from unsloth_nb.runs.run import read_json,write_json
     common = dict(model=a.model, dataset=a.dataset, test_size=a.rows, learning_rate=a.lr, max_steps=a.steps, batch_size=8, max_seq_length=512, save_steps=None, overlap='drop', over_length='truncate')
     shown = common|dict(model=Path(a.model).name, dataset=Path(a.dataset).name)
     res = read_json(a.out) or dict(date=time.strftime('%Y-%m-%d'), device=device_info().name, versions=versions(), base=shown, loss_only=a.loss_only, sweeps={}, trials={})

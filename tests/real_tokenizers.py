@@ -2,7 +2,7 @@
 import base64,copy,importlib.util
 from functools import lru_cache
 from pathlib import Path
-from unsloth_nb.conformance import family_tokens,put_bos,template_names
+from unsloth_nb.tokens.conformance import family_tokens,put_bos,template_names
 
 def package_file(package, *parts):
     "A file that an installed package ships, found without importing the package"
@@ -135,7 +135,7 @@ OWN = {'mistral':'mistral_v1', 'zephyr':'mistral_v1', 'starling':'mistral_v1', '
 @lru_cache
 def embedded():
     "The embedded model's tokenizer, as loading gives it"
-    from unsloth_nb.loading import embedded_model
+    from unsloth_nb.training.loading import embedded_model
     from transformers import AutoTokenizer
     return AutoTokenizer.from_pretrained(embedded_model())
 

@@ -3,8 +3,8 @@ import math,time
 import numpy as np
 import pytest
 from hypothesis import given,settings,strategies as st
-from unsloth_nb.batching import Packing,batches,batching_report,pack,padding_efficiency
-from unsloth_nb.schema import SpecError
+from unsloth_nb.tokens.batching import Packing,batches,batching_report,pack,padding_efficiency
+from unsloth_nb.core.schema import SpecError
 
 LENGTHS = np.random.default_rng(3407).lognormal(5.2, 0.8, 2000).astype(int).clip(1, 1024)
 patient = settings(deadline=None, database=None) # Others may use this machine; nothing is written beside the tests

@@ -7,13 +7,13 @@ SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_at
 @pytest.fixture(scope='module')
 def tiny(lib, tmp_path_factory):
     "Two layers of a llama with the embedded tokenizer"
-    from unsloth_nb.benchmarking import random_model
+    from unsloth_nb.jobs.benchmarking import random_model
     return random_model(SHAPE, tmp_path_factory.mktemp('tiny')/'model')
 
 @pytest.fixture(scope='module')
 def result(lib, tiny, tmp_path_factory):
     "(Benchmark, its run): transformers and this package, two children at once, one that cannot train and one that is too slow"
-    from unsloth_nb.benchmarking import CONFIGURATIONS,Configuration,benchmark
+    from unsloth_nb.jobs.benchmarking import CONFIGURATIONS,Configuration,benchmark
     names = ['transformers_lora', 'classic_16bit', 'trl_liger_packed']
     bad = Configuration('transformers', 'no such layer', dict(target_modules=['nope']))
     run = lib.start_run(lib.BenchmarkJob(model=str(tiny), max_rows=48, steps=2, max_seq_length=256, preload=2), tmp_path_factory.mktemp('runs'))
@@ -44,7 +44,7 @@ def test_tokens(result):
 @pytest.mark.slow
 def test_one_is_timed_at_a_time(result):
     "Two children were there at once, and their training did not overlap"
-    from unsloth_nb.runs import read_lines
+    from unsloth_nb.runs.run import read_lines
     home,spans,lives = result[1].path/'measurements',[],[]
     for n in ('transformers_lora', 'classic_16bit'):
         lines = {(l['stage'], l['state']):l['time'] for l in read_lines(home/f'1-{n}'/'progress.jsonl') if 'stage' in l}
@@ -67,7 +67,7 @@ def test_failures_are_rows(result):
 @pytest.mark.slow
 def test_file(result):
     "benchmark.json holds all that the tables and pictures need"
-    from unsloth_nb.benchmarking import Benchmark
+    from unsloth_nb.jobs.benchmarking import Benchmark
     f = result[1].path/'benchmark.json'
     d = json.loads(f.read_text())
     assert set(d) == {'date', 'device', 'versions', 'job', 'examples', 'measurements'}
@@ -82,13 +82,13 @@ def test_file(result):
 @pytest.mark.slow
 def test_plain_engine_is_plain(result):
     "transformers was measured without Unsloth: the child says what it had imported"
-    from unsloth_nb.runs import read_json
+    from unsloth_nb.runs.run import read_json
     got = {n:read_json(result[1].path/'measurements'/f'1-{n}'/'measured.json')['unsloth'] for n in ('transformers_lora', 'classic_16bit')}
     assert got == dict(transformers_lora=False, classic_16bit=True)
 
 def test_timeout(lib, tiny, tmp_path):
     "A child that takes too long is killed, and says so"
-    from unsloth_nb.benchmarking import CONFIGURATIONS,benchmark
+    from unsloth_nb.jobs.benchmarking import CONFIGURATIONS,benchmark
     run,start = lib.start_run(lib.BenchmarkJob(model=str(tiny), max_rows=16, time_limit=1), tmp_path),time.time()
     row, = benchmark(run.job, run, dict(one=CONFIGURATIONS['transformers_lora'])).rows
     assert row['status'] == 'timeout' and '1 s' in row['reason'] and time.time()-start < 15
@@ -96,8 +96,8 @@ def test_timeout(lib, tiny, tmp_path):
 
 def test_waiting_is_not_counted(tmp_path):
     "A child that waits for its turn uses up none of its time"
-    from unsloth_nb.benchmarking import _waited
-    from unsloth_nb.runs import Run,append_line
+    from unsloth_nb.jobs.benchmarking import _waited
+    from unsloth_nb.runs.run import Run,append_line
     f,now = tmp_path/'progress.jsonl',time.time()
     assert _waited(Run(tmp_path)) == 0
     append_line(f, dict(time=now-50, stage='waiting', state='started'))
@@ -107,8 +107,8 @@ def test_waiting_is_not_counted(tmp_path):
 
 def test_lock(tmp_path):
     "A lock is one process's alone, and goes with the process"
-    from unsloth_nb.benchmarking import exclusive
-    code = f"from unsloth_nb.benchmarking import exclusive; import time\nwith exclusive({str(tmp_path/'lock')!r}): print('held', flush=True); time.sleep(60)"
+    from unsloth_nb.jobs.benchmarking import exclusive
+    code = f"from unsloth_nb.jobs.benchmarking import exclusive; import time\nwith exclusive({str(tmp_path/'lock')!r}): print('held', flush=True); time.sleep(60)"
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'held\n'
     import fcntl
@@ -121,7 +121,7 @@ def test_lock(tmp_path):
 @pytest.mark.parametrize('code,late,status,word', [(-9, False, 'failed', 'memory'), (-9, True, 'timeout', '7 s'), (3, False, 'failed', 'exit code 3: the end')])
 def test_outcome(tmp_path, code, late, status, word):
     "A child that leaves no result has one all the same, with what had been predicted"
-    from unsloth_nb.benchmarking import outcome
+    from unsloth_nb.jobs.benchmarking import outcome
     (tmp_path/'log.txt').write_text('the beginning\nthe end\n')
     (tmp_path/'measured.json').write_text(json.dumps(dict(status='running', predicted_peak_bytes=5)))
     res = outcome(tmp_path, code, late, 7)
@@ -130,14 +130,14 @@ def test_outcome(tmp_path, code, late, status, word):
 def test_out_of_memory():
     "Memory that ran out is told from other failures"
     import torch
-    from unsloth_nb.benchmarking import failure
+    from unsloth_nb.jobs.benchmarking import failure
     for e in (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'), MemoryError(), RuntimeError('CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')):
         assert failure(e)['status'] == 'out_of_memory'
     assert failure(RuntimeError('mat1 and mat2 shapes')) == dict(status='failed', reason='RuntimeError: mat1 and mat2 shapes')
 
 def test_child_ends_with_its_parent():
     "No child goes on when the benchmark was killed"
-    code = "import subprocess,sys,time; p = subprocess.Popen([sys.executable, '-c', 'import os; from unsloth_nb.benchmarking import _follow; parent = os.getppid(); print(os.getpid(), flush=True); _follow(parent)'], start_new_session=True); time.sleep(60)"
+    code = "import subprocess,sys,time; p = subprocess.Popen([sys.executable, '-c', 'import os; from unsloth_nb.jobs.benchmarking import _follow; parent = os.getppid(); print(os.getpid(), flush=True); _follow(parent)'], start_new_session=True); time.sleep(60)"
     p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     pid = int(p.stdout.readline())
     p.kill()
@@ -150,7 +150,7 @@ def test_child_ends_with_its_parent():
 def test_random_model(lib, tiny):
     "Shape, precision and format as asked for; the seed decides the weights"
     from safetensors.torch import load_file
-    from unsloth_nb.benchmarking import random_model
+    from unsloth_nb.jobs.benchmarking import random_model
     import torch
     config = json.loads((tiny/'config.json').read_text())
     assert {k:config[k] for k in SHAPE} == SHAPE and config['model_type'] == 'llama' and config['eos_token_id'] == 2
@@ -164,24 +164,24 @@ def test_random_model(lib, tiny):
 def test_shapes_of_presets(name, kind, experts):
     "A preset's shape is a configuration that transformers knows"
     from transformers import AutoConfig
-    from unsloth_nb.benchmarking import _shape
-    from unsloth_nb.spec import preset
+    from unsloth_nb.jobs.benchmarking import _shape
+    from unsloth_nb.core.spec import preset
     c = AutoConfig.for_model(**_shape(name))
     assert c.model_type == kind and getattr(c, 'num_experts', None) == experts
     assert all(getattr(c, k) == v for k,v in preset(name).shape.items() if k != 'vision_config')
 
 def test_names():
     "The schema knows the names of the table; a wrong one gets the nearest"
-    from unsloth_nb.benchmarking import CONFIGURATIONS
-    from unsloth_nb.schema import SpecError
-    from unsloth_nb.spec import BENCHMARKS,BenchmarkJob,FinetuneJob
+    from unsloth_nb.jobs.benchmarking import CONFIGURATIONS
+    from unsloth_nb.core.schema import SpecError
+    from unsloth_nb.core.spec import BENCHMARKS,BenchmarkJob,FinetuneJob
     assert tuple(CONFIGURATIONS) == BENCHMARKS
     for c in CONFIGURATIONS.values(): FinetuneJob(**c.settings)
     with pytest.raises(SpecError, match="did you mean 'transformers_qlora'"): BenchmarkJob(configurations=['transformer_qlora'])
 
 def test_rounds():
     "The median round stands for all; a failed round is told and does not count"
-    from unsloth_nb.benchmarking import Benchmark
+    from unsloth_nb.jobs.benchmarking import Benchmark
     ms = [dict(name='a', round=i, status='ok', tokens_per_second=v) for i,v in enumerate((300., 100., 200.), 1)]+[dict(name='a', round=4, status='timeout', reason='late')]
     b = Benchmark('', dict(name='x'), {}, dict(repeats=4, model='m', dataset='d', steps=1, warmup=1), dict(examples=1, tokens=1), ms)
     row, = b.rows

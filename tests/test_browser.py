@@ -3,8 +3,8 @@ import re,shlex
 import pytest
 from browser import browser,lab,notebook # noqa: F401
 from hostile import PAYLOADS
-from unsloth_nb.jobs import read_pairs
-from unsloth_nb.spec import FinetuneJob,make_job
+from unsloth_nb.jobs.runner import read_pairs
+from unsloth_nb.core.spec import FinetuneJob,make_job
 
 pytestmark = pytest.mark.browser
 
@@ -114,7 +114,7 @@ def test_hostile(notebook):
     "Payloads in the names of runs, in data and in parameters are shown as text, and none of them runs"
     nb = notebook(f"import sys\nPAYLOADS = {PAYLOADS!r}", """from pathlib import Path
 from unsloth_nb import *
-from unsloth_nb.runs import record_job,write_json
+from unsloth_nb.runs.run import record_job,write_json
 for i,p in enumerate(PAYLOADS):
     d = Path('hostile_runs')/f"{p.replace('/', '')}-{i}"
     d.mkdir(parents=True)

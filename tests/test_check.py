@@ -3,13 +3,13 @@ import json,re,subprocess,sys
 import pytest
 from hypothesis import given,settings,strategies as st
 
-from unsloth_nb.advice import RULES,check_job,find_secrets,mask_secrets,model_size
-from unsloth_nb.engine import Device
-from unsloth_nb.planning import make_plan
-from unsloth_nb.review import _CONFIG,_TRAINER,check_file,check_source,unpinned
-from unsloth_nb.scanning import UNKNOWN,Cell,ScanError,notebook_cells,scan_cells
-from unsloth_nb.schema import parameters_cell
-from unsloth_nb.spec import JOBS,LINEARS,FinetuneJob
+from unsloth_nb.lint.advice import RULES,check_job,find_secrets,mask_secrets,model_size
+from unsloth_nb.core.engine import Device
+from unsloth_nb.planning.plan import make_plan
+from unsloth_nb.lint.review import _CONFIG,_TRAINER,check_file,check_source,unpinned
+from unsloth_nb.lint.scanning import UNKNOWN,Cell,ScanError,notebook_cells,scan_cells
+from unsloth_nb.core.schema import parameters_cell
+from unsloth_nb.core.spec import JOBS,LINEARS,FinetuneJob
 
 GIB = 2**30
 T4,L4,H100,CPU = (Device(kind, name, n*GIB, n*GIB, bf16, 4) for kind,name,n,bf16 in [('cuda', 'T4', 15, False), ('cuda', 'L4', 22, True), ('cuda', 'H100', 78, True), ('cpu', 'CPU', 64, True)])
@@ -23,8 +23,8 @@ def places(findings, rule): return [(f.severity, f.cell, f.line) for f in findin
 
 def profile(lengths, limit=2048):
     "A profile of examples of these lengths"
-    from unsloth_nb.batching import batching_report
-    from unsloth_nb.profiling import PERCENTILES,Profile,suggest_length
+    from unsloth_nb.tokens.batching import batching_report
+    from unsloth_nb.tokens.profiling import PERCENTILES,Profile,suggest_length
     s = sorted(lengths)
     return Profile(len(s), sum(s), {p:s[max(0, -(-p*len(s)//100)-1)] for p in PERCENTILES}, {}, 1., {}, limit, sum(n > limit for n in s), 0, *suggest_length(s), batching_report(s, 2, max(limit, *s)))
 

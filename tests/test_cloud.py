@@ -7,12 +7,12 @@ from conftest import ROOT,TOKEN
 
 pytest.importorskip('modal')
 from modal_server import TOKEN_ID,TOKEN_SECRET,ModalServer
-from unsloth_nb.checkpoints import CheckpointError,check_whole
-from unsloth_nb import remote
-from unsloth_nb.cloud import HOME,CloudError,ask,lock_file,uploads_of
-from unsloth_nb.runs import Run,RunError,open_run,record_job,write_json
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import JOBS,FinetuneJob
+from unsloth_nb.runs.checkpoints import CheckpointError,check_whole
+from unsloth_nb.cloud import remote
+from unsloth_nb.cloud.modal_request import HOME,CloudError,ask,lock_file,uploads_of
+from unsloth_nb.runs.run import Run,RunError,open_run,record_job,write_json
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import JOBS,FinetuneJob
 
 TINY = dict(max_steps=6, max_rows=24, test_size=2, max_seq_length=256, max_new_tokens=8, save_steps=1, learning_rate=1e-3)
 
@@ -44,7 +44,7 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope='module')
 def sent(server, here, rows):
     "A submitted job whose machine was lost as soon as a checkpoint was committed, and went on by itself; (submission, lines said)"
-    from unsloth_nb.submissions import submit
+    from unsloth_nb.cloud.submissions import submit
     said = []
     sub = submit(ask(dataset=str(rows), gpu='T4', secrets=['huggingface'], timeout=3600, **TINY), here, said.append)
     call,done = server.calls[sub.call],server.volume.committed/'runs'/sub.run_name/'checkpoints'
@@ -55,7 +55,7 @@ def sent(server, here, rows):
 
 @pytest.mark.slow
 def test_submitted_lost_continued_and_fetched(server, sent, here):
-    from unsloth_nb.submissions import fetch,logs,status
+    from unsloth_nb.cloud.submissions import fetch,logs,status
     sub,said = sent
     with pytest.raises(CloudError, match='running'): fetch(sub.run_name, here)
     now = status('latest', here, timeout=400)
@@ -80,7 +80,7 @@ def test_submitted_lost_continued_and_fetched(server, sent, here):
 def test_the_wire_carries_what_was_shown(server, sent, rows):
     sub,said = sent
     f = {r.function.function_name:r.function for r in server.asked('FunctionCreate') if r.function.function_name != 'serve'}
-    assert set(f) == {'finetune', 'evaluate', 'export'} and {x.module_name for x in f.values()} == {'unsloth_nb.remote'}
+    assert set(f) == {'finetune', 'evaluate', 'export'} and {x.module_name for x in f.values()} == {'unsloth_nb.cloud.remote'}
     mount, = f['finetune'].volume_mounts
     assert (mount.mount_path, f['finetune'].timeout_secs, f['finetune'].single_use_containers) == ('/vol', 86400, True)
     arguments = {a.name:a for a in f['finetune'].function_schema.arguments}
@@ -101,7 +101,7 @@ def test_the_image_is_built_from_the_lock(server, sent):
     assert '--no-deps' in install
     assert lock_file().read_bytes() in [f.data for i in server.images.values() for f in i.context_files]
     names = {f.filename for m in server.mounts.values() for f in m.files}
-    assert {f'{HOME}/{n}' for n in ('unsloth_nb/remote.py', 'nbs/jobs/finetune.ipynb', 'nbs/jobs/presets/llama3.yaml')} <= names
+    assert {f'{HOME}/{n}' for n in ('unsloth_nb/cloud/remote.py', 'nbs/jobs/finetune.ipynb', 'nbs/jobs/presets/llama3.yaml')} <= names
 
 @pytest.mark.slow
 def test_no_token_leaves_or_stays(server, sent, here):
@@ -113,7 +113,7 @@ def test_no_token_leaves_or_stays(server, sent, here):
 
 @pytest.mark.slow
 def test_evaluated_and_exported_over_there(server, sent, here):
-    from unsloth_nb.submissions import gather,status,submit
+    from unsloth_nb.cloud.submissions import gather,status,submit
     status(sent[0].run_name, here, timeout=400)
     asks = [ask('evaluate', gpu='L4', run=sent[0].run_name, test_size=2, bootstrap_samples=99, max_new_tokens=8, compare_base=False), ask('export', gpu='L4', run=sent[0].run_name, to='adapter', check_rows=1)]
     runs = gather([submit(a, here) for a in asks], here, 400)
@@ -124,7 +124,7 @@ def test_evaluated_and_exported_over_there(server, sent, here):
     assert [p.name for p in server.asked('AppPublish')].count(sent[0].app) == 1 # It was there already
 
 def test_a_server_is_an_app_of_its_own_that_asks_for_a_token(server):
-    from unsloth_nb.submissions import serve_remote
+    from unsloth_nb.cloud.submissions import serve_remote
     assert serve_remote('20261125-1200-finetune-a1b2', 'adapter', 'A10') == 'http://127.0.0.1/web/v1'
     f = server.asked('FunctionCreate')[-1].function
     assert (f.function_name, f.webhook_config.web_server_port, f.webhook_config.requires_proxy_auth, f.resources.gpu_config.gpu_type) == ('serve', 8000, True, 'A10')
@@ -133,7 +133,7 @@ def test_a_server_is_an_app_of_its_own_that_asks_for_a_token(server):
     assert any(all(w in c for w in extra) for i in server.images.values() for c in i.dockerfile_commands)
 
 def test_a_job_that_was_stopped_is_over(server, tmp_path):
-    from unsloth_nb.submissions import cancel,find_submission,status,submit
+    from unsloth_nb.cloud.submissions import cancel,find_submission,status,submit
     sub = submit(ask(gpu='T4', max_steps=2), tmp_path, lambda _: None)
     until(lambda: server.calls[sub.call].process)
     assert status(sub.run_name, tmp_path).state == 'running'
@@ -141,7 +141,7 @@ def test_a_job_that_was_stopped_is_over(server, tmp_path):
     assert status(sub.run_name, tmp_path, timeout=20).over
 
 def test_a_request_is_sent_once_and_with_a_place_for_its_record(server, tmp_path):
-    from unsloth_nb.submissions import cancel,submit
+    from unsloth_nb.cloud.submissions import cancel,submit
     req = ask(gpu='T4', max_steps=2)
     submit(req, tmp_path, lambda _: None)
     n = len(server.calls)
@@ -153,7 +153,7 @@ def test_a_request_is_sent_once_and_with_a_place_for_its_record(server, tmp_path
     cancel(req.run_name, tmp_path)
 
 def test_what_is_refused_over_there_is_not_tried_again(server, tmp_path):
-    from unsloth_nb.submissions import fetch,status,submit
+    from unsloth_nb.cloud.submissions import fetch,status,submit
     sub = submit(replace(ask(gpu='T4', max_steps=2), params=dict(max_step=2)), tmp_path, lambda _: None)
     now = status(sub.run_name, tmp_path, timeout=120)
     assert (now.state, server.calls[sub.call].attempts) == ('failed', 1) and "did you mean 'max_steps'" in now.reason
@@ -220,19 +220,19 @@ def test_the_stand_in_shows_no_half_commit(tmp_path, monkeypatch):
     assert [e.path for e in answer.entries] == ['a']
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
-    from unsloth_nb.cloud import make_app
+    from unsloth_nb.cloud.modal_request import make_app
     monkeypatch.setitem(sys.modules, 'modal', None)
     with pytest.raises(CloudError, match=r'unsloth_nb\[cloud\]'): make_app()
     assert 'uv_pip_install' in str(ask(max_steps=2)) # What would be asked is known without it
 
 def test_a_missing_secret_is_told_before_anything_is_uploaded(server, here, rows):
-    from unsloth_nb.submissions import submit
+    from unsloth_nb.cloud.submissions import submit
     before = len(server.asked('VolumePutFiles'))
     with pytest.raises(CloudError, match="no secret 'wandb'"): submit(ask(dataset=str(rows), secrets=['wandb'], **TINY), here)
     assert len(server.asked('VolumePutFiles')) == before
 
 def test_without_a_token_nothing_is_sent(tmp_path):
-    code = "from unsloth_nb.cloud import ask; from unsloth_nb.submissions import submit; submit(ask(max_steps=2))"
+    code = "from unsloth_nb.cloud.modal_request import ask; from unsloth_nb.cloud.submissions import submit; submit(ask(max_steps=2))"
     env = {**os.environ, 'MODAL_CONFIG_PATH':str(tmp_path/'none.toml'), 'MODAL_SERVER_URL':'http://127.0.0.1:9'}
     for k in ('MODAL_TOKEN_ID', 'MODAL_TOKEN_SECRET'): env.pop(k, None)
     r = subprocess.run([sys.executable, '-c', code], env=env, cwd=ROOT, capture_output=True, text=True)
@@ -254,7 +254,7 @@ def test_the_dockerfile_takes_the_lock_and_leaves_root():
     assert order.index('ENV UV_COMPILE_BYTECODE=1') < install < user and order[-2:] == ['ENTRYPOINT ["unsloth-nb"]', 'CMD ["--help"]']
     for k,v in steps:
         if k == 'RUN': subprocess.run(['bash', '-n', '-c', v], check=True)
-    from unsloth_nb.cloud import UV
+    from unsloth_nb.cloud.modal_request import UV
     assert f'uv=={UV}' in text
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def test_the_script_is_sound_and_its_options_exist(tool):
     script = ROOT/'deploy/finetune.slurm'
     if (check := shutil.which('shellcheck')): subprocess.run([check, script], check=True)
     subprocess.run(['bash', '-n', script], check=True)
-    pytest.importorskip('unsloth_nb.launching')
+    pytest.importorskip('unsloth_nb.training.launching')
     text = script.read_text()
     line = next(l for l in text.splitlines() if 'launch finetune' in l)
     shown = tool('unsloth-nb', 'launch', 'finetune', '--help')

@@ -3,10 +3,10 @@ import json,math,os
 import pytest
 from typer.testing import CliRunner
 from unsloth_nb.cli import app
-from unsloth_nb.comparing import compare_curves,diff_runs,replayed
-from unsloth_nb.runs import RunError,RunList,list_runs,start_run,write_json
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import EvaluateJob,FinetuneJob
+from unsloth_nb.runs.comparing import compare_curves,diff_runs,replayed
+from unsloth_nb.runs.run import RunError,RunList,list_runs,start_run,write_json
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import EvaluateJob,FinetuneJob
 
 HOSTILE = ['<img src=x onerror=alert(1)>', '| pipes | in | a | table |', '[a](javascript:alert(1))', '`</code><script>`', '\x1b[2J\x1b]0;title\x07', 'two\nlines', '$x^2$ **bold** __b__']
 
@@ -184,8 +184,8 @@ def test_where_and_by(make, tmp_path):
 @pytest.mark.parametrize('file', ['job.json', 'result.json'])
 def test_damaged(make, file):
     "A run whose file cannot be read is listed as damaged, and the others are found, opened and shown as before"
-    from unsloth_nb.run_browser import RunBrowser
-    from unsloth_nb.runs import list_runs,open_run
+    from unsloth_nb.widgets.run_browser import RunBrowser
+    from unsloth_nb.runs.run import list_runs,open_run
     bad,good = make(),make()
     (bad.path/file).write_text('{"x": ')
     home = good.path.parent

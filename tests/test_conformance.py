@@ -5,11 +5,11 @@ from functools import lru_cache
 import pytest
 import real_tokenizers as real
 import template_oracle as oracle
-from unsloth_nb import spec
-from unsloth_nb.conformance import FAMILIES,ConformanceTable,cases,check_conformance,check_formatter,family_tokens,faults,template_names
-from unsloth_nb.conversations import Conversation
-from unsloth_nb.formatting import Formatter
-from unsloth_nb.templates import FormatError
+from unsloth_nb.core import spec
+from unsloth_nb.tokens.conformance import FAMILIES,ConformanceTable,cases,check_conformance,check_formatter,family_tokens,faults,template_names
+from unsloth_nb.data.conversations import Conversation
+from unsloth_nb.tokens.formatting import Formatter
+from unsloth_nb.tokens.templates import FormatError
 
 CANONICAL = [n for v in FAMILIES.values() for n in v.split()]
 NAMES = [n for n in spec.TEMPLATES if n not in ('auto', 'chat', 'alpaca', 'raw')]

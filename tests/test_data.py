@@ -3,9 +3,9 @@ import functools,gzip,json,re
 from collections import Counter
 from pathlib import Path
 import pytest
-from unsloth_nb.data import DataError,load_data
-from unsloth_nb.schema import SpecError,read_value
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.data.load import DataError,load_data
+from unsloth_nb.core.schema import SpecError,read_value
+from unsloth_nb.core.spec import FinetuneJob
 
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
 
@@ -576,16 +576,16 @@ def test_shared_preferences(name, word):
 # Examples -----------------------------------------------------------------------------------------------------------------------------------------
 @functools.cache
 def tokenizer(template='auto'):
-    from unsloth_nb.loading import load_tokenizer
+    from unsloth_nb.training.loading import load_tokenizer
     return load_tokenizer(FinetuneJob(template=template))
 
 def formatter(convs=None, template='auto', **kw):
     "The formatter of a job, on the embedded tokenizer"
-    from unsloth_nb.formatting import Formatter
+    from unsloth_nb.tokens.formatting import Formatter
     return Formatter.for_job(FinetuneJob(template=template, **kw), tokenizer(template), text=convs is not None and convs[0].text is not None)
 
 def examples(convs, length=8192, over_length='error', max_dropped=1.0, **kw):
-    from unsloth_nb.examples import make_examples
+    from unsloth_nb.tokens.examples import make_examples
     return make_examples(convs, formatter(convs, **kw), length, over_length, max_dropped)
 
 def every(ledger): return dict(ledger.kept)|{k:v for k,v in (ledger.left_out|ledger.noted).items() if v}
@@ -682,7 +682,7 @@ def test_nothing_trained(lib):
 
 def test_older_function_calls():
     "OpenAI's older form of a call is a call, not a key that is left out"
-    from unsloth_nb.conversations import to_conversation
+    from unsloth_nb.data.conversations import to_conversation
     turns = [dict(role='user', content='2+3?'), dict(role='assistant', content='Let me add.', function_call=dict(name='add', arguments='{"a": 2}')), dict(role='function', name='add', content='5'), dict(role='assistant', content='5.')]
     conv = to_conversation(dict(messages=turns), 'messages')
     assert conv.messages[1]['tool_calls'][0]['function'] == dict(name='add', arguments=dict(a=2)) and [m['role'] for m in conv.messages] == ['user', 'assistant', 'tool', 'assistant']

@@ -61,9 +61,9 @@ def test_preference(data):
 def test_job_with_tools(tmp_path):
     "A job on calls and tool results with a template by name: trained, evaluated, saved with that template, and answering after loading"
     from unsloth_nb import load_run
-    from unsloth_nb.data import held_out
-    from unsloth_nb.inference import Sampling,generate
-    from unsloth_nb.jobs import run_job
+    from unsloth_nb.data.load import held_out
+    from unsloth_nb.evaluation.generation import Sampling,generate
+    from unsloth_nb.jobs.runner import run_job
     from conftest import TINY
     tools = json.dumps([dict(name='add', parameters=dict(type='object', properties=dict(a=dict(type='integer'), b=dict(type='integer'))))])
     rows = [dict(tools=tools, conversations=[{'from':'human', 'value':f'{i}+1?'}, {'from':'function_call', 'value':json.dumps(dict(name='add', arguments=dict(a=i, b=1)))},
@@ -80,8 +80,8 @@ def test_job_with_tools(tmp_path):
 
 def test_preference_job_is_refused(tmp_path):
     "Before a kernel starts, with the mend"
-    from unsloth_nb.jobs import run_job
-    from unsloth_nb.sources import DataError
+    from unsloth_nb.jobs.runner import run_job
+    from unsloth_nb.data.sources import DataError
     (tmp_path/'pairs.json').write_text(json.dumps([dict(prompt=f'{i}?', chosen='good', rejected='bad') for i in range(8)]))
     with pytest.raises(DataError, match='train_on_preferred=true'): run_job('finetune', runs_dir=tmp_path/'runs', show=False, dataset=str(tmp_path/'pairs.json'), test_size=2)
     assert not (tmp_path/'runs').exists()

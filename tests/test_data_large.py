@@ -1,8 +1,8 @@
 "A dataset larger than what is kept in memory is read and tokenized within fixed memory, in time that grows with its rows."
 import json,subprocess,sys,time
 import pytest
-from unsloth_nb.data import load_data
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.data.load import load_data
+from unsloth_nb.core.spec import FinetuneJob
 
 pytestmark = pytest.mark.slow
 MiB = 2**20
@@ -31,11 +31,11 @@ def write(f, bytes):
 CHILD = '''
 import json,sys,time
 from pathlib import Path
-from unsloth_nb.data import load_data
-from unsloth_nb.spec import FinetuneJob
-from unsloth_nb.loading import load_tokenizer
-from unsloth_nb.formatting import Formatter
-from unsloth_nb.examples import make_examples
+from unsloth_nb.data.load import load_data
+from unsloth_nb.core.spec import FinetuneJob
+from unsloth_nb.training.loading import load_tokenizer
+from unsloth_nb.tokens.formatting import Formatter
+from unsloth_nb.tokens.examples import make_examples
 
 def memory(name): return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(name))
 def measured(f):
@@ -71,8 +71,8 @@ def test_memory(tmp_path, megabytes):
 
 def test_time(lib, tmp_path):
     "Ten times the rows take ten times as long, give or take a factor of two"
-    from unsloth_nb.examples import make_examples
-    from unsloth_nb.formatting import Formatter
+    from unsloth_nb.tokens.examples import make_examples
+    from unsloth_nb.tokens.formatting import Formatter
     job = FinetuneJob(dataset=str(tmp_path/'rows.jsonl'), test_size=10)
     f = Formatter.for_job(job, lib.load_tokenizer(job))
     def once(n):

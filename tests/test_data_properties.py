@@ -4,10 +4,10 @@ from itertools import groupby
 from unittest.mock import patch
 import pytest
 from hypothesis import example,given,settings,strategies as st
-from unsloth_nb import sources
-from unsloth_nb.conversations import Conversation
-from unsloth_nb.data import Conversations,DataError,Store,load_data
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.data import sources
+from unsloth_nb.data.conversations import Conversation
+from unsloth_nb.data.load import Conversations,DataError,Store,load_data
+from unsloth_nb.core.spec import FinetuneJob
 
 def some(n): return settings(deadline=None, database=None, max_examples=n) # Nothing is written beside the tests
 chars = st.characters(codec='utf-8')
@@ -111,8 +111,8 @@ def test_books_of_rows(case, policies, test_size, max_rows, split):
 # Examples on the embedded tokenizer -----------------------------------------------------------------------------------------------------
 @functools.cache
 def formatter(loss_on='responses', special_tokens='error', text=False):
-    from unsloth_nb.formatting import Formatter
-    from unsloth_nb.loading import load_tokenizer
+    from unsloth_nb.tokens.formatting import Formatter
+    from unsloth_nb.training.loading import load_tokenizer
     return Formatter(tokenizer() if loss_on != 'responses' or special_tokens != 'error' or text else load_tokenizer(FinetuneJob()), 'raw' if text else 'chat', loss_on, text, special_tokens)
 def tokenizer(): return formatter().tok
 
@@ -162,7 +162,7 @@ lengths = st.lists(st.tuples(st.sampled_from(['good', 'special', 'weightless']),
 @given(lengths, st.integers(40, 90), st.sampled_from(['drop', 'truncate', 'keep']))
 def test_books_of_tokens(lib, rows, limit, policy):
     "Tokens that came are trained, context, cut or dropped; rows that are gone are those that were too long, untrained or with control tokens"
-    from unsloth_nb.examples import make_examples
+    from unsloth_nb.tokens.examples import make_examples
     special = {'special':' <|im_end|>'}
     convs = [Conversation([dict(role='user', content='word '*q+special.get(kind, '')), dict(role='assistant', content='answer '*a)|(dict(weight=0) if kind == 'weightless' else {})], row=i) for i,(kind,q,a) in enumerate(rows)]
     f = formatter(special_tokens='drop')
@@ -184,7 +184,7 @@ def test_books_of_tokens(lib, rows, limit, policy):
 @given(st.lists(st.text(read, min_size=1, max_size=200).filter(str.strip), min_size=1, max_size=5), st.integers(8, 40))
 def test_split_text_is_whole(lib, texts, limit):
     "Plain text in pieces of any length is the same tokens"
-    from unsloth_nb.examples import make_examples
+    from unsloth_nb.tokens.examples import make_examples
     f,convs = formatter(special_tokens='escape', text=True),[Conversation(text=t, row=i) for i,t in enumerate(texts)]
     e,full = make_examples(convs, f, limit, 'split'),make_examples(convs, f, 2**20)
     assert e.flat()[0].tolist() == full.flat()[0].tolist() and int(e.lengths.max()) <= limit and sum(e.tokens.left_out.values()) == 0

@@ -3,12 +3,12 @@ import itertools,json,math,random
 from pathlib import Path
 import pytest,yaml
 from hypothesis import given,settings,strategies as st
-from unsloth_nb.leaderboard import compare_runs,write_comparison
-from unsloth_nb.runs import RunError,start_run
-from unsloth_nb.schema import SpecError
-from unsloth_nb.scoring import ScorerError,default_scorers,json_fields,last_number,named_scorers,numeric,regex,score_rows,valid_json
-from unsloth_nb.significance import caution,difference,estimate
-from unsloth_nb.spec import EvaluateJob,FinetuneJob
+from unsloth_nb.evaluation.leaderboard import compare_runs,write_comparison
+from unsloth_nb.runs.run import RunError,start_run
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.scoring import ScorerError,default_scorers,json_fields,last_number,named_scorers,numeric,regex,score_rows,valid_json
+from unsloth_nb.evaluation.significance import caution,difference,estimate
+from unsloth_nb.core.spec import EvaluateJob,FinetuneJob
 
 HOSTILE = '<img src=x onerror=alert(1)>|`x`\x1b[2J'
 bits = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -122,14 +122,14 @@ def asked(lib):
 def _alone(model, ids, start, tuned):
     "Log-probabilities of the tokens from `start` on, computed for one row without a batch"
     import torch
-    from unsloth_nb.inference import answering
+    from unsloth_nb.evaluation.generation import answering
     with answering(model, tuned) as net: logits = net(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
     return torch.log_softmax(logits[:-1], -1).gather(-1, torch.tensor(ids[1:])[:,None])[start-1:,0]
 
 @pytest.mark.parametrize('tuned', [True, False])
 def test_row_losses(asked, lib, monkeypatch, tuned):
     "The loss of each row is that of the row alone, in whatever batch it is; base and tuned differ"
-    from unsloth_nb import evaluation
+    from unsloth_nb.evaluation import evaluation
     model,rows = asked
     exs = lib.make_examples(rows, model.formatter, 256)
     got = evaluation.row_losses(model, exs, tuned)
@@ -151,7 +151,7 @@ def test_choose(asked, lib):
 
 def test_evaluate_kept(asked, lib, tmp_path, monkeypatch):
     "Named scorers are kept with what each row got; other names, or a function, ask again"
-    from unsloth_nb import evaluation
+    from unsloth_nb.evaluation import evaluation
     model,rows = asked
     run = lib.start_run(FinetuneJob(), tmp_path)
     both = lib.compare(model, rows, run, scorers=['exact_match', 'json_fields'], max_new_tokens=4, bootstrap_samples=199)
@@ -168,7 +168,7 @@ def test_evaluate_kept(asked, lib, tmp_path, monkeypatch):
 
 def test_early_errors(asked, lib, monkeypatch):
     "A scorer that cannot score these rows says so before the model is asked"
-    from unsloth_nb import evaluation
+    from unsloth_nb.evaluation import evaluation
     model,rows = asked
     def never(*a, **kw): raise AssertionError('the model was asked')
     for f in ('generate', 'row_losses', 'choose'): monkeypatch.setattr(evaluation, f, never)
@@ -179,7 +179,7 @@ def test_early_errors(asked, lib, monkeypatch):
 
 def test_hostile_comparison():
     "Names of scores come from jobs and task files: shown as text"
-    from unsloth_nb.evaluation import Comparison,Evaluation,contrast
+    from unsloth_nb.evaluation.evaluation import Comparison,Evaluation,contrast
     e = Evaluation({HOSTILE:0.5}, [], {HOSTILE:[0.0, 1.0]})
     c = Comparison(dict(base=e.metrics, tuned=e.metrics), [], contrast(dict(base=e, tuned=e)))
     assert '<img' not in c._repr_html_() and '\x1b' not in repr(c)+c._repr_html_() and any(HOSTILE in n for n in c.notes())
@@ -203,7 +203,7 @@ def task_dir(tmp_path):
 def test_harness(asked, lib, task_dir, tmp_path, monkeypatch):
     "Base and tuned are asked with the adapter off and on; what was found is kept in the run"
     import lm_eval
-    from unsloth_nb.harness import compare_tasks,harness
+    from unsloth_nb.evaluation.harness import compare_tasks,harness
     model,_ = asked
     run = lib.start_run(FinetuneJob(), tmp_path/'runs')
     how = dict(task_dir=task_dir, limit=3, statistics=dict(bootstrap_samples=199))
@@ -228,7 +228,7 @@ BAD = dict(function=('process_docs: !function utils.f', '!function utils.f is co
 @pytest.mark.parametrize('line,message', BAD.values(), ids=BAD)
 def test_task_is_data(lib, task_dir, tmp_path, line, message):
     "A task file that would run code, or read elsewhere, is refused; nothing of it runs"
-    from unsloth_nb.harness import check_tasks
+    from unsloth_nb.evaluation.harness import check_tasks
     (tmp_path/'secret.jsonl').write_text('{}')
     key = line.split(':')[0]
     (task_dir/'pick.yaml').write_text(yaml.safe_dump({k:v for k,v in TASK.items() if k != key})+line+'\n')
@@ -237,7 +237,7 @@ def test_task_is_data(lib, task_dir, tmp_path, line, message):
 
 def test_link_outside(task_dir, tmp_path):
     "A link in the folder does not lead out of it"
-    from unsloth_nb.harness import own_tasks
+    from unsloth_nb.evaluation.harness import own_tasks
     (tmp_path/'secret.jsonl').write_text('{}')
     (task_dir/'rows.jsonl').unlink()
     (task_dir/'rows.jsonl').symlink_to(tmp_path/'secret.jsonl')
@@ -245,7 +245,7 @@ def test_link_outside(task_dir, tmp_path):
 
 def test_standard_tasks(lib, task_dir, monkeypatch):
     "Unknown names, a Hub out of reach, a package that is not there: clear, and before anything is asked"
-    from unsloth_nb import harness as h
+    from unsloth_nb.evaluation import harness as h
     with pytest.raises(SpecError, match="no task 'arc_esy'; did you mean 'arc_easy'"): h.check_tasks(['arc_esy'])
     with pytest.raises(SpecError, match='tasks: arc_easy cannot be read.*offline|tasks: arc_easy cannot be read.*Offline'): h.check_tasks(['arc_easy'])
     monkeypatch.setenv('HF_HUB_OFFLINE', '0')

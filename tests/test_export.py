@@ -61,7 +61,7 @@ FAULTS = dict( # Export kind, what is done to the folder, checks that must fail
 @pytest.fixture(scope='module')
 def honest(tuned, tmp_path_factory):
     "Each kind written once, to be copied"
-    from unsloth_nb import export
+    from unsloth_nb.export import artifacts as export
     write,made = dict(adapter=export.write_adapter, merged_16bit=export._write_merged),{}
     def get(to):
         if to not in made:
@@ -74,9 +74,9 @@ def honest(tuned, tmp_path_factory):
 @pytest.mark.parametrize('fault', FAULTS)
 def test_fault(tuned, honest, monkeypatch, fault):
     "Caught by what its software says or by the files, named, and nothing is kept"
-    from unsloth_nb import export
-    from unsloth_nb.certificate import ExportError
-    from unsloth_nb.witness import transformers_answers
+    from unsloth_nb.export import artifacts as export
+    from unsloth_nb.export.certificate import ExportError
+    from unsloth_nb.export.witness import transformers_answers
     model,run,rows = tuned
     to,spoil,expected = FAULTS[fault]
     def write(model, folder):
@@ -92,7 +92,7 @@ def test_fault(tuned, honest, monkeypatch, fault):
 @pytest.mark.parametrize('change,error', [(without_layer, 1.0), (twice, 1.0), (on_nf4, None), (lambda k,v,m: v, 0.0)], ids=['without_layer', 'twice', 'on_nf4', 'honest'])
 def test_merged_weights(tuned, honest, tmp_path, change, error):
     "What was learned is looked for in the weights themselves: a lost layer and a doubled scale are errors of 1, other base weights are far from the exact sum"
-    from unsloth_nb.certificate import merge_error
+    from unsloth_nb.export.certificate import merge_error
     shutil.copytree(honest('merged_16bit'), tmp_path/'m')
     edit_weights('model.safetensors', change)(tmp_path/'m', tuned[0])
     share,noise = merge_error(tuned[0], tmp_path/'m')
@@ -102,7 +102,7 @@ def test_merged_weights(tuned, honest, tmp_path, change, error):
 
 def test_closed_by_default(tuned):
     "A measurement that is missing is a check that fails"
-    from unsloth_nb.certificate import LIMITS,fact_checks,number_checks
+    from unsloth_nb.export.certificate import LIMITS,fact_checks,number_checks
     lim = LIMITS['merged_16bit']
     good = dict(agreement=1.0, kl_divergence=0.0, max_difference=0.0, perplexity_change=0.0, greedy_agreement=1.0, runs_on=0)
     assert all(c['ok'] for c in number_checks(good, lim))
@@ -130,7 +130,7 @@ def test_nf4_on_a_cpu(lib, tmp_path):
 
 def test_interrupted_export(tuned, monkeypatch):
     "An export that is interrupted leaves nothing; what a killed one has left is swept by the next"
-    from unsloth_nb import export
+    from unsloth_nb.export import artifacts as export
     model,run,rows = tuned
     (run.path/'.saving-killed').mkdir()
     def stop(*a): raise KeyboardInterrupt
@@ -140,17 +140,17 @@ def test_interrupted_export(tuned, monkeypatch):
 
 def test_no_room(tuned, monkeypatch):
     "Too little disk is said before anything is written"
-    from unsloth_nb import export
+    from unsloth_nb.export import artifacts as export
     model,run,rows = tuned
     import shutil as sh
-    monkeypatch.setattr('unsloth_nb.planning.shutil.disk_usage', lambda p: sh._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr('unsloth_nb.planning.plan.shutil.disk_usage', lambda p: sh._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ValueError, match='GB free'): export.save_artifact(model, run, 'gguf_q8_0', rows)
 
 def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
     "Asked for as a second witness and not answering: the export is refused, and nothing is kept"
-    from unsloth_nb import export
-    from unsloth_nb.schema import SpecError
-    from unsloth_nb.witness import WitnessError,transformers_answers,ask
+    from unsloth_nb.export import artifacts as export
+    from unsloth_nb.core.schema import SpecError
+    from unsloth_nb.export.witness import WitnessError,transformers_answers,ask
     model,run,rows = tuned
     (tmp_path/'vllm').write_text(f"#!{sys.executable}\nimport sys; sys.exit('no kernel image for this machine')"); (tmp_path/'vllm').chmod(0o755)
     monkeypatch.setenv('UNSLOTH_NB_VLLM', str(tmp_path/'vllm'))

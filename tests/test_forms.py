@@ -3,12 +3,12 @@ import os,re,subprocess,time
 import pytest
 from hypothesis import HealthCheck,assume,example,given,settings,strategies as st
 from typer.testing import CliRunner
-import unsloth_nb.cli as cli,unsloth_nb.jobs as jobs
-from unsloth_nb.forms import JobForm,check_values,job_code,job_command
-from unsloth_nb.run_browser import RunBrowser
-from unsloth_nb.runs import Run,record_job,write_json
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import BenchmarkJob,EvaluateJob,ExportJob,FinetuneJob,JOBS,make_job,presets
+import unsloth_nb.cli as cli,unsloth_nb.jobs.runner as jobs
+from unsloth_nb.widgets.forms import JobForm,check_values,job_code,job_command
+from unsloth_nb.widgets.run_browser import RunBrowser
+from unsloth_nb.runs.run import Run,record_job,write_json
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import BenchmarkJob,EvaluateJob,ExportJob,FinetuneJob,JOBS,make_job,presets
 from hostile import PAYLOADS,Injected
 
 STUB = '#!/bin/sh\nprintf "%s\\0" "$@" > "$STUB_OUT/argv"\ncat > "$STUB_OUT/stdin"\n'

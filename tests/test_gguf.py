@@ -2,10 +2,10 @@
 import importlib.util,shutil,subprocess,sys
 import pytest
 
-from unsloth_nb.gguf import BINDINGS,GgufError,check_gguf_kind,converter_folder,find_converter,gguf_info,install_converter,llama_cpp_answers,write_gguf
-from unsloth_nb.loading import embedded_model
-from unsloth_nb.runs import read_json,write_json
-from unsloth_nb.schema import SpecError
+from unsloth_nb.export.gguf import BINDINGS,GgufError,check_gguf_kind,converter_folder,find_converter,gguf_info,install_converter,llama_cpp_answers,write_gguf
+from unsloth_nb.training.loading import embedded_model
+from unsloth_nb.runs.run import read_json,write_json
+from unsloth_nb.core.schema import SpecError
 
 TALKS = [[dict(role='user', content='What is the capital of France?')],
     [dict(role='system', content='Answer with one word.'), dict(role='user', content='A colour?'), dict(role='assistant', content='Red.'), dict(role='user', content='And  2 more, 1,000.50?')]]
@@ -141,7 +141,7 @@ def test_converter_is_never_fetched_unasked(monkeypatch, tmp_path):
 
 def test_other_file_under_its_name_is_refused(converter, monkeypatch, tmp_path):
     monkeypatch.setenv('UNSLOTH_NB_CACHE_DIR', str(tmp_path))
-    monkeypatch.setitem(sys.modules['unsloth_nb.gguf'].CONVERTER, 'sha256', '0'*64)
+    monkeypatch.setitem(sys.modules['unsloth_nb.export.gguf'].CONVERTER, 'sha256', '0'*64)
     with pytest.raises(GgufError, match='(?s)could not be fetched.*(?i:hash)'): install_converter()
     assert not converter_folder().exists() and not list(tmp_path.iterdir())
 

@@ -14,13 +14,13 @@ def figures():
     "Write what was measured after each test, with date, card and versions: a run that is cut short keeps its figures"
     yield
     if not os.environ.get('OUT'): return
-    from unsloth_nb.engine import device_info,versions
+    from unsloth_nb.core.engine import device_info,versions
     (Path(os.environ['OUT'])/'gpu_tests.json').write_text(json.dumps(dict(date=time.strftime('%Y-%m-%d'), card=device_info().name, versions=versions(), tests=FIGURES), indent=1)+'\n')
 
 def test_job(tmp_path):
     "The main job by papermill, adapter and merged model saved with their certificates; nothing asked for was changed"
-    from unsloth_nb.jobs import run_job
-    from unsloth_nb.runs import read_json
+    from unsloth_nb.jobs.runner import run_job
+    from unsloth_nb.runs.run import read_json
     start = time.time()
     run = run_job('finetune', 'smollm2-135m', runs_dir=tmp_path, save='merged_16bit')
     assert run.status == 'finished', run.result
@@ -113,7 +113,7 @@ def test_answers(lib, trained):
 @pytest.mark.parametrize('four_bit', [False, True], ids=['16bit', 'nf4'])
 def test_resume(lib, tmp_path, four_bit):
     "Stopped after three of six steps and gone on with, from a freshly loaded model: the same losses and gradient norms, and the same weights"
-    from unsloth_nb.resuming import weights_sha256
+    from unsloth_nb.training.resuming import weights_sha256
     job = lib.FinetuneJob(max_rows=64, test_size=4, max_steps=6, max_seq_length=512, learning_rate=2e-4, load_in_4bit=four_bit, save_steps=2)
     data = lib.load_data(job)
     plan = lib.make_plan(job, data, runs_dir=tmp_path/'none')
@@ -139,7 +139,7 @@ def test_resume(lib, tmp_path, four_bit):
 def test_out_of_memory(lib, tmp_path):
     "More than the card has: the reason, the plan beside it, and a change that then fits"
     import re,torch
-    from unsloth_nb.schema import read_value
+    from unsloth_nb.core.schema import read_value
     job = lib.FinetuneJob(max_rows=400, test_size=4, max_steps=2, max_seq_length=512, per_device_train_batch_size=256, gradient_accumulation_steps=1, gradient_checkpointing=False, padding_free=False, load_in_4bit=False)
     data = lib.load_data(job)
     total = torch.cuda.get_device_properties(0).total_memory
@@ -190,7 +190,7 @@ def test_two_gpus(together, parallel, four_bit):
 def test_two_gpus_killed(together):
     "A rank of two is killed: it is named, and the run goes on to the curve of the one that nobody hurt"
     import signal,threading
-    from unsloth_nb.launching import RankLost
+    from unsloth_nb.training.launching import RankLost
     whole,hurt = together(devices=2),together.start(devices=2)
     def kill():
         while len(hurt.metrics) < 5: time.sleep(0.02)

@@ -19,8 +19,8 @@ DRAWN = [(f, *t) for f in FAMILIES for t in turns(f)]
 @pytest.fixture(scope='module')
 def drawn(lib):
     "A conversation as a template draws it, trained parts in double brackets"
-    from unsloth_nb.conformance import family_tokens
-    from unsloth_nb.formatting import Formatter
+    from unsloth_nb.tokens.conformance import family_tokens
+    from unsloth_nb.tokens.formatting import Formatter
     tok = lib.load_tokenizer(lib.FinetuneJob())
     conv = lib.Conversation([dict(role='user', content='Which day?'), dict(role='assistant', content='Monday.')])
     def f(name):
@@ -43,7 +43,7 @@ def test_a_turn_is_drawn_as_the_guide_says(drawn, family, name, text): assert dr
 @cache
 def constants():
     "Every text in the package's source, as the parser sees it"
-    trees = (ast.parse(f.read_text()) for f in (ROOT/'unsloth_nb').glob('*.py'))
+    trees = (ast.parse(f.read_text()) for f in (ROOT/'unsloth_nb').rglob('*.py'))
     return '\n'.join(n.value for t in trees for n in ast.walk(t) if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
 QUOTED = re.findall(r'^> `(.*)`$', prose('troubleshooting'), re.M)
@@ -60,8 +60,8 @@ COMMANDS = [(f.stem, c) for f in GUIDES for c in re.findall(r'`(unsloth-nb run f
 
 @pytest.mark.parametrize('guide, command', COMMANDS, ids=[g for g,_ in COMMANDS])
 def test_commands_make_jobs(guide, command):
-    from unsloth_nb.jobs import read_pairs
-    from unsloth_nb.spec import FinetuneJob,make_job
+    from unsloth_nb.jobs.runner import read_pairs
+    from unsloth_nb.core.spec import FinetuneJob,make_job
     words = shlex.split(command)
     pairs = [w for k,w in zip(words, words[1:]) if k == '-p']
     preset = next((w for k,w in zip(words, words[1:]) if k == '--preset'), None)
@@ -70,7 +70,7 @@ def test_commands_make_jobs(guide, command):
 def test_there_is_a_command_for_each_family(): assert {g for g,_ in COMMANDS} >= set(FAMILIES)
 
 def test_every_layer_that_a_preset_names_is_one_that_its_guide_names():
-    from unsloth_nb.spec import presets
+    from unsloth_nb.core.spec import presets
     text = prose('mistral')+prose('qwen')
     odd = {p.name:p.params['target_modules'] for p in presets().values() if 'target_modules' in p.params}
     assert odd and all(p.get('num_local_experts') for p in (presets()[n].shape for n in odd)) and all(repr(t) in text for t in odd.values())
@@ -80,7 +80,7 @@ def test_a_mixture_gets_no_adapter_on_its_experts(lib, tmp_path):
     "Why those presets name their layers: transformers keeps the experts in one tensor"
     import torch
     from transformers import MixtralConfig,MixtralForCausalLM
-    from unsloth_nb.loading import embedded_model
+    from unsloth_nb.training.loading import embedded_model
     tok = lib.load_tokenizer(lib.FinetuneJob())
     with torch.device('cpu'): MixtralForCausalLM(MixtralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, vocab_size=len(tok), pad_token_id=0, bos_token_id=1, eos_token_id=2)).to(torch.bfloat16).save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)

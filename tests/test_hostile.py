@@ -7,15 +7,15 @@ import nbformat,papermill,pytest,yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from papermill.parameterize import parameterize_notebook
 from conftest import TOKEN
-import unsloth_nb.cli as cli,unsloth_nb.jobs as jobs
-import unsloth_nb.supervising as supervising
-from unsloth_nb.escaping import html_text,json_text,markdown_code,markdown_text,mask_secrets,plain_text
-from unsloth_nb.export import save_artifact
-from unsloth_nb.places import settings
-from unsloth_nb.runs import Run,RunError,list_runs,new_run_dir,open_run,read_lines,write_json
-from unsloth_nb.schema import SpecError,parameters_cell
-from unsloth_nb.sources import find_source
-from unsloth_nb.spec import FinetuneJob,make_job,preset
+import unsloth_nb.cli as cli,unsloth_nb.jobs.runner as jobs
+import unsloth_nb.jobs.supervising as supervising
+from unsloth_nb.core.escaping import html_text,json_text,markdown_code,markdown_text,mask_secrets,plain_text
+from unsloth_nb.export.artifacts import save_artifact
+from unsloth_nb.core.settings import settings
+from unsloth_nb.runs.run import Run,RunError,list_runs,new_run_dir,open_run,read_lines,write_json
+from unsloth_nb.core.schema import SpecError,parameters_cell
+from unsloth_nb.data.sources import find_source
+from unsloth_nb.core.spec import FinetuneJob,make_job,preset
 
 # Beside HF_TOKEN of conftest: a key of no known form, and a token in the file where `hf auth login` puts it
 WANDB = 'f0e1d2c3b4a59687'*2+'78695a4b'
@@ -247,7 +247,7 @@ def test_evil_is_evil(tmp_path):
 @pytest.mark.parametrize('files', [['config.json', 'pytorch_model.bin'], ['config.json', 'pytorch_model.bin', 'other.safetensors'], ['adapter_config.json', 'adapter_model.bin'], ['adapter_config.json', 'adapter_model.bin', 'training_args.bin', 'optimizer.safetensors'], ['config.json', 'model.pkl'], ['config.json', 'model.ckpt']], ids=' '.join)
 def test_pickled_model(tmp_path, files):
     "Pickled weights are refused with the reason; a safetensors file of another name does not change that"
-    from unsloth_nb.loading import check_model
+    from unsloth_nb.training.loading import check_model
     (tmp_path/'m').mkdir()
     for f in files: torch_file(tmp_path/'m'/f, tmp_path/'PWNED') if not f.endswith('json') else (tmp_path/'m'/f).write_text('{"model_type": "llama", "base_model_name_or_path": "smollm2-135m"}')
     with pytest.raises(SpecError, match='pickled ones are not loaded, since they can run code'): check_model(FinetuneJob(model=str(tmp_path/'m')))
@@ -256,7 +256,7 @@ def test_pickled_model(tmp_path, files):
 @pytest.mark.parametrize('files,why', [(['rows.py'], 'holds no .json'), (['rows.pkl'], 'holds no .json'), (['dataset_infos.json', 'rows.py', 'rows.pkl'], ''), (['rows.jsonl', 'loader.py', 'x.pkl'], None)], ids=['script', 'pickle', 'script-and-json', 'rows-and-script'])
 def test_dataset_with_code(tmp_path, files, why):
     "A loading script or a pickle is never run: refused where there is nothing else, else left alone"
-    from unsloth_nb.data import load_data
+    from unsloth_nb.data.load import load_data
     (tmp_path/'d').mkdir()
     for f in files:
         p = tmp_path/'d'/f
@@ -274,7 +274,7 @@ def test_dataset_with_code(tmp_path, files, why):
 
 def model_folder(lib, folder, canary, **config):
     "The embedded model with code in every place where a library might run it"
-    from unsloth_nb.loading import embedded_model
+    from unsloth_nb.training.loading import embedded_model
     folder.mkdir()
     for f in embedded_model().iterdir(): (folder/f.name).symlink_to(f)
     for n,more in {'config.json':dict(auto_map=dict(AutoConfig='evil.Config', AutoModelForCausalLM='evil.Model'), **config), 'tokenizer_config.json':dict(auto_map=dict(AutoTokenizer=['evil.Tok', 'evil.Tok']), **(dict(tokenizer_class='Tok') if config else {}))}.items():
@@ -343,7 +343,7 @@ ASK = [dict(role='user', content='Hi')]
 @pytest.mark.parametrize('name', RUNAWAY)
 def test_runaway_template(tok, name):
     "Stopped within seconds and a bound of memory, with the reason"
-    from unsloth_nb.templates import render
+    from unsloth_nb.tokens.templates import render
     kind,why,secs,size = in_child(lambda: render(with_template(tok, RUNAWAY[name]), ASK))
     assert kind in ('TemplateLimit', 'FormatError'), (kind, why)
     assert 'chat template' in why and secs < 20 and size < 2**30, (why, secs, size)
@@ -351,15 +351,15 @@ def test_runaway_template(tok, name):
 @pytest.mark.parametrize('name', ESCAPES)
 def test_template_escape(tok, name):
     "Python's insides are out of reach"
-    from unsloth_nb.templates import FormatError,TemplateLimit,render
+    from unsloth_nb.tokens.templates import FormatError,TemplateLimit,render
     try: text = render(with_template(tok, ESCAPES[name]), ASK)
     except (FormatError, TemplateLimit): return
     assert text == '', text # An attribute that the sandbox hides is undefined
 
 def test_runaway_everywhere(tok, lib):
     "By the tokenizer's own method, in a thread, and once for a whole dataset"
-    from unsloth_nb.formatting import Formatter
-    from unsloth_nb.templates import TemplateLimit
+    from unsloth_nb.tokens.formatting import Formatter
+    from unsloth_nb.tokens.templates import TemplateLimit
     bad,got = with_template(tok, RUNAWAY['nested loops']),[]
     def work():
         try: bad.apply_chat_template(ASK, tokenize=False)
@@ -377,7 +377,7 @@ def test_honest_templates(tok, lib):
     "Every template of Unsloth writes the same text with the budget as without, and needs less than a hundredth of it for 200 turns"
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from unsloth.chat_templates import CHAT_TEMPLATES
-    from unsloth_nb import sandbox
+    from unsloth_nb.core import template_sandbox as sandbox
     import transformers.utils.chat_template_utils as c
     ours = c.ImmutableSandboxedEnvironment
     assert ours is sandbox.bounded_environment()
@@ -439,7 +439,7 @@ def rows(payload): return [dict(messages=[dict(role='system', content=f'{payload
 def name_of(payload): return re.sub('[/\x00\ud800-\udfff]', '', payload)[:80] or 'x'
 
 def hostile_data(tmp_path, payload, **kw):
-    from unsloth_nb.data import load_data
+    from unsloth_nb.data.load import load_data
     f = tmp_path/f'{name_of(payload)}.jsonl'
     f.write_text('\n'.join(map(json.dumps, rows(payload))))
     return load_data(FinetuneJob(dataset=str(f), test_size=2, control_characters='keep', **kw))
@@ -456,13 +456,13 @@ def fabricated_run(tmp_path, payload):
 
 def objects(tmp_path, payload, lib, tok):
     "Every object of the way, with the payload wherever data can put it"
-    from unsloth_nb.advice import Finding,Findings
-    from unsloth_nb.evaluation import Comparison
-    from unsloth_nb.formatting import Example
-    from unsloth_nb.chatting import Turn
-    from unsloth_nb.inference import Answer
-    from unsloth_nb.measured import Benchmark
-    from unsloth_nb.spec import BenchmarkJob
+    from unsloth_nb.lint.advice import Finding,Findings
+    from unsloth_nb.evaluation.evaluation import Comparison
+    from unsloth_nb.tokens.formatting import Example
+    from unsloth_nb.evaluation.chatting import Turn
+    from unsloth_nb.evaluation.generation import Answer
+    from unsloth_nb.jobs.benchmark_results import Benchmark
+    from unsloth_nb.core.spec import BenchmarkJob
     data = hostile_data(tmp_path, payload)
     yield from (data, data.train[0], data.ledger, lib.Conversation(text=payload), lib.Conversation(data.train[0].messages, rejected=data.train[0].messages[-1:], tools=data.train[0].tools))
     ids = tok(payload)['input_ids']

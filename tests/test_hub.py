@@ -5,12 +5,12 @@ import pytest
 from huggingface_hub import ModelCard
 from hub_server import Hub
 from conftest import ROOT
-from unsloth_nb.cards import model_card
-from unsloth_nb.checkpoints import CheckpointError,write_whole
-from unsloth_nb.hub import HubError,pull,push
-from unsloth_nb.runs import fingerprint,read_lines,start_run
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import ExportJob,FinetuneJob
+from unsloth_nb.export.model_cards import model_card
+from unsloth_nb.runs.checkpoints import CheckpointError,write_whole
+from unsloth_nb.export.hub import HubError,pull,push
+from unsloth_nb.runs.run import fingerprint,read_lines,start_run
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import ExportJob,FinetuneJob
 
 TOKEN,READER,OTHER,UNKNOWN = ('hf_'+x*3 for x in ('aB3dE5gH7j', 'K9mN1pQ3rS', 'tU5vW7xY9z', 'Zz8Yx6Wv4U'))
 USERS = {TOKEN:dict(name='me', role='write', orgs=['us']), READER:dict(name='me', role='read'), OTHER:dict(name='you', role='write')}
@@ -75,7 +75,7 @@ def test_versions(hub, tmp_path):
 def test_a_killed_upload_goes_on(hub, tmp_path):
     run = make(tmp_path)
     hub.faults['stall'] = 1
-    child = subprocess.Popen([sys.executable, '-c', f'from unsloth_nb.hub import push; push({str(run.path/"adapter")!r}, "me/model")'], cwd=ROOT, env=os.environ|dict(HF_HUB_DISABLE_XET='1', HF_HOME=str(tmp_path/'hf')), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = subprocess.Popen([sys.executable, '-c', f'from unsloth_nb.export.hub import push; push({str(run.path/"adapter")!r}, "me/model")'], cwd=ROOT, env=os.environ|dict(HF_HUB_DISABLE_XET='1', HF_HOME=str(tmp_path/'hf')), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     end = time.time()+60
     while time.time() < end and not (hub.stalled.is_set() and len(hub.repos['me/model'].objects) == 2): time.sleep(0.05)
     child.kill()
@@ -237,10 +237,10 @@ def test_tokens_turn_up_nowhere(hub, tmp_path, capfd, caplog):
 
 LOAD = '''
 import json,sys
-from unsloth_nb.engine import start_engine
+from unsloth_nb.core.engine import start_engine
 start_engine()
 from unsloth_nb import FinetuneJob,load_model
-from unsloth_nb.hub import pull
+from unsloth_nb.export.hub import pull
 model,adapter,commits = json.loads(sys.argv[1])
 job = lambda **kw: FinetuneJob(max_seq_length=128, gradient_checkpointing=False, load_in_4bit=False, dtype='float32', **kw)
 total = lambda m: float(sum(p.double().sum() for n,p in m.model.named_parameters() if 'embed_tokens' in n))
@@ -249,9 +249,9 @@ print(json.dumps(dict(totals=[total(load_model(job(model=model, revision=c))) fo
 
 MAKE = '''
 import shutil,sys
-from unsloth_nb.benchmarking import random_model
-from unsloth_nb.cards import model_card
-from unsloth_nb.checkpoints import write_whole
+from unsloth_nb.jobs.benchmarking import random_model
+from unsloth_nb.export.model_cards import model_card
+from unsloth_nb.runs.checkpoints import write_whole
 from safetensors.torch import load_file
 shape = dict(model_type='llama', hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=49152, tie_word_embeddings=True)
 for seed in (1, 2):

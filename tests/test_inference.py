@@ -5,11 +5,11 @@ from dataclasses import asdict
 import pytest
 from hypothesis import given,settings,strategies as st
 
-from unsloth_nb.schema import SpecError
+from unsloth_nb.core.schema import SpecError
 
 @pytest.fixture(scope='module')
 def inf(lib):
-    from unsloth_nb import inference
+    from unsloth_nb.evaluation import generation as inference
     return inference
 
 @pytest.fixture(scope='module')
@@ -66,7 +66,7 @@ def test_unfulfilled_stop_string(inf, model):
 @given(text=st.text(st.sampled_from('ab \nüß漢字👩🏽‍🚀.é'), max_size=24), stop=st.lists(st.text(st.sampled_from('ab ü漢👩'), min_size=1, max_size=3), max_size=2))
 def test_pieces_are_the_text(lib, model, text, stop):
     "For any text: the pieces of a stream are what `_answer` cuts, and no character or stop string is shown in part"
-    from unsloth_nb.inference import _answer,_first,_held,_Text
+    from unsloth_nb.evaluation.generation import _answer,_first,_held,_Text
     ids = model.tok.encode(text)
     want,t,sent,cut = _answer(model.tok, ids, {model.tok.eos_token_id}, tuple(stop)),_Text(model.tok),'',None
     for i in ids:
@@ -149,7 +149,7 @@ def test_room_for_long_prompts(inf, model):
 
 def test_chat(inf, model):
     "History and system message on both sides; a failure leaves them as they were; streams tell the side"
-    from unsloth_nb.chatting import Chat
+    from unsloth_nb.evaluation.chatting import Chat
     talk = Chat(model, 'Answer in one word.', inf.Sampling(max_new_tokens=8))
     parts,turn = rest(talk.stream(FRANCE))
     assert {k for k,_ in parts} == {'base', 'tuned'} and ''.join(p for k,p in parts if k == 'tuned') == turn.answers['tuned'].text
@@ -177,7 +177,7 @@ def test_shown_in_a_notebook(tmp_path):
     "A real kernel: one output, in its last state, escaped; an error after it is shown as well"
     import nbformat
     from nbclient import NotebookClient
-    code = "from unsloth_nb.inference import show_pieces\ndef pieces():\n    for p in ('<b>', 'bold', '</b>\\x1b[2J'): yield p\n    raise ValueError('broken off')\nshow_pieces(pieces())"
+    code = "from unsloth_nb.evaluation.generation import show_pieces\ndef pieces():\n    for p in ('<b>', 'bold', '</b>\\x1b[2J'): yield p\n    raise ValueError('broken off')\nshow_pieces(pieces())"
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     NotebookClient(nb, timeout=120, kernel_name='python3', allow_errors=True).execute()
     shown,error = nb.cells[0].outputs
@@ -206,13 +206,13 @@ WRITTEN = {
 
 @pytest.fixture(scope='module')
 def tools(lib):
-    from unsloth_nb.tool_calls import as_tools
+    from unsloth_nb.tokens.tool_calls import as_tools
     return as_tools([WEATHER])
 
 @pytest.mark.parametrize('text', WRITTEN.values(), ids=WRITTEN.keys())
 def test_call_formats(tools, text):
     "Each family's way of writing; twice where it has a mark, with text before it; and cut at any place never lost in silence"
-    from unsloth_nb.tool_calls import read_calls
+    from unsloth_nb.tokens.tool_calls import read_calls
     assert read_calls(text, tools) == ([CALL], '')
     if text[0] in '<[' and not text.startswith('[w') and 'python_tag' not in text:
         assert read_calls(f'Let me see. {text}\n{text}', tools) == ([CALL]*2, 'Let me see.')
@@ -227,7 +227,7 @@ def test_call_formats(tools, text):
     ('<tool_call>'+'['*100_000, 'not JSON')])
 def test_malformed_calls(tools, text, error):
     "A call that was begun is in the result, with what is wrong and the text; nothing of it is run"
-    from unsloth_nb.tool_calls import read_calls
+    from unsloth_nb.tokens.tool_calls import read_calls
     (call, *more),rest = read_calls(text, tools)
     assert error in call['error'] and call['text'] and not more and rest == ''
     json.dumps(call)
@@ -238,7 +238,7 @@ _json = st.recursive(st.none() | st.booleans() | st.integers(-10**9, 10**9) | st
 @given(calls=st.lists(st.fixed_dictionaries(dict(name=st.from_regex(r'[a-zA-Z_]\w{0,10}', fullmatch=True), arguments=st.dictionaries(st.text(min_size=1, max_size=6), _json, max_size=3))), min_size=1, max_size=3), ascii=st.booleans())
 def test_json_calls_come_back(calls, ascii):
     "Whatever the arguments hold, closing tags of the format included"
-    from unsloth_nb.tool_calls import read_calls
+    from unsloth_nb.tokens.tool_calls import read_calls
     dump = lambda v: json.dumps(v, ensure_ascii=ascii)
     calls[0]['arguments']['tag'] = '</tool_call> [TOOL_CALLS] ; {'
     assert read_calls('\n'.join(f'<tool_call>\n{dump(c)}\n</tool_call>' for c in calls)) == (calls, '')
@@ -250,15 +250,15 @@ def test_json_calls_come_back(calls, ascii):
 @given(st.lists(st.sampled_from(['<tool_call>', '</tool_call>', '<|python_tag|>', '[TOOL_CALLS]', '<function=f>', '</function>', '<parameter=a>', '</parameter>', '{', '}', '[', ']', '"name": "f"', ', ', '"arguments": {}', 'call:f', '<|tool_call>', '<tool_call|>', ' to=functions.f', '<|message|>', 'text', ' ', ';', 'f(x=1)']), max_size=12).map(''.join))
 def test_any_text_is_read(text):
     "No text breaks the reader, and each mark of a beginning leads to a call or an error"
-    from unsloth_nb.tool_calls import read_calls
+    from unsloth_nb.tokens.tool_calls import read_calls
     calls,rest = read_calls(text)
     assert all(set(c) in ({'name', 'arguments'}, {'name', 'arguments', 'error', 'text'}) for c in calls)
     if '[TOOL_CALLS]' in text or '<|python_tag|>' in text: assert calls
 
 def test_template_calls_come_back(lib, tools, model):
     "What a chat template draws for a call is what the reader finds"
-    from unsloth_nb.templates import Chat,render,use_template
-    from unsloth_nb.tool_calls import parse_calls
+    from unsloth_nb.tokens.templates import Chat,render,use_template
+    from unsloth_nb.tokens.tool_calls import parse_calls
     tok = use_template(model.tok, 'qwen-2.5')
     chat = lib.Conversation([dict(role='user', content='Weather?'), dict(role='assistant', content='', tool_calls=[dict(type='function', function=CALL)])], tools=tools)
     text,s,e = Chat(tok).answer(chat, 1)
@@ -266,7 +266,7 @@ def test_template_calls_come_back(lib, tools, model):
 
 def test_tools_reach_the_template(inf, lib, model):
     "Tools are in the prompt, and a conversation's own stay its own"
-    from unsloth_nb.templates import use_template
+    from unsloth_nb.tokens.templates import use_template
     caller = lib.LoadedModel(model.model, use_template(model.tok, 'qwen-2.5'), model.source, model.plan, model.job)
     (ids,tools), = inf._asked(caller.formatter, ['Weather?'], inf.Sampling(), 8192, 'Be kind.', [WEATHER])
     text = caller.tok.decode(ids)

@@ -3,10 +3,10 @@ import json,os,re,subprocess,sys
 from pathlib import Path
 import nbformat,papermill,pytest,yaml
 from conftest import TINY
-from unsloth_nb.jobs import run_job
-from unsloth_nb.runs import Run,read_json
-from unsloth_nb.schema import fields,parameters_cell
-from unsloth_nb.spec import JOBS,jobs_dir
+from unsloth_nb.jobs.runner import run_job
+from unsloth_nb.runs.run import Run,read_json
+from unsloth_nb.core.schema import fields,parameters_cell
+from unsloth_nb.core.spec import JOBS,jobs_dir
 
 CLI = str(Path(sys.executable).parent/'unsloth-nb')
 
@@ -186,7 +186,7 @@ def test_wheel(tmp_path, tool):
     wheel, = (tmp_path/'dist').glob('*.whl')
     tool(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel)
     env = os.environ | dict(PYTHONPATH=str(tmp_path/'site'), UNSLOTH_NB_RUNS_DIR=str(tmp_path/'runs'))
-    code = 'import unsloth_nb,unsloth_nb.cli as j,unsloth_nb.spec as s,sys; print(unsloth_nb.__file__, s.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
+    code = 'import unsloth_nb,unsloth_nb.cli as j,unsloth_nb.core.spec as s,sys; print(unsloth_nb.__file__, s.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
     pairs = [a for k,v in (TINY | dict(max_steps=1)).items() for a in ('-p', f'{k}={v}')]
     r = subprocess.run([sys.executable, '-c', code, 'run', 'finetune', *pairs], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr

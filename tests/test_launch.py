@@ -4,14 +4,14 @@ import os,signal,subprocess,sys,time
 import pytest
 from fastcore.basics import AttrDict
 
-from unsloth_nb import attempts # noqa: F401 (Run.stop)
-from unsloth_nb.launching import first_failure
-from unsloth_nb.places import settings
-from unsloth_nb.planning import make_plan
-from unsloth_nb.resuming import PassOrder
-from unsloth_nb.runs import Run,RunError,read_json,start_run,write_json
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.runs import attempts # noqa: F401 (Run.stop)
+from unsloth_nb.training.launching import first_failure
+from unsloth_nb.core.settings import settings
+from unsloth_nb.planning.plan import make_plan
+from unsloth_nb.training.resuming import PassOrder
+from unsloth_nb.runs.run import Run,RunError,read_json,start_run,write_json
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import FinetuneJob
 
 pytestmark = pytest.mark.slow
 SMALL = dict(max_rows=30, test_size=2, max_seq_length=256, batch_size=8, per_device_train_batch_size=2, learning_rate=1e-3, gradient_checkpointing=False, max_steps=6, save_steps=2, max_new_tokens=4)
@@ -151,7 +151,7 @@ def test_two_machines(small, alone, tmp_path):
 
 def test_broken_training_is_said_once(lib, small, data, tmp_path):
     "What all ranks raise is raised here as in one process, with the run's last numbers on record"
-    from unsloth_nb.guards import TrainingError
+    from unsloth_nb.training.guards import TrainingError
     job = FinetuneJob(**small|dict(learning_rate=1.0, save_steps='auto', max_steps=20, devices=2))
     run,model = start_run(job, tmp_path),lib.load_model(job, make_plan(job, data))
     examples = lib.make_examples(data.train, model.formatter, 256)
@@ -183,7 +183,7 @@ def test_the_rank_that_hung_is_not_blamed(tmp_path):
 def test_what_a_killed_kernel_leaves(monkeypatch, tmp_path):
     "What a library of a rank has quoted is masked in its log, and the tokens of the rows are removed, by whoever concludes the run or goes on with it"
     from conftest import TOKEN
-    from unsloth_nb import jobs
+    from unsloth_nb.jobs import runner as jobs
     run = start_run(FinetuneJob(devices=2), tmp_path)
     home = run.path/'launch'
     for d in ('rank-0', 'examples'): (home/d).mkdir(parents=True)
@@ -201,7 +201,7 @@ def test_what_a_killed_kernel_leaves(monkeypatch, tmp_path):
 def test_a_zombie_is_gone():
     "Where nobody waits for a killed kernel, it stays in the table of processes, and its ranks end all the same"
     import socket
-    from unsloth_nb.worker import gone
+    from unsloth_nb.training.worker import gone
     with subprocess.Popen(['sleep', '60']) as p:
         asked = dict(host=socket.gethostname(), pid=p.pid)
         assert not gone(asked, os.getppid())
@@ -224,8 +224,8 @@ def test_options_and_parameters(monkeypatch, tmp_path):
 
 def test_who_may_take_part(tmp_path):
     "A run on one machine, one that is over, what an attempt before has left, and retries that nobody would join"
-    from unsloth_nb.jobs import resume_run,run_job
-    from unsloth_nb.launching import find_launch,join
+    from unsloth_nb.jobs.runner import resume_run,run_job
+    from unsloth_nb.training.launching import find_launch,join
     with pytest.raises(SpecError, match='wait for them in vain'): run_job('finetune', runs_dir=tmp_path/'none', retries=1, nodes=2, devices=2)
     runs = [start_run(FinetuneJob(devices=2, nodes=n), tmp_path) for n in (1, 2)]
     for run in runs:
@@ -243,9 +243,9 @@ def test_a_request_to_stop_forbids_a_retry(lib, monkeypatch, tmp_path):
     "A rank that is lost after somebody has asked for an end does not bring another attempt"
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
-    from unsloth_nb import training
-    from unsloth_nb.launching import RankLost
-    from unsloth_nb.supervising import Supervisor,reason
+    from unsloth_nb.training import trainer as training
+    from unsloth_nb.training.launching import RankLost
+    from unsloth_nb.jobs.supervising import Supervisor,reason
     run = start_run(FinetuneJob(**SMALL, devices=2), tmp_path)
     def lost(*args): run.stop('a test'); raise RankLost('rank 1 of 2')
     monkeypatch.setattr(training, 'train_in_ranks', lost)

@@ -2,8 +2,8 @@
 import json,subprocess,sys
 from pathlib import Path
 import pytest
-from unsloth_nb.events import SYSTEM
-from unsloth_nb.runs import Run
+from unsloth_nb.data.events import SYSTEM
+from unsloth_nb.runs.run import Run
 
 BIN = Path(sys.executable).parent
 

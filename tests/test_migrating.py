@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import yaml
 from unsloth_nb.cli import app
-from unsloth_nb.drafting import MigrationError,full_name
-from unsloth_nb.migrating import import_job
-from unsloth_nb.recipes import AXOLOTL,LLAMA_FACTORY,read_axolotl,read_llama_factory
-from unsloth_nb.schema import read_params
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.lint.drafting import MigrationError,full_name
+from unsloth_nb.lint.migration import import_job
+from unsloth_nb.lint.other_tools import AXOLOTL,LLAMA_FACTORY,read_axolotl,read_llama_factory
+from unsloth_nb.core.schema import read_params
+from unsloth_nb.core.spec import FinetuneJob
 
 SECRETS = ('hf_'+'aB3dE5gH7jK9mN1pQ3sT5', 'sk-'+'aB3dE5gH7jK9mN1pQ3sT5v')
 HOSTILE = '<script>alert(1)</script>|`x`\x1b[31m\u202e'
@@ -58,14 +58,14 @@ def test_the_defaults_are_those_of_the_class_that_is_called(tmp_path):
 
 def test_the_defaults_are_still_those_of_the_installed_libraries():
     "The tables name a release; when the installed one says otherwise, they have to be looked at again"
-    from unsloth_nb.migrating import TRANSFORMERS_DEFAULTS
+    from unsloth_nb.lint.migration import TRANSFORMERS_DEFAULTS
     import dataclasses,importlib.util
     source = (Path(importlib.util.find_spec('transformers').submodule_search_locations[0])/'training_args.py').read_text()
     for k,v in dict(TRANSFORMERS_DEFAULTS, optim='adamw_torch_fused').items():
         if k in ('optim', 'seed', 'learning_rate', 'per_device_train_batch_size'): continue
         assert re.search(rf'\n    {k}: \w+ = field\(\n        default={v:g}\b', source), k
     unsloth = (Path(importlib.util.find_spec('unsloth').submodule_search_locations[0])/'models'/'rl.py').read_text()
-    from unsloth_nb.migrating import UNSLOTH_DEFAULTS
+    from unsloth_nb.lint.migration import UNSLOTH_DEFAULTS
     for k,v in UNSLOTH_DEFAULTS.items():
         if k != 'warmup_ratio': assert re.search(rf'"{k}": (\d[\d.e-]*|"\w+"),', unsloth) and v in (float(m) if m[0].isdigit() else m.strip('"') for m in re.findall(rf'"{k}": (\d[\d.e-]*|"\w+"),', unsloth)), k
     assert re.search(r'replacements\["warmup_steps"\] = 0\.1', unsloth)
@@ -163,7 +163,7 @@ def test_a_name_that_stands_twice_is_said(tmp_path):
 # LLaMA-Factory
 
 def test_llama_factory_finds_its_datasets_and_they_load(tmp_path):
-    from unsloth_nb.data import load_data
+    from unsloth_nb.data.load import load_data
     (tmp_path/'data').mkdir()
     (tmp_path/'data'/'a.json').write_text(json.dumps([dict(question=f'q{i}', answer=f'a{i}') for i in range(12)]))
     (tmp_path/'data'/'c.json').write_text(json.dumps([dict(messages=[dict(role='person', content=f'u{i}'), dict(role='assistant', content=f'v{i}')]) for i in range(12)]))

@@ -7,12 +7,17 @@ from pathlib import Path
 import nbformat,pytest
 from nbdev.config import get_config
 from nbdev.test import nb_test_cells
+from unsloth_nb.core.spec import JOBS
 from pages import Pages
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'guides').glob('*.ipynb')])
+JOB_PAGES = {ROOT/'nbs'/'jobs'/f'{n}.ipynb' for n in JOBS} # Run as jobs, by test_jobs
+NBS = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if p not in JOB_PAGES and not {'tutorials', '.ipynb_checkpoints'} & set(p.parts)]
+
+def page(p): return p and str(p.relative_to(ROOT/'nbs').with_suffix(''))
+
 FLAGS = list(get_config(ROOT).tst_flags)
-COVERED = ('jobs', 'benchmarking', 'launching', 'sweep_running') # Their slow cells are whole jobs, which test_jobs, test_survival, test_benchmark, test_launch and test_sweeping run
+COVERED = ('jobs/runner', 'jobs/benchmarking', 'training/launching', 'jobs/sweep_running') # Their slow cells are whole jobs, which test_jobs, test_survival, test_benchmark, test_launch and test_sweeping run
 
 CHILD = """
 import sys
@@ -42,12 +47,12 @@ def run_nb(nb, force, record_property, run=alone):
     print(f'{nb.name}: {n} cells\n{said}')
     if code: pytest.fail(f'{nb.name}: exit code {code}\n{said}', pytrace=False)
 
-def wanted(p): return [] if p.stem in COVERED else ['slow'] # Flagged cells that run all the same
+def wanted(p): return [] if page(p) in COVERED else ['slow'] # Flagged cells that run all the same
 def heavy(p): return bool(re.search(r'start_engine\(|load_model\(|load_tokenizer\(', '\n'.join(c.source for c in cells(p, []))))
 def slow(p): return heavy(p) or len(cells(p, ['slow'])) > len(cells(p, []))
 def param(p): return pytest.param(p, marks=[pytest.mark.slow] if slow(p) else [])
 
-FORKED = [p for p in NBS if heavy(p) and p.stem != 'engine'] # That page is about how the engine starts
+FORKED = [p for p in NBS if heavy(p) and page(p) != 'core/engine'] # That page is about how the engine starts
 
 @pytest.fixture(scope='session')
 def forks():
@@ -55,14 +60,14 @@ def forks():
     yield p
     p.stop()
 
-@pytest.mark.parametrize('nb', [param(p) for p in NBS], ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', [param(p) for p in NBS], ids=page)
 def test_notebook(nb, forks, record_property):
     "Slow cells included, GPU cells not"
     run = (lambda nb, force: forks.run(nb, FLAGS, force, environment())) if nb in FORKED else alone
     run_nb(nb, wanted(nb), record_property, run)
 
 @pytest.mark.long
-@pytest.mark.parametrize('nb', FORKED, ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', FORKED, ids=page)
 def test_notebook_alone(nb, record_property):
     "What `test_notebook` runs in a fork, in a process that starts with nothing"
     run_nb(nb, wanted(nb), record_property)
@@ -83,14 +88,14 @@ def write_page(folder, *sources):
 ], ids=['transformers first', 'peft first', 'error', 'killed', 'good'])
 def test_a_fork_refuses_what_a_process_refuses(forks, tmp_path, first, why):
     "A page that fails, or imports transformers too early, fails in a fork too; one that is right finds Unsloth as soon as it starts the engine"
-    page = write_page(tmp_path, first, 'from unsloth_nb.engine import start_engine\nstart_engine()', 'import sys,unsloth,transformers\nassert sys.modules["transformers"].__version__')
+    page = write_page(tmp_path, first, 'from unsloth_nb.core.engine import start_engine\nstart_engine()', 'import sys,unsloth,transformers\nassert sys.modules["transformers"].__version__')
     code,said = forks.run(page, FLAGS, [], environment())
     assert (code == 0) == (why is None) and (why or '') in said, said
 
 GPU = [p for p in NBS if len(cells(p, ['slow', 'gpu'])) > len(cells(p, ['slow']))]
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('nb', GPU or [pytest.param(None, marks=pytest.mark.skip('no notebook has GPU cells'))], ids=lambda p: p and p.stem)
+@pytest.mark.parametrize('nb', GPU or [pytest.param(None, marks=pytest.mark.skip('no notebook has GPU cells'))], ids=page)
 def test_notebook_gpu(nb, record_property):
     "Notebooks with GPU cells, all cells"
     run_nb(nb, ['slow', 'gpu'], record_property)

@@ -3,15 +3,15 @@ import json,struct,subprocess,sys
 from dataclasses import replace
 import pytest
 from hypothesis import given,settings,strategies as st
-from unsloth_nb.architecture import linear_shapes,model_shape,parameter_counts,read_config,weight_shapes
-from unsloth_nb.devices import CARDS,find_device
-from unsloth_nb.memory import memory_estimate
-from unsloth_nb.certificate import LIMITS,limits
-from unsloth_nb.planning import _rows_per_step,make_plan,past_runs,run_plan,smaller_way
-from unsloth_nb.runs import start_run
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import FinetuneJob,ModelRef,presets,resolve_model
-from unsloth_nb.ways import example_lengths,usable
+from unsloth_nb.planning.architecture import linear_shapes,model_shape,parameter_counts,read_config,weight_shapes
+from unsloth_nb.planning.devices import CARDS,find_device
+from unsloth_nb.planning.memory import memory_estimate
+from unsloth_nb.export.certificate import LIMITS,limits
+from unsloth_nb.planning.plan import _rows_per_step,make_plan,past_runs,run_plan,smaller_way
+from unsloth_nb.runs.run import start_run
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import FinetuneJob,ModelRef,presets,resolve_model
+from unsloth_nb.planning.ways import example_lengths,usable
 
 DEVICES = [*CARDS, 'CPU 16GB', 'Apple 64GB']
 MODELS = ['smollm2-135m', 'llama-3.2-3b', 'llama-3.1-8b', 'qwen3-30b-a3b', 'gemma-3-4b-it', 'llama-3.1-70b-instruct']
@@ -60,7 +60,7 @@ def test_memory_grows(model, tokens, bits, checkpointing, layout):
 def test_peak_is_the_process_s_own():
     "A rank started by a notebook that holds a model does not report the notebook's peak"
     held = b'x'*2**29
-    out = subprocess.run([sys.executable, '-c', "from unsloth_nb.devices import peak_memory; print(peak_memory('cpu'))"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, '-c', "from unsloth_nb.planning.devices import peak_memory; print(peak_memory('cpu'))"], capture_output=True, text=True, check=True).stdout
     assert 2**24 < int(out) < len(held)
 
 def test_larger_cards_are_never_worse():
@@ -75,7 +75,7 @@ def test_mend_mends(change):
     job = FinetuneJob(model='llama-3.1-8b', **change)
     p = make_plan(job, None, 'RTX 4060')
     assert p.fits is False and p.mend.startswith('it would fit with'), p.mend
-    from unsloth_nb.schema import read_value
+    from unsloth_nb.core.schema import read_value
     mended = dict(m.split('=') for m in p.mend.removeprefix('it would fit with ').split(', '))
     assert make_plan(job.replace(**{k:read_value(FinetuneJob, k, v) for k,v in mended.items()}), None, 'RTX 4060').fits
 

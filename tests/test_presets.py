@@ -1,7 +1,7 @@
 """The model presets: types, names, ids, and shapes that add up to the parameter counts."""
 import pytest,yaml
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import FinetuneJob,Preset,jobs_dir,presets
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import FinetuneJob,Preset,jobs_dir,presets
 
 ALL = list(presets().values())
 each = lambda ps: pytest.mark.parametrize('p', ps, ids=[p.name for p in ps])

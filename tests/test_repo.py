@@ -15,7 +15,7 @@ def same(a, b, pattern):
 
 def test_export(tree, tool):
     "The modules are what the notebooks export"
-    for p in (tree/'unsloth_nb').glob('*.py'):
+    for p in (tree/'unsloth_nb').rglob('*.py'):
         if p.name != '__init__.py': p.unlink()
     tool('nbdev-export', cwd=tree)
     same(ROOT/'unsloth_nb', tree/'unsloth_nb', '*.py')
@@ -51,7 +51,7 @@ def test_readme(tool):
 
 def test_readme_models():
     "The index notebook was run after the last change of the presets"
-    from unsloth_nb.spec import presets
+    from unsloth_nb.core.spec import presets
     text = (ROOT/'README.md').read_text()
     assert not [n for n in presets() if f'`{n}`' not in text]
 
@@ -62,7 +62,7 @@ def test_lock(tool):
     assert re.search('^torch==', cpu, re.M) and not re.search('^(nvidia|cuda|triton|xformers)', cpu, re.M)
 
 def test_floors(tool):
-    "Imports go down the floors of the house, never up or across"
+    "Imports go down the wings of the house, and never in a circle"
     tool('lint-imports', '--no-cache')
 
 # Absolute folders of one machine, outside words, addresses and encoded pictures; and hosts of package registries

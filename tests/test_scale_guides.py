@@ -141,7 +141,7 @@ def test_ranks_wait_for_the_longest(which):
     assert space['waiting'](1) == pytest.approx(1, abs=0.02) and space['waiting'](2) == pytest.approx(2000/2500, abs=0.02)
 
 def test_rented_cost_is_price_times_hours(which):
-    from unsloth_nb.prices import PRICES
+    from unsloth_nb.planning.prices import PRICES
     dollars,hours = which['ten_million']('8B', 'H100')
     assert dollars/hours == pytest.approx(PRICES['H100'].hour) and hours*3600*which['alone']('8B', 'H100').tokens_per_second == pytest.approx(1e7)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from openai import BadRequestError,OpenAI
 
-from unsloth_nb.loading import embedded_model
-from unsloth_nb.runs import new_run_dir,open_run,write_json
-from unsloth_nb.schema import SpecError
-from unsloth_nb.serving import BACKENDS,ServeError,find_backend,find_served,serve,serve_command
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.training.loading import embedded_model
+from unsloth_nb.runs.run import new_run_dir,open_run,write_json
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.export.serving import BACKENDS,ServeError,find_backend,find_served,serve,serve_command
+from unsloth_nb.core.spec import FinetuneJob
 
 QUESTION = [dict(role='user', content='What is the capital of France?')]
 
@@ -114,7 +114,7 @@ def gone(pid, within=15):
 
 def test_ends_with_its_owner(gguf_file):
     "Killed without a chance to clean up, the owner leaves no server behind"
-    code = 'import sys,time; from unsloth_nb.serving import serve; print(serve(sys.argv[1]).process.pid, flush=True); time.sleep(600)'
+    code = 'import sys,time; from unsloth_nb.export.serving import serve; print(serve(sys.argv[1]).process.pid, flush=True); time.sleep(600)'
     owner = subprocess.Popen([sys.executable, '-c', code, gguf_file], stdout=subprocess.PIPE, text=True)
     pid = int(owner.stdout.readline())
     assert not gone(pid, 0.5)

@@ -13,7 +13,7 @@ import docs
 sys.path.pop(0)
 
 WIDTHS = dict(desktop=(1280, 900), phone=(390, 844))
-KINDS = ['index.html', 'planning.html', 'jobs/finetune.html', 'tutorials/what_the_loss_sees.html', '404.html'] # One of each kind of page
+KINDS = ['index.html', 'planning/plan.html', 'jobs/finetune.html', 'tutorials/what_the_loss_sees.html', '404.html'] # One of each kind of page
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
@@ -25,7 +25,7 @@ def site(tmp_path_factory):
     return tree/'_docs'
 
 @pytest.fixture(scope='module')
-def pages(site): return sorted(str(p.relative_to(site)) for p in site.rglob('*.html'))
+def pages(site): return sorted({str(p.relative_to(site)) for p in site.rglob('*.html')}-docs.moved_pages().keys())
 
 def test_pages_of_all_notebooks(pages):
     "Every notebook has its page"
@@ -33,13 +33,13 @@ def test_pages_of_all_notebooks(pages):
 
 def test_reference(site):
     "A function has an anchor, its signature, its first words, and its docments as a table"
-    page = (site/'planning.html').read_text()
+    page = (site/'planning/plan.html').read_text()
     assert 'id="make_plan"' in page and 'The fastest configuration that fits, among those that the job leaves open' in page
     assert re.search(r'<td><code>device</code></td>\s*<td><code>Device \| str \| None</code></td>\s*<td><code>None</code></td>\s*<td>This machine by default', page)
-    spec = (site/'spec.html').read_text()
+    spec = (site/'core/spec.html').read_text()
     assert re.search(r'<td><code>\*\*overrides</code></td>\s*<td></td>\s*<td></td>\s*<td>Parameters by name', spec)
     assert 'Takes the parameters of <code>GenerateParams</code> too' in spec # And not those of Job, which has none
-    assert 'three questions come back' in (site/'runs.html').read_text()
+    assert 'three questions come back' in (site/'runs/run.html').read_text()
 
 def test_no_live_parts(site, pages):
     "No page waits for a kernel, a script or a font from elsewhere"
@@ -64,6 +64,22 @@ def test_link_check(tmp_path):
     pages,n,bad = docs.check_links(tmp_path, '/base/')
     assert (pages, n) == (2, 5) and len(bad) == 2 and 'no such anchor' in bad[0] and 'no such file' in bad[1]
 
+def test_moved_pages(site, pages):
+    "An old address leads to the page's new one, with and without a script"
+    moved = docs.moved_pages()
+    assert len(moved) >= 77 and not set(moved) & set(pages) and set(moved.values()) <= set(pages)
+    for old,new in moved.items():
+        text = (site/old).read_text()
+        assert f'content="0; url={new}"' in text and '<link rel="canonical" href="' in text and f'<a href="{new}">' in text, old
+
+def test_moved_page_checked(tmp_path):
+    "The link check follows redirects"
+    (tmp_path/'old.html').write_text(docs.redirect('old.html', 'a/new.html'))
+    assert len(docs.check_links(tmp_path)[2]) >= 2 and 'a/new.html: no such file' in docs.check_links(tmp_path)[2][0]
+    (tmp_path/'a').mkdir()
+    (tmp_path/'a'/'new.html').write_text('<p>Here</p>')
+    assert not docs.check_links(tmp_path)[2]
+
 def test_for_agents(site, pages):
     "llms.txt lists every page once with what it promises, each has a Markdown copy with its code, and no link in a copy is broken"
     listed = re.findall(r'^- \[[^\]]+\]\(([^)]+)\)', (site/'llms.txt').read_text(), re.M)
@@ -76,7 +92,7 @@ def test_for_agents(site, pages):
         links = [urlsplit(u) for u in re.findall(r'(?<!!)\[[^\]]*\]\(([^)\s]+)\)', prose)]
         bad += [f'{m}: {u.path}' for u in links if not u.scheme and u.path and not (site/m).parent.joinpath(unquote(u.path)).exists()]
     assert not bad
-    plan = (site/'planning.md').read_text()
+    plan = (site/'planning/plan.md').read_text()
     assert '### make_plan' in plan and '| `job` |' in plan and '```python\n' in plan
 
 def test_finished_for_a_folder():
@@ -176,7 +192,7 @@ def test_search(width, reader):
     hit = tab.locator('.search-result', has_text='make_plan').first
     hit.wait_for()
     hit.click()
-    tab.wait_for_url('**/planning.html#*')
+    tab.wait_for_url('**/planning/plan.html#*')
     assert tab.locator('#make_plan').count() and not r.wrong, r.wrong
 
 @pytest.mark.browser
@@ -205,6 +221,14 @@ def test_keyboard(reader):
     assert head.get_attribute('aria-expanded') == 'true' and not r.wrong, r.wrong
 
 @pytest.mark.browser
+def test_old_address(reader):
+    "A reader who follows an old link to a function arrives at its reference"
+    r = reader()
+    tab = r.open('planning.html#make_plan')
+    tab.wait_for_url('**/planning/plan.html#make_plan')
+    assert tab.locator('#make_plan').count() and not r.wrong, r.wrong
+
+@pytest.mark.browser
 def test_not_found(reader):
     "A wrong address, however deep, shows a page with its style and with links that work"
     r = reader()
@@ -212,5 +236,5 @@ def test_not_found(reader):
     assert tab.get_by_role('heading', level=1).inner_text() == 'There is no such page'
     assert tab.evaluate('() => document.styleSheets.length') >= 3
     tab.get_by_role('link', name='Every parameter of a job').click()
-    tab.wait_for_url('**/spec.html')
-    assert tab.url == r.base+'spec.html' and all('/old/place/spec.html' in w or ' 404' in w for w in r.wrong), r.wrong
+    tab.wait_for_url('**/core/spec.html')
+    assert tab.url == r.base+'core/spec.html' and all('/old/place/spec.html' in w or ' 404' in w for w in r.wrong), r.wrong

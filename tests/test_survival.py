@@ -8,7 +8,7 @@ SMALL = dict(max_rows=24, test_size=4, max_steps=6, max_seq_length=256, learning
 def trace(run): return [(m['loss'], m['grad_norm']) for m in run.metrics]
 
 def weights(model):
-    from unsloth_nb.resuming import weights_sha256
+    from unsloth_nb.training.resuming import weights_sha256
     return weights_sha256(model.model)
 
 class Still:
@@ -109,7 +109,7 @@ def test_changes_refused(lab, change):
 def test_hub_weights(lib, tmp_path, monkeypatch):
     "A model in the Hub's cache is known by the hashes that its files are named by"
     import huggingface_hub.constants as c
-    from unsloth_nb.loading import base_fingerprint
+    from unsloth_nb.training.loading import base_fingerprint
     home,sha = tmp_path/'models--a--b','ab'*32
     for p,text in ((home/'refs'/'main', 'c0ffee'), (home/'blobs'/sha, 'weights'), (home/'snapshots'/'c0ffee'/'config.json', '{}')):
         p.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def test_hub_weights(lib, tmp_path, monkeypatch):
 
 def test_code_refused(lab, monkeypatch):
     "Another version of a package is a difference as well"
-    from unsloth_nb import resuming
+    from unsloth_nb.training import resuming
     run,honest = lab.stopped(2),resuming.code_hashes
     monkeypatch.setattr(resuming, 'code_hashes', lambda: honest()|dict(torch='0.1'))
     with pytest.raises(lab.lib.CheckpointError, match='code: torch: .* then, 0.1 now'): lab.train(run)
@@ -153,11 +153,11 @@ def test_rotation(lab):
 def test_one_writer(lab):
     "A second process may not train into the same run"
     _,run,_ = lab.train(max_steps=1)
-    code = f'from unsloth_nb.runs import Run\nfrom unsloth_nb.checkpoints import only_writer\nimport time\nwith only_writer(Run({str(run.path)!r})): print("has it", flush=True); time.sleep(60)'
+    code = f'from unsloth_nb.runs.run import Run\nfrom unsloth_nb.runs.checkpoints import only_writer\nimport time\nwith only_writer(Run({str(run.path)!r})): print("has it", flush=True); time.sleep(60)'
     with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as p:
         try:
             assert p.stdout.readline() == 'has it\n'
-            with pytest.raises(lab.lib.runs.RunError, match=f'process {p.pid} '): lab.train(run)
+            with pytest.raises(lab.lib.runs.run.RunError, match=f'process {p.pid} '): lab.train(run)
         finally: p.kill()
     lab.train(run, max_steps=1)
 
@@ -192,8 +192,8 @@ def test_room(lab, tmp_path):
 @pytest.mark.slow
 def test_room_estimate(trained):
     "Adapter, checkpoint and merged model take what the plan says, within a fifth"
-    from unsloth_nb.runs import read_json
-    from unsloth_nb.export import save_artifact
+    from unsloth_nb.runs.run import read_json
+    from unsloth_nb.export.artifacts import save_artifact
     model,run,data = trained(max_steps=1)
     plan = read_json(run.path/'plan.json')
     size = lambda d: sum(p.stat().st_size for p in d.rglob('*') if p.is_file())
@@ -204,8 +204,8 @@ def test_room_estimate(trained):
 
 def test_unwritable_runs_dir(tmp_path):
     "A runs directory under a file is refused before a kernel starts"
-    from unsloth_nb.jobs import run_job
-    from unsloth_nb.schema import SpecError
+    from unsloth_nb.jobs.runner import run_job
+    from unsloth_nb.core.schema import SpecError
     (tmp_path/'file').write_text('')
     with pytest.raises(SpecError, match='cannot be written'): run_job('finetune', runs_dir=tmp_path/'file'/'runs', show=False, max_rows=8, test_size=2)
 
@@ -215,7 +215,7 @@ def params(model, **kw): return [x for k,v in (dict(model=model, **SMALL)|kw).it
 
 def wait_for_step(home, n):
     "The run under `home` and its kernel's process, once it has done a step"
-    from unsloth_nb.runs import read_json
+    from unsloth_nb.runs.run import read_json
     for _ in range(2400):
         for p in home.glob('*-finetune-*'):
             b = read_json(p/'heartbeat.json')
@@ -228,7 +228,7 @@ SLOWLY = dict(max_steps=200, save_steps=50) # Long enough to be caught in the mi
 @pytest.fixture(scope='session')
 def whole(tiny, tmp_path_factory):
     "A job that nobody disturbs"
-    from unsloth_nb.jobs import run_job
+    from unsloth_nb.jobs.runner import run_job
     run = run_job('finetune', runs_dir=tmp_path_factory.mktemp('whole'), show=False, **dict(model=str(tiny), **SMALL)|SLOWLY)
     assert run.status == 'finished', run.result
     return run
@@ -239,7 +239,7 @@ def adapter(run): return run.result['artifacts']['adapter']['adapter_model.safet
 def test_sigterm_and_resume(tiny, whole, tmp_path):
     "SIGTERM to the runner: a checkpoint, exit code 3; `run --resume`: the same adapter as without it, and exit code 0"
     import nbformat
-    from unsloth_nb.runs import Run
+    from unsloth_nb.runs.run import Run
     p = cli('run', 'finetune', '--runs-dir', tmp_path, *params(tiny, **SLOWLY))
     path,_ = wait_for_step(tmp_path, 5)
     p.send_signal(signal.SIGTERM)
@@ -258,8 +258,8 @@ def test_sigterm_and_resume(tiny, whole, tmp_path):
 def test_killed_and_retried(tiny, whole, tmp_path):
     "kill -9 of the kernel, and one retry: the same adapter; the first notebook says where it ended"
     import nbformat
-    from unsloth_nb.jobs import run_job
-    from unsloth_nb.runs import read_json
+    from unsloth_nb.jobs.runner import run_job
+    from unsloth_nb.runs.run import read_json
     def kill(): os.kill(wait_for_step(tmp_path, 60)[1], signal.SIGKILL)
     threading.Thread(target=kill, daemon=True).start()
     run = run_job('finetune', runs_dir=tmp_path, show=False, retries=1, **dict(model=str(tiny), **SMALL)|SLOWLY)
@@ -273,8 +273,8 @@ def test_killed_and_retried(tiny, whole, tmp_path):
 @pytest.mark.slow
 def test_killed_after_a_request_to_stop(tiny, tmp_path):
     "A kernel that dies before it has heard the request is not started again"
-    from unsloth_nb.jobs import run_job
-    from unsloth_nb.runs import Run
+    from unsloth_nb.jobs.runner import run_job
+    from unsloth_nb.runs.run import Run
     def kill():
         path,pid = wait_for_step(tmp_path, 5)
         os.kill(pid, signal.SIGSTOP)
@@ -287,7 +287,7 @@ def test_killed_after_a_request_to_stop(tiny, tmp_path):
 @pytest.mark.slow
 def test_hang_and_timeout(tiny, tmp_path):
     "A stopped kernel is found by its silence and killed; a time limit asks for a checkpoint"
-    from unsloth_nb.jobs import run_job,resume_run
+    from unsloth_nb.jobs.runner import run_job,resume_run
     def stop(): os.kill(wait_for_step(tmp_path, 5)[1], signal.SIGSTOP)
     threading.Thread(target=stop, daemon=True).start()
     run = run_job('finetune', runs_dir=tmp_path, show=False, hang_after=12, **dict(model=str(tiny), **SMALL)|dict(max_steps=100000, save_steps=20))
@@ -297,8 +297,8 @@ def test_hang_and_timeout(tiny, tmp_path):
 
 def test_request_that_was_not_heard_is_made_again(tmp_path):
     "A kernel ignores SIGINT between two cells: one that goes on is asked again, one that ends its steps is not"
-    from unsloth_nb.runs import Run,write_json
-    from unsloth_nb.supervising import Supervisor
+    from unsloth_nb.runs.run import Run,write_json
+    from unsloth_nb.jobs.supervising import Supervisor
     deaf = "import signal,time; signal.signal(signal.SIGINT, lambda *a: print('asked', flush=True)); print('ready', flush=True)\nwhile True: time.sleep(1)"
     with subprocess.Popen([sys.executable, '-c', deaf], stdout=subprocess.PIPE, text=True) as kernel:
         assert kernel.stdout.readline() == 'ready\n'
@@ -330,7 +330,7 @@ def test_refused(whole, tmp_path):
 @pytest.mark.slow
 def test_reuse(tiny, whole):
     "Another run of the edited job takes over what it need not do: training is not done again, the evaluation is"
-    from unsloth_nb.jobs import run_job
+    from unsloth_nb.jobs.runner import run_job
     run = run_job('finetune', runs_dir=whole.path.parent, show=False, reuse=whole.name, **dict(model=str(tiny), **SMALL)|SLOWLY|dict(max_new_tokens=5))
     said = (run.path/'progress.jsonl').read_text()
     assert run.status == 'finished' and adapter(run) == adapter(whole)

@@ -6,14 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 
-from unsloth_nb import sweep_running
+from unsloth_nb.jobs import sweep_running
 from unsloth_nb.cli import sweep_command
-from unsloth_nb.runs import Run,append_line,read_json,read_lines,run_dirs,start_run,write_json
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import FinetuneJob
-from unsloth_nb.sweep_report import SweepResult,Trial,open_sweep,sweep_dirs
-from unsloth_nb.sweep_running import Conductor,Search,end_leftovers,resume_sweep,run_sweep
-from unsloth_nb.sweeping import Sweep,draw,forecast,read_sweep
+from unsloth_nb.runs.run import Run,append_line,read_json,read_lines,run_dirs,start_run,write_json
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import FinetuneJob
+from unsloth_nb.jobs.sweep_report import SweepResult,Trial,open_sweep,sweep_dirs
+from unsloth_nb.jobs.sweep_running import Conductor,Search,end_leftovers,resume_sweep,run_sweep
+from unsloth_nb.jobs.sweeping import Sweep,draw,forecast,read_sweep
 
 HERE = Path(__file__).resolve().parent
 PATHS = os.environ|dict(PYTHONPATH=f'{HERE}:{HERE.parent}') # For a process that imports this file
@@ -240,7 +240,7 @@ def test_everything_fails(tmp_path):
 SCRIPT = """
 import sys
 from test_sweeping import Sweep,partial,quick,resume_sweep,run_sweep
-from unsloth_nb.sweep_report import sweep_dirs
+from unsloth_nb.jobs.sweep_report import sweep_dirs
 if __name__ == '__main__':
     s = Sweep(name='long', params=dict(max_steps=60), grid=dict(r=[2, 4, 8]))
     how = dict(parallel=2, execute=partial(quick, pause=0.1))

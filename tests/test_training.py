@@ -49,7 +49,7 @@ def test_stream_stops(lib):
 
 def test_nan_stops(lib, tmp_path):
     "A weight that is not a number: the first step stops the run, and no adapter is written"
-    from unsloth_nb.training import TrainingError
+    from unsloth_nb.training.trainer import TrainingError
     job = lib.FinetuneJob(max_rows=8, test_size=2, max_steps=3, max_seq_length=256)
     data = lib.load_data(job)
     model = lib.load_model(job)
@@ -60,7 +60,7 @@ def test_nan_stops(lib, tmp_path):
 
 def test_continue_from_adapter(lib, trained):
     "A saved adapter's folder is a model to go on from: the same weights, trained further"
-    from unsloth_nb.training import save_adapter
+    from unsloth_nb.training.trainer import save_adapter
     model,run,data = trained(max_steps=2)
     job = model.job.replace(model=str(save_adapter(model, run.path/'adapter')))
     again = lib.load_model(job)

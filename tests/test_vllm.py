@@ -3,8 +3,8 @@ import json,re,shutil,signal,subprocess,sys,time
 from pathlib import Path
 import pytest
 
-from unsloth_nb.schema import SpecError
-from unsloth_nb.serving import NF4,ServeError,find_backend,find_served,find_vllm,serve,serve_command
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.export.serving import NF4,ServeError,find_backend,find_served,find_vllm,serve,serve_command
 
 OPTIONS = ('--max-model-len', '512', '--dtype', 'bfloat16', '--enforce-eager')
 NEW = 56 # tokens
@@ -29,7 +29,7 @@ def tuned(lib, tmp_path_factory):
 @pytest.fixture(scope='module')
 def exports(tuned):
     "Both forms that vLLM loads, each with the certificate of two witnesses"
-    from unsloth_nb.export import save_artifact
+    from unsloth_nb.export.artifacts import save_artifact
     model,run,rows = tuned
     return {to:save_artifact(model, run, to, rows, vllm=True) for to in ('merged_16bit', 'adapter')}
 
@@ -68,7 +68,7 @@ FAULTS = dict( # What is done to the merged folder, checks that must fail
 
 @pytest.fixture(scope='module')
 def asked(tuned):
-    from unsloth_nb.certificate import expect,make_request
+    from unsloth_nb.export.certificate import expect,make_request
     request = make_request(tuned[0], tuned[2])
     return request,expect(tuned[0], request)
 
@@ -77,8 +77,8 @@ def asked(tuned):
 @pytest.mark.parametrize('fault', FAULTS)
 def test_fault(tuned, exports, asked, tmp_path, fault):
     "What is wrong in a folder shows in what vLLM makes of it"
-    from unsloth_nb.certificate import ExportError,certify
-    from unsloth_nb.witness import ask
+    from unsloth_nb.export.certificate import ExportError,certify
+    from unsloth_nb.export.witness import ask
     spoil,expected = FAULTS[fault]
     folder = shutil.copytree(tuned[1].path/'merged_16bit', tmp_path/'merged_16bit')
     spoil(folder)
@@ -90,7 +90,7 @@ def test_fault(tuned, exports, asked, tmp_path, fault):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_folder_that_vllm_does_not_load(tuned, exports, asked, tmp_path):
-    from unsloth_nb.witness import WitnessError,ask
+    from unsloth_nb.export.witness import WitnessError,ask
     folder = shutil.copytree(tuned[1].path/'merged_16bit', tmp_path/'merged_16bit')
     edit('config.json', architectures=['NoneSuchForCausalLM'], model_type='none_such')(folder)
     with pytest.raises(WitnessError, match='none_such'): ask('vllm', dict(folder=folder, dtype='bfloat16'), asked[0])
@@ -101,9 +101,9 @@ def test_older_names_are_read(lib, tmp_path):
     "vLLM 0.16 runs on transformers 4: without RoPE's older name it takes 10,000 for the base, not 100,000, and says nothing"
     import torch
     from transformers import AutoModelForCausalLM,AutoTokenizer
-    from unsloth_nb.certificate import token_differences
-    from unsloth_nb.loading import embedded_model,write_older_names
-    from unsloth_nb.witness import log_probabilities,vllm_answers
+    from unsloth_nb.export.certificate import token_differences
+    from unsloth_nb.training.loading import embedded_model,write_older_names
+    from unsloth_nb.export.witness import log_probabilities,vllm_answers
     folder = shutil.copytree(embedded_model(), tmp_path/'m')
     write_older_names(folder)
     ids = AutoTokenizer.from_pretrained(folder)((Path(__file__).parent.parent/'LICENSE').read_text()[:1200])['input_ids']
@@ -182,7 +182,7 @@ def offspring(pid):
 @pytest.mark.slow
 def test_ends_with_its_owner(tuned, exports):
     "Killed without a chance to clean up, the owner leaves nothing of vLLM behind"
-    code = f"import sys,time; from unsloth_nb.serving import serve; print(serve(sys.argv[1], backend='vllm', options={OPTIONS}).process.pid, flush=True); time.sleep(600)"
+    code = f"import sys,time; from unsloth_nb.export.serving import serve; print(serve(sys.argv[1], backend='vllm', options={OPTIONS}).process.pid, flush=True); time.sleep(600)"
     owner = subprocess.Popen([sys.executable, '-c', code, tuned[1].path/'merged_16bit'], stdout=subprocess.PIPE, text=True)
     pid = int(owner.stdout.readline())
     all_of_it = [pid, *offspring(pid)]

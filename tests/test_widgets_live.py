@@ -2,14 +2,14 @@
 import json,os,threading,time
 import pytest
 from browser import browser,lab,notebook # noqa: F401
-from unsloth_nb import explorer
-from unsloth_nb.chat_panel import save_case
-from unsloth_nb.data import load_data
-from unsloth_nb.explorer import DataExplorer,Row
-from unsloth_nb.monitor import TrainingMonitor
-from unsloth_nb.runs import Run,RunError,start_run
-from unsloth_nb.schema import SpecError
-from unsloth_nb.spec import FinetuneJob
+from unsloth_nb.widgets import explorer
+from unsloth_nb.widgets.chat_panel import save_case
+from unsloth_nb.data.load import load_data
+from unsloth_nb.widgets.explorer import DataExplorer,Row
+from unsloth_nb.runs.monitor import TrainingMonitor
+from unsloth_nb.runs.run import Run,RunError,start_run
+from unsloth_nb.core.schema import SpecError
+from unsloth_nb.core.spec import FinetuneJob
 
 PAYLOADS = ['<script>window.__pwned=1</script>', '<img src=x onerror="window.__pwned=1">', '"><svg onload=window.__pwned=1>', '$\\href{javascript:window.__pwned=1}{x}$', '</div></td></table><iframe srcdoc="<script>parent.__pwned=1</script>">', '[x](javascript:window.__pwned=1)', "'-alert(1)-'", '{{7*7}}&lt;b&gt;']
 PWNED = "[...document.querySelectorAll('.jp-OutputArea')].flatMap(e => [...e.querySelectorAll('script, iframe, svg[onload], img[onerror], [href^=javascript]')]).length + (window.__pwned ? 100 : 0)"
@@ -62,7 +62,7 @@ def test_monitor_says_when_a_run_has_died(run):
     with pytest.raises(RunError, match='nothing to stop'): m.stop()
 
 def test_monitor_of_a_new_run(tmp_path):
-    from unsloth_nb.runs import new_run_dir,record_job
+    from unsloth_nb.runs.run import new_run_dir,record_job
     path = new_run_dir('finetune', tmp_path)
     record_job(path, FinetuneJob())
     m = TrainingMonitor(path)
@@ -226,7 +226,7 @@ def test_train_stop_resume(notebook, lab):
     nb.shot('monitor_trains')
     out.get_by_role('button', name='Stop with a checkpoint').click()
     until(nb, lambda: 'Interrupted: stopped by the stop button' in out.inner_text())
-    assert out.get_by_role('button').count() == 0 and out.locator('img').count() == 1 and 'training.py' not in out.inner_text() # A picture is left, and one line
+    assert out.get_by_role('button').count() == 0 and out.locator('img').count() == 1 and 'trainer.py' not in out.inner_text() # A picture is left, and one line
     run = Run(next((lab.folder/'runs').glob('*finetune*')))
     at = run.metrics[-1]['step']
     assert run.status == 'interrupted' and 1 < at < 20 and (run.path/'checkpoints'/f'step-{at:06d}').is_dir()
@@ -263,7 +263,7 @@ def test_two_ranks_in_a_cell(notebook, lab):
     assert not nb.errors and not nb.outside
 
 HOSTILE = f"""from unsloth_nb import *
-from unsloth_nb.inference import Answer
+from unsloth_nb.evaluation.generation import Answer
 import tempfile
 from types import SimpleNamespace as Stub
 payloads = {PAYLOADS!r}

@@ -8,7 +8,8 @@
 The notebooks are staged into `_proc` by nbdev's own processors, with one difference: nothing is executed. Pages show
 the outputs that the notebooks hold, and the reference of each function comes from the module that is imported.
 Finishing is the same for both renderers: a Markdown copy of each page and `llms.txt` for agents, no fonts from
-elsewhere, names for what screen readers announce, and a 404 page that works at any depth."""
+elsewhere, names for what screen readers announce, a 404 page that works at any depth, and a page at each old address
+in `tools/moved_pages.yaml` that sends its reader on."""
 
 import argparse, ast, os, re, shutil, subprocess, sys, time
 from functools import partial
@@ -190,6 +191,35 @@ def finish_page(text, page, base):
         return re.sub(r'((?:href|src)=")([^"]+)', rooted, text).replace('name="smalldocs:offset" content="./"', f'name="smalldocs:offset" content="{base}"')
     return text.replace('</head>', f'<link rel="alternate" type="text/markdown" href="{escape(page.stem)}.md">\n</head>', 1)
 
+def moved_pages():
+    "Old addresses of pages, and the new ones"
+    return yaml.safe_load((ROOT/'tools'/'moved_pages.yaml').read_text())
+
+def redirect(old, new):
+    "The page at an old address, which sends its reader to the same place on the new one"
+    at = escape(os.path.relpath(new, Path(old).parent))
+    canonical = f"{site().rstrip('/')}/{escape(new)}" if site() else at
+    return f'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>This page has moved</title>
+<link rel="canonical" href="{canonical}">
+<script>location.replace("{at}"+location.hash)</script>
+<meta http-equiv="refresh" content="0; url={at}">
+</head>
+<body><p>This page has moved: <a href="{at}">{at}</a></p></body>
+</html>
+'''
+
+def write_redirects(dest):
+    "A page at each old address"
+    taken = {str(p.relative_to(NBS).with_suffix('.html')) for p in notebooks()}
+    for old,new in moved_pages().items():
+        if old in taken: raise SystemExit(f'tools/moved_pages.yaml: there is a page at {old}')
+        (dest/old).parent.mkdir(parents=True, exist_ok=True)
+        (dest/old).write_text(redirect(old, new))
+
 def finish(dest, base='/'):
     "What both renderers leave to do, in the folder of a rendered site"
     dest = Path(dest)
@@ -197,6 +227,7 @@ def finish(dest, base='/'):
     for f in dest.rglob('*.css'): # Fonts from elsewhere: a page must not wait for them, nor tell anyone that it is read
         css = f.read_text()
         if (own := re.sub(r'@import\s+(?:url\(\s*["\']?https?:[^)]*\)|(["\'])https?:.*?\1)[^;{}]*;', '', css)) != css: f.write_text(own)
+    write_redirects(dest)
     return copies(dest)
 
 class Page(HTMLParser):
@@ -209,6 +240,7 @@ class Page(HTMLParser):
         d = dict(attrs)
         self.ids |= {d[k] for k in ('id', 'name', 'data-anchor-id') if d.get(k)}
         u = d.get('href') if tag in ('a', 'link') else d.get('src') if tag in ('img', 'script', 'source') else None
+        if tag == 'meta' and d.get('http-equiv') == 'refresh': u = d.get('content', '').partition('url=')[2]
         if u: self.refs.append(u)
 
 def check_links(site, base='/'):

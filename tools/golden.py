@@ -38,7 +38,7 @@ def weights(model):
 def trace(params, bands, folder, kind):
     "Train the steps; loss and gradient norm of each, and the hash of the adapter where the device repeats its bits"
     from unsloth_nb import FinetuneJob,load_data,load_model,make_examples,make_plan,start_run,train
-    from unsloth_nb.training import Live
+    from unsloth_nb.training.trainer import Live
     job = FinetuneJob(**params)
     data = load_data(job)
     model = load_model(job, make_plan(job, data, runs_dir=folder))
@@ -59,7 +59,7 @@ def record():
     "The traces of this environment, with everything that may explain a difference; bfloat16 is left out where it is emulated, at a minute a step"
     sys.path.insert(0, str(ROOT))
     from importlib.metadata import distributions
-    from unsloth_nb.engine import start_engine,versions
+    from unsloth_nb.core.engine import start_engine,versions
     dev = start_engine()
     todo = {n:p for n,p in configurations(dev.kind).items() if dev.bf16 or p['dtype'] != 'bfloat16'}
     with tempfile.TemporaryDirectory() as folder: traces = {n:trace(p, bands(n, dev.kind), folder, dev.kind) for n,p in todo.items()}

@@ -8,8 +8,8 @@ import sys
 
 import nbformat
 
-from unsloth_nb.runs import open_run
-from unsloth_nb.spec import jobs_dir
+from unsloth_nb.runs.run import open_run
+from unsloth_nb.core.spec import jobs_dir
 
 def copy_outputs(ref):
     "Outputs cell by cell; refuse a run whose notebook is another one"

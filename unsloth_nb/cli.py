@@ -20,21 +20,21 @@ from typing import Annotated
 
 import typer
 
-from .advice import check_job
-from .certificate import Certificate
-from .comparing import diff_runs,list_runs
-from .data import load_data
-from .devices import find_device
-from .escaping import json_text,mask_secrets,plain_text
-from .gguf import GgufError
-from .inspecting import check_files,data_profile,inspect_data,print_data
-from .jobs import read_pairs,replay_run,resume_run,run_job
-from .leaderboard import compare_runs,write_comparison
-from .places import settings
-from .planning import make_plan
-from .runs import Run,RunError,before_after,open_run,read_lines
-from .schema import SpecError,fields,nearest
-from .spec import EXPORTS,JOBS,FinetuneJob,make_job
+from .lint.advice import check_job
+from .export.certificate import Certificate
+from .runs.comparing import diff_runs,list_runs
+from .data.load import load_data
+from .planning.devices import find_device
+from .core.escaping import json_text,mask_secrets,plain_text
+from .export.gguf import GgufError
+from .lint.inspecting import check_files,data_profile,inspect_data,print_data
+from .jobs.runner import read_pairs,replay_run,resume_run,run_job
+from .evaluation.leaderboard import compare_runs,write_comparison
+from .core.settings import settings
+from .planning.plan import make_plan
+from .runs.run import Run,RunError,before_after,open_run,read_lines
+from .core.schema import SpecError,fields,nearest
+from .core.spec import EXPORTS,JOBS,FinetuneJob,make_job
 
 # %% ../nbs/cli.ipynb #290b4d73
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Fine-tune language models from notebooks, as jobs.')
@@ -109,7 +109,7 @@ def _meet(place):
     if place: os.environ['UNSLOTH_NB_RENDEZVOUS'] = place
 
 def _take_part(run):
-    from unsloth_nb.launching import join
+    from unsloth_nb.training.launching import join
     print(plain_text(f'takes part in {run.name}; logs of the ranks: {run.path}/launch/rank-*/log.txt'), flush=True)
     raise typer.Exit(join(run))
 
@@ -118,7 +118,7 @@ def launch_command(param:Params, devices:Annotated[str|None, typer.Option(help='
     node_rank:Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')]=0, rendezvous:Rendezvous=None, parallel:Annotated[str|None, typer.Option(help='ddp, fsdp, device_map or auto; default: auto.', show_default=False)]=None,
     file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None, retries:Retries=0, timeout:Timeout=None, hang_after:HangAfter=300):
     "Fine-tune on several devices; each machine after the first takes part in what that one does."
-    from unsloth_nb.launching import check_rendezvous,find_launch
+    from unsloth_nb.training.launching import check_rendezvous,find_launch
     params,given = read_pairs(FinetuneJob, param),{k:v for k,v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None}
     if (twice := next((k for k in given if k in params), None)): raise SpecError(f'{twice}: given by --{twice} and by -p {twice}; leave one of them out')
     params |= given
@@ -178,7 +178,7 @@ def check_command(param:Params, files:Annotated[list[Path]|None, typer.Argument(
 def import_command(param:Params, file:Annotated[Path, typer.Argument(metavar='FILE', help='Unsloth notebook or script, Axolotl or LLaMA-Factory YAML.')], out:Annotated[Path|None, typer.Option('-o', '--out', help='Write a params file for: unsloth-nb run finetune -f.')]=None,
     data_dir:Annotated[Path|None, typer.Option(help="Folder with LLaMA-Factory's dataset_info.json.")]=None):
     "Turn another tool's file into a finetune job, and list what could not be taken over; the file is read, never run."
-    from unsloth_nb.migrating import import_job
+    from unsloth_nb.lint.migration import import_job
     got = import_job(file, data_dir, **read_pairs(FinetuneJob, param))
     written = got.save(out) if out else []
     print(got, plain_text(f"\nwritten: {', '.join(map(str, written))}") if written else '')
@@ -249,7 +249,7 @@ def talk(chat, lines=None, out=None):
 def chat_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None,
     base:Annotated[bool, typer.Option(help='Ask the base model as well.')]=True):
     "Talk to a run's model, beside its base model; an empty line is skipped, 'exit' or end of input ends."
-    from unsloth_nb.chatting import chat
+    from unsloth_nb.evaluation.chatting import chat
     r = open_run(run, runs_dir, kind='finetune')
     print(f'loading {r.name} …', flush=True)
     c = chat(r, compare=base)
@@ -284,7 +284,7 @@ def push_command(repo:Annotated[str, typer.Argument(metavar='OWNER/NAME', help='
     public:Annotated[bool, typer.Option(help='A new repository is public, and a public one is accepted.')]=False, branch:Annotated[str|None, typer.Option(help='Default: main.')]=None,
     overwrite:Annotated[bool, typer.Option(help='Replace files that no export of ours wrote.')]=False, runs_dir:RunsDir=None):
     "Put an export on the Hub in one commit, and check that it is there; the token comes from HF_TOKEN or `hf auth login`."
-    from unsloth_nb.hub import HubError,push
+    from unsloth_nb.export.hub import HubError,push
     with _ending(HubError): print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
 
 # %% ../nbs/cli.ipynb #3acdee81
@@ -293,7 +293,7 @@ def serve_command(run:RunName='latest', to:Annotated[str|None, typer.Option(help
     port:Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)]=8000, backend:Annotated[str, typer.Option(help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits; vllm only on a GPU.')]='auto',
     option:Annotated[list[str]|None, typer.Option('-o', '--option', metavar='NAME=VALUE', help="For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated.")]=None, runs_dir:RunsDir=None):
     "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
-    from unsloth_nb.serving import ServeError,serve
+    from unsloth_nb.export.serving import ServeError,serve
     with _ending(ServeError), serve(_place(run, runs_dir), to, host, port, backend, options=[w for o in option or [] for w in f'--{o}'.split('=', 1)]) as s:
         print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
         s.wait()
@@ -305,7 +305,7 @@ app.add_typer(gguf_app, name='gguf')
 @gguf_app.command('install')
 def gguf_install_command():
     "Fetch llama.cpp's converter, pinned by its hash, into the cache; the environment stays as it is."
-    from unsloth_nb.gguf import install_converter
+    from unsloth_nb.export.gguf import install_converter
     print(f'{install_converter()}')
 
 # %% ../nbs/cli.ipynb #7880d556
@@ -316,7 +316,7 @@ SentRun = Annotated[str, typer.Argument(metavar='RUN', help="Name of a submitted
 @contextmanager
 def _modal():
     "Modal's errors as one message"
-    from unsloth_nb.cloud import CloudError
+    from unsloth_nb.cloud.modal_request import CloudError
     with _ending(CloudError): yield
 
 @modal_app.command('submit')
@@ -328,8 +328,8 @@ def modal_submit_command(param:Params, job:Annotated[str, typer.Argument(help='f
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Show what would be asked, and stop.')]=False, yes:Annotated[bool, typer.Option('--yes', help='Send without asking.')]=False):
     "Check, plan and price a job, show what Modal will be asked, and send it."
     with _modal():
-        from unsloth_nb.cloud import ask
-        from unsloth_nb.submissions import submit
+        from unsloth_nb.cloud.modal_request import ask
+        from unsloth_nb.cloud.submissions import submit
         req = ask(job, preset, file, gpu, tuple(secret or ()), timeout, retries, **read_pairs(JOBS.get(job, FinetuneJob), param))
         print(req)
         if dry_run: return
@@ -340,14 +340,14 @@ def modal_submit_command(param:Params, job:Annotated[str, typer.Argument(help='f
 @modal_app.command('list')
 def modal_list_command(runs_dir:RunsDir=None):
     "List what was submitted from here, oldest first."
-    from unsloth_nb.submissions import submissions
+    from unsloth_nb.cloud.submissions import submissions
     print('\n'.join(map(str, submissions(runs_dir))) or 'nothing was submitted yet')
 
 @modal_app.command('status')
 def modal_status_command(run:SentRun='latest', runs_dir:RunsDir=None, wait:Annotated[float, typer.Option(help='Wait so long for its end [s].', min=0)]=0):
     "Show how a submitted job stands; exit code 1 when it failed."
     with _modal():
-        from unsloth_nb.submissions import status
+        from unsloth_nb.cloud.submissions import status
         print(now := status(run, runs_dir, wait))
     raise typer.Exit(0 if now.state in ('running', 'finished') else 1)
 
@@ -356,14 +356,14 @@ def modal_status_command(run:SentRun='latest', runs_dir:RunsDir=None, wait:Annot
 def modal_logs_command(run:SentRun='latest', runs_dir:RunsDir=None, lines:Annotated[int, typer.Option(help='The last so many lines.', min=1, max=5000)]=100, follow:Annotated[bool, typer.Option('--follow', help='Go on with what comes.')]=False):
     "Print what a submitted job has printed."
     with _modal():
-        from unsloth_nb.submissions import logs
+        from unsloth_nb.cloud.submissions import logs
         for text in logs(run, runs_dir, lines, follow): print(text, end='', flush=True)
 
 @modal_app.command('fetch')
 def modal_fetch_command(run:SentRun='latest', runs_dir:RunsDir=None):
     "Bring a run's directory here, whole and checked, or not at all."
     with _modal():
-        from unsloth_nb.submissions import fetch
+        from unsloth_nb.cloud.submissions import fetch
         print_result(fetch(run, runs_dir))
 
 # %% ../nbs/cli.ipynb #a28c3fcd
@@ -371,14 +371,14 @@ def modal_fetch_command(run:SentRun='latest', runs_dir:RunsDir=None):
 def modal_stop_command(run:SentRun='latest', runs_dir:RunsDir=None):
     "End a submitted job and its machine; its last checkpoint stays on Modal's disk."
     with _modal():
-        from unsloth_nb.submissions import cancel
+        from unsloth_nb.cloud.submissions import cancel
         print(plain_text(f'{cancel(run, runs_dir).run_name} was told to end'))
 
 @modal_app.command('deploy')
 def modal_deploy_command():
     "Deploy the app without a job, which builds its image."
     with _modal():
-        from unsloth_nb.submissions import deploy
+        from unsloth_nb.cloud.submissions import deploy
         print(plain_text(f'{deploy()} is deployed'))
 
 @modal_app.command('serve')
@@ -386,7 +386,7 @@ def modal_serve_command(run:Annotated[str, typer.Argument(metavar='RUN', help="N
     gpu:Annotated[str, typer.Option(help='A card.')]='L4', public:Annotated[bool, typer.Option('--public', help='Answer everyone; otherwise callers need a proxy token of your workspace.')]=False):
     "Put a finished run behind an OpenAI-compatible endpoint on Modal."
     with _modal():
-        from unsloth_nb.submissions import serve_remote
+        from unsloth_nb.cloud.submissions import serve_remote
         print(plain_text(f'base_url={serve_remote(run, to, gpu, public)}; end it with: modal app stop unsloth-nb-serve-{run}'))
 
 # %% ../nbs/cli.ipynb #44ad9b3b
@@ -396,8 +396,8 @@ def sweep_command(param:Params, job:Annotated[str|None, typer.Argument(metavar='
     resume:Annotated[str|None, typer.Option('--resume', metavar='SWEEP', help='Go on with this sweep: its name, a unique part of it, or latest.')]=None, retry_failed:Annotated[bool, typer.Option('--retry-failed', help='With --resume: repeat failed trials too.')]=False,
     dry_run:Annotated[bool, typer.Option('--dry-run', help='Only show the trials, with their predicted time and memory.')]=False, runs_dir:RunsDir=None):
     "Carry out many trials of a job, each a run of its own, and compare them; what varies stands in a YAML file."
-    from unsloth_nb.sweep_running import foresee,resume_sweep,run_sweep
-    from unsloth_nb.sweeping import read_parallel,read_sweep
+    from unsloth_nb.jobs.sweep_running import foresee,resume_sweep,run_sweep
+    from unsloth_nb.jobs.sweeping import read_parallel,read_sweep
     if bool(resume) == bool(job or file) or resume and (param or dry_run) or not resume and (not file or retry_failed): raise SpecError("sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume and the name of a sweep (with --retry-failed)")
     if dry_run and scheduler: raise SpecError("scheduler: --dry-run predicts for this machine, not for a cluster; leave one of them out")
     how = dict(parallel=read_parallel(parallel), scheduler=scheduler)

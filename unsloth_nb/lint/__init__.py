@@ -1,0 +1,1 @@
+"""What is wrong in files that I only read?"""
