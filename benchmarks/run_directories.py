@@ -9,7 +9,7 @@ so many runs are made, each with that run's small files (as hard links, no weigh
 import argparse, json, os, tempfile, time
 from pathlib import Path
 
-from unsloth_nb.runs.comparing import list_runs
+from unsloth_nb.runs.run import list_runs
 from unsloth_nb.core.engine import device_info, versions
 from unsloth_nb.jobs.runner import run_job
 from unsloth_nb.runs.run import open_run

@@ -97,3 +97,21 @@ def test_import_time(record_property):
     record_property('import_seconds', min(times))
     print(f'import unsloth_nb: {min(times):.3f} s, best of 5')
     assert min(times) < BOUND
+
+PATCHED = re.compile(r'^@patch[^\n]*\ndef (\w+)\(self:(\w+)|^@patch\(cls_method=True\)\ndef (\w+)\(cls:(\w+)', re.M)
+
+def test_methods_are_there_with_their_class():
+    "A method that joins its class later does so in the class's own wing, and whoever imports the wing has it"
+    sources = {p:p.read_text() for p in (ROOT/'unsloth_nb').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')}
+    homes = {name:p for p,text in sources.items() for name in re.findall(r'^class (\w+)', text, re.M)}
+    elsewhere = []
+    for p,text in sources.items():
+        own = set(re.findall(r'^class (\w+)', text, re.M))
+        for f,c,g,d in PATCHED.findall(text):
+            if (c or d) in own: continue
+            wing = p.parent/'__init__.py'
+            loaded = re.search(r'^from \. import (.*?)(?:#|$)', wing.read_text(), re.M)
+            if homes[c or d].parent != p.parent or not loaded or p.stem not in re.findall(r'\w+', loaded[1]): elsewhere.append(f'{p.stem}: {c or d}.{f or g}')
+    assert not elsewhere
+    code = 'import unsloth_nb; Run = unsloth_nb.Run; print(all(hasattr(Run, n) for n in ("stop", "keep", "interrupt", "reopen")))'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == 'True'

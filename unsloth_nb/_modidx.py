@@ -2914,6 +2914,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'unsloth_nb/training/resuming.py'),
                                               'unsloth_nb.training.resuming.PassOrder.set_epoch': ( 'training/resuming.html#passorder.set_epoch',
                                                                                                     'unsloth_nb/training/resuming.py'),
+                                              'unsloth_nb.training.resuming._known_code': ( 'training/resuming.html#_known_code',
+                                                                                            'unsloth_nb/training/resuming.py'),
                                               'unsloth_nb.training.resuming._random_state': ( 'training/resuming.html#_random_state',
                                                                                               'unsloth_nb/training/resuming.py'),
                                               'unsloth_nb.training.resuming._set_random_state': ( 'training/resuming.html#_set_random_state',

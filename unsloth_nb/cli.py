@@ -22,7 +22,7 @@ import typer
 
 from .lint.advice import check_job
 from .export.certificate import Certificate
-from .runs.comparing import diff_runs,list_runs
+from .runs.comparing import diff_runs
 from .data.load import load_data
 from .planning.devices import find_device
 from .core.escaping import json_text,mask_secrets,plain_text
@@ -32,7 +32,7 @@ from .jobs.runner import read_pairs,replay_run,resume_run,run_job
 from .evaluation.leaderboard import compare_runs,write_comparison
 from .core.settings import settings
 from .planning.plan import make_plan
-from .runs.run import Run,RunError,before_after,open_run,read_lines
+from .runs.run import list_runs,Run,RunError,before_after,open_run,read_lines
 from .core.schema import SpecError,fields,nearest
 from .core.spec import EXPORTS,JOBS,FinetuneJob,make_job
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..runs import attempts # noqa: F401 (Run.interrupt)
 from ..core.escaping import mask_secrets,plain_text
 from ..training.launching import tidy_after
 from ..core.settings import settings

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..runs import attempts # noqa: F401 (Run.attempt)
 from ..core.escaping import markdown_text,plain_text
 from ..evaluation.leaderboard import Leaderboard,compare_runs
 from ..core.settings import settings

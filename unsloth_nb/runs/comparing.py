@@ -11,7 +11,7 @@ from dataclasses import asdict,dataclass,field
 
 from fastcore.basics import patch
 from ..core.escaping import markdown_text,plain_text
-from .run import STATUSES,RunError,RunList,_plain,list_runs,open_run,read_json # noqa: F401 (list_runs, with what is added here)
+from .run import STATUSES,RunError,RunList,_plain,open_run,read_json
 from ..core.schema import SpecError,nearest
 from ..core.spec import JOBS
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 
-from . import attempts # noqa: F401 (Run.stop)
 from ..core.escaping import html_text,plain_text
 from ..core.panels import Command,Pace,Panel,in_browser,in_notebook,message,picture,while_busy
 from .run import RunError,open_run,plot_metrics,read_json

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..runs import attempts # noqa: F401 (Run.interrupt, Run.keep)
 from ..core.engine import device_info,quiet
 from ..tokens.batching import pack
 from ..planning.devices import peak_memory,reset_peak

@@ -12,10 +12,10 @@ from urllib.parse import quote
 import ipywidgets as w
 from fastcore.basics import patch
 
-from ..runs.comparing import RunDiff,diff_runs,list_runs
+from ..runs.comparing import RunDiff,diff_runs
 from ..core.escaping import html_text,plain_text
 from ..core.panels import Command,Panel,message,picture
-from ..runs.run import STATUSES,Run,RunError,RunList,_num,open_run
+from ..runs.run import list_runs,STATUSES,Run,RunError,RunList,_num,open_run
 from ..core.schema import SpecError
 from ..core.spec import EXPORTS,JOBS
 
