@@ -74,10 +74,10 @@ def test_no_token(finished_run):
     assert not [p for p in finished_run.path.rglob('*') if p.is_file() and TOKEN.encode() in p.read_bytes()]
 
 @pytest.mark.slow
-def test_plain_papermill(tmp_path, monkeypatch):
+def test_plain_papermill(tiny, tmp_path, monkeypatch):
     "The notebook works under papermill alone, and makes its own run"
     monkeypatch.setenv('UNSLOTH_NB_RUNS_DIR', str(tmp_path))
-    papermill.execute_notebook(jobs_dir()/'finetune.ipynb', tmp_path/'out.ipynb', TINY | dict(max_steps=1), progress_bar=False)
+    papermill.execute_notebook(jobs_dir()/'finetune.ipynb', tmp_path/'out.ipynb', TINY | dict(model=str(tiny), max_steps=1), progress_bar=False)
     run, = (Run(p) for p in tmp_path.iterdir() if p.is_dir())
     assert run.status == 'finished' and run.job.max_steps == 1
 
@@ -125,10 +125,10 @@ def test_refused_run(tmp_path):
     ('auto', [dict(text=f'Line {i} of a text for continued pretraining.') for i in range(12)]),
     ('alpaca', [dict(instruction='Double it.', input=str(i), output=str(2*i)) for i in range(12)]),
 ], ids=['text', 'alpaca'])
-def test_other_data(tmp_path, template, rows):
+def test_other_data(tiny, tmp_path, template, rows):
     "Plain text and the Alpaca prompt go all the way, to artefacts with their certificates"
     (tmp_path/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    run = run_job('finetune', runs_dir=tmp_path/'runs', show=False, **TINY | dict(dataset=str(tmp_path/'rows.jsonl'), max_rows=None, template=template, max_steps=1, save='merged_16bit'))
+    run = run_job('finetune', runs_dir=tmp_path/'runs', show=False, **TINY | dict(model=str(tiny), dataset=str(tmp_path/'rows.jsonl'), max_rows=None, template=template, max_steps=1, save='merged_16bit'))
     assert run.status == 'finished', run.result
     assert run.result['metrics']['tuned']['loss'] > 0 and {'adapter', 'merged_16bit'} == set(run.result['artifacts'])
     config = json.loads((run.path/'merged_16bit'/'generation_config.json').read_text())
@@ -180,14 +180,14 @@ def test_help():
     assert all(n in out for n in JOBS['finetune'].model_fields) and 'at least 1, at most 1024' in out
 
 @pytest.mark.slow
-def test_wheel(tmp_path, tool):
+def test_wheel(tiny, tmp_path, tool):
     "An installed wheel runs the job outside a checkout"
     tool(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '-o', tmp_path/'dist')
     wheel, = (tmp_path/'dist').glob('*.whl')
     tool(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel)
     env = os.environ | dict(PYTHONPATH=str(tmp_path/'site'), UNSLOTH_NB_RUNS_DIR=str(tmp_path/'runs'))
     code = 'import unsloth_nb,unsloth_nb.cli as j,unsloth_nb.core.spec as s,sys; print(unsloth_nb.__file__, s.jobs_dir()); sys.argv[0] = "unsloth-nb"; j.main()'
-    pairs = [a for k,v in (TINY | dict(max_steps=1)).items() for a in ('-p', f'{k}={v}')]
+    pairs = [a for k,v in (TINY | dict(model=tiny, max_steps=1)).items() for a in ('-p', f'{k}={v}')]
     r = subprocess.run([sys.executable, '-c', code, 'run', 'finetune', *pairs], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stdout+r.stderr
     assert r.stdout.count(str(tmp_path/'site')) == 2 and (tmp_path/'runs').is_dir()

@@ -10,18 +10,18 @@ def weights(model):
     return h.hexdigest()
 
 @pytest.mark.slow
-def test_bit_for_bit(trained):
+def test_bit_for_bit(trained, tiny):
     "The same seed twice: every loss, every gradient norm and all trained weights are the same bits; another seed differs"
-    runs = [trained(seed=s, max_steps=2) for s in (7, 7, 8)]
+    runs = [trained(model=str(tiny), seed=s, max_steps=2) for s in (7, 7, 8)]
     trace = [[(m['loss'], m['grad_norm']) for m in r.metrics] for _,r,_ in runs]
     assert trace[0] == trace[1] != trace[2]
     sums = [weights(m) for m,_,_ in runs]
     assert sums[0] == sums[1] != sums[2]
 
 @pytest.mark.slow
-def test_accumulation(trained):
+def test_accumulation(trained, tiny):
     "4 rows at once, or 2 x 2: the same optimizer step, every token weighing the same"
-    a,b = (trained(dtype='float32', **kw)[1] for kw in (dict(), dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)))
+    a,b = (trained(model=str(tiny), dtype='float32', **kw)[1] for kw in (dict(), dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)))
     assert [m['loss'] for m in a.metrics] == pytest.approx([m['loss'] for m in b.metrics], rel=1e-3)
 
 def test_max_seq_length_holds(lib, tmp_path):
@@ -70,9 +70,9 @@ def test_continue_from_adapter(lib, trained):
     assert weights(again) != weights(model) and more.metrics[0]['loss'] < run.metrics[0]['loss']
 
 @pytest.mark.slow
-def test_group_by_length(lib, tmp_path):
+def test_group_by_length(lib, tiny, tmp_path):
     "Length grouping reaches the trainer: the same rows are computed with less padding"
-    job = lib.FinetuneJob(max_rows=24, test_size=2, max_steps=None, num_train_epochs=1, max_seq_length=512, per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False)
+    job = lib.FinetuneJob(model=str(tiny), max_rows=24, test_size=2, max_steps=None, num_train_epochs=1, max_seq_length=512, per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False)
     rows = [dict(prompt=f'Repeat {i}.', completion='word '*(1+30*(i % 2))) for i in range(26)]
     data,computed = lib.load_data(job, rows),{}
     for grouped in (False, True):
