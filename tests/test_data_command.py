@@ -58,7 +58,7 @@ def test_preference(data):
     assert rc == 0 and 'read as preference' in out and 'a finetune job refuses it' in out and '[[good' in out, err
 
 @pytest.mark.slow
-def test_job_with_tools(tmp_path):
+def test_job_with_tools(tiny, tmp_path):
     "A job on calls and tool results with a template by name: trained, evaluated, saved with that template, and answering after loading"
     from unsloth_nb import load_run
     from unsloth_nb.data.load import held_out
@@ -69,7 +69,7 @@ def test_job_with_tools(tmp_path):
     rows = [dict(tools=tools, conversations=[{'from':'human', 'value':f'{i}+1?'}, {'from':'function_call', 'value':json.dumps(dict(name='add', arguments=dict(a=i, b=1)))},
         {'from':'observation', 'value':str(i+1)}, {'from':'gpt', 'value':f'{i+1}.'}]) for i in range(16)]
     (tmp_path/'tools.json').write_text(json.dumps(rows))
-    run = run_job('finetune', runs_dir=tmp_path/'runs', show=False, **TINY|dict(dataset=str(tmp_path/'tools.json'), template='qwen-3', max_seq_length=512, max_steps=2))
+    run = run_job('finetune', runs_dir=tmp_path/'runs', show=False, **TINY|dict(model=str(tiny), dataset=str(tmp_path/'tools.json'), template='qwen-3', max_seq_length=512, max_steps=2))
     assert run.status == 'finished', run.result
     seen = json.loads((run.path/'data.json').read_text())
     assert seen['format'] == 'sharegpt' and seen['examples']['template_reason'] == 'qwen-3, asked for' and seen['examples']['rows']['kept'] == {'kept':12}
