@@ -50,12 +50,12 @@ def execute(page, kernel, folder):
     NotebookClient(nb, kernel_name=kernel, timeout=1200, resources=dict(metadata=dict(path=str(folder)))).execute()
 
 FIRST = 'first_finetune'
+QUICKSTART = pytest.mark.skipif(bool(find_browser()), reason='test_quickstart runs it, likewise from nothing')
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', [pytest.param(p, marks=[pytest.mark.long] if p.stem != FIRST else []) for p in TUTORIALS], ids=lambda p: p.stem)
+@pytest.mark.parametrize('page', [pytest.param(p, marks=QUICKSTART if p.stem == FIRST else pytest.mark.long) for p in TUTORIALS], ids=lambda p: p.stem)
 def test_from_nothing(bare, page, monkeypatch):
     "In an environment with a kernel alone, which the first cell fills"
-    if page.stem == FIRST and find_browser(): pytest.skip('test_quickstart runs it, likewise from nothing')
     for k in ('PYTHONPATH', 'UNSLOTH_NB_RUNS_DIR', 'VIRTUAL_ENV'): monkeypatch.delenv(k, raising=False)
     monkeypatch.setenv('JUPYTER_PATH', str(bare/'jupyter'))
     execute(page, 'bare', bare/'work')
