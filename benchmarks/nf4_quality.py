@@ -4,13 +4,18 @@
 
 Writes nf4_quality.json into the folder OUT, when that is set."""
 
-import argparse, json, os, tempfile, time
+import argparse
+import json
+import os
+import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 from unsloth_nb import compare_runs
 from unsloth_nb.core.engine import device_info, versions
 from unsloth_nb.jobs.runner import run_job
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -22,17 +27,28 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         for name, nf4 in (('16bit', False), ('nf4', True)):
             run = run_job('finetune', a.preset, runs_dir=tmp, load_in_4bit=nf4, max_steps=a.steps, test_size=a.rows)
-            if run.status != 'finished': raise SystemExit(f"{name}: {run.result['reason']}")
+            if run.status != 'finished':
+                raise SystemExit(f"{name}: {run.result['reason']}")
             m = run.result['metrics']
             got[name] = dict(base=m['base'], tuned=m['tuned'], final_loss=run.metrics[-1]['loss'])
             runs.append(run)
         print(board := compare_runs(runs))
-        got['difference'] = {score:asdict(nf4.difference) for score, (_, nf4) in board.standings.items()}
+        got['difference'] = {score: asdict(nf4.difference) for score, (_, nf4) in board.standings.items()}
     x, y, d = got['16bit'], got['nf4'], got['difference']
     told = lambda e: f"{e['difference']:+.4f} (p = {e['p']:.2g})"
     finding = f"embedded model, {a.steps} steps, {a.rows} held-out rows: held-out loss before {x['base']['loss']:.3f} in 16 bits and {y['base']['loss']:.3f} in NF4, after {x['tuned']['loss']:.4f} and {y['tuned']['loss']:.4f}; exact answers {x['tuned']['exact_match']:.0%} and {y['tuned']['exact_match']:.0%}; NF4 minus 16 bits: exact match {told(d['exact_match'])}, loss {told(d['loss'])}"
-    res = dict(date=time.strftime('%Y-%m-%d'), device=device_info().name, versions=versions(), finding=finding, preset=a.preset, **got)
+    res = dict(
+        date=time.strftime('%Y-%m-%d'),
+        device=device_info().name,
+        versions=versions(),
+        finding=finding,
+        preset=a.preset,
+        **got,
+    )
     print(finding)
-    if os.environ.get('OUT'): (Path(os.environ['OUT'])/'nf4_quality.json').write_text(json.dumps(res, indent=1)+'\n')
+    if os.environ.get('OUT'):
+        (Path(os.environ['OUT']) / 'nf4_quality.json').write_text(json.dumps(res, indent=1) + '\n')
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -6,7 +6,11 @@ One finetune job with the embedded model is run, a checkpoint every ten steps, a
 so many runs are made, each with that run's small files (as hard links, no weights), and listed: `find` is the newest run,
 `table` is everything that `unsloth-nb runs list` prints. Seconds are the better of two, with the files in the system's cache."""
 
-import argparse, json, os, tempfile, time
+import argparse
+import json
+import os
+import tempfile
+import time
 from pathlib import Path
 
 from unsloth_nb.runs.run import list_runs
@@ -14,7 +18,8 @@ from unsloth_nb.core.engine import device_info, versions
 from unsloth_nb.jobs.runner import run_job
 from unsloth_nb.runs.run import open_run
 
-KINDS = {'checkpoints':'checkpoints', 'adapter':'adapter', 'notebook.ipynb':'notebook', 'report.html':'report'}
+KINDS = {'checkpoints': 'checkpoints', 'adapter': 'adapter', 'notebook.ipynb': 'notebook', 'report.html': 'report'}
+
 
 def sizes(folder):
     "Bytes and files of a run directory by kind; `records` is what is left"
@@ -25,13 +30,16 @@ def sizes(folder):
         n['files'] += 1
     return res
 
+
 def many(run, folder, n):
     "A folder of `n` runs with the records of one"
     small = [f for f in run.path.iterdir() if f.is_file() and f.suffix in ('.json', '.jsonl')]
     for i in range(n):
-        d = folder/f'{run.name[:-4]}{i:06x}'
+        d = folder / f'{run.name[:-4]}{i:06x}'
         d.mkdir(parents=True)
-        for f in small: os.link(f, d/f.name)
+        for f in small:
+            os.link(f, d / f.name)
+
 
 def best(f):
     "The better of two, in seconds"
@@ -39,8 +47,9 @@ def best(f):
     for _ in range(2):
         t = time.perf_counter()
         f()
-        times.append(time.perf_counter()-t)
+        times.append(time.perf_counter() - t)
     return round(min(times), 4)
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -51,15 +60,41 @@ def main():
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
-        run = run_job('finetune', 'smollm2-135m', runs_dir=tmp/'one', show=False, max_steps=a.steps, test_size=a.test_size, save_steps=10)
+        run = run_job(
+            'finetune',
+            'smollm2-135m',
+            runs_dir=tmp / 'one',
+            show=False,
+            max_steps=a.steps,
+            test_size=a.test_size,
+            save_steps=10,
+        )
         assert run.status == 'finished', run.result
         listed = []
         for n in a.counts:
-            folder = tmp/str(n)
+            folder = tmp / str(n)
             many(run, folder, n)
-            listed.append(dict(runs=n, find_seconds=best(lambda: open_run('latest', folder)), table_seconds=best(lambda: repr(list_runs(folder)))))
-        res = dict(date=time.strftime('%Y-%m-%d'), device=device_info().name, steps=a.steps, test_size=a.test_size, sizes=sizes(run.path), stages=run.seconds(), listed=listed, versions=versions())
+            listed.append(
+                dict(
+                    runs=n,
+                    find_seconds=best(lambda: open_run('latest', folder)),
+                    table_seconds=best(lambda: repr(list_runs(folder))),
+                )
+            )
+        res = dict(
+            date=time.strftime('%Y-%m-%d'),
+            device=device_info().name,
+            steps=a.steps,
+            test_size=a.test_size,
+            sizes=sizes(run.path),
+            stages=run.seconds(),
+            listed=listed,
+            versions=versions(),
+        )
     print(json.dumps(res, indent=1))
-    if a.out: a.out.write_text(json.dumps(res, indent=1)+'\n')
+    if a.out:
+        a.out.write_text(json.dumps(res, indent=1) + '\n')
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

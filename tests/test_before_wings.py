@@ -1,35 +1,46 @@
 "A run made when all modules lay flat in one folder: it is still read, goes on to the same bits, chats and exports."
-import json,shutil,tarfile
+
+import json
+import shutil
+import tarfile
 from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 from unsloth_nb.core.engine import versions
 from unsloth_nb.jobs.runner import resume_run
-from unsloth_nb.runs.run import Run,list_runs,open_run
+from unsloth_nb.runs.run import Run, list_runs, open_run
 
-ARCHIVE = Path(__file__).parent/'fixtures'/'run_before_wings.tar.xz'
+ARCHIVE = Path(__file__).parent / 'fixtures' / 'run_before_wings.tar.xz'
+
 
 @pytest.fixture
 def old(tmp_path):
     "The run as it was written, in a folder of its own"
-    with tarfile.open(ARCHIVE) as t: t.extractall(tmp_path, filter='data')
-    return Run(tmp_path/'run-before-wings')
+    with tarfile.open(ARCHIVE) as t:
+        t.extractall(tmp_path, filter='data')
+    return Run(tmp_path / 'run-before-wings')
+
 
 @pytest.fixture
 def here(old):
     "Skips where the bits cannot be the same for reasons that are not ours"
-    had = json.loads((old.path/'env.json').read_text())['versions']
+    had = json.loads((old.path / 'env.json').read_text())['versions']
     libraries = 'torch', 'transformers', 'trl', 'peft', 'unsloth', 'unsloth_zoo', 'bitsandbytes', 'accelerate'
     other = [n for n in libraries if versions().get(n) != had[n]]
-    if other: pytest.skip(f"the run was made with other versions of {', '.join(other)}")
+    if other:
+        pytest.skip(f"the run was made with other versions of {', '.join(other)}")
     return old
+
 
 def halfway(run):
     "The run as it was after its second step of four, when someone stopped it"
-    for n in ('checkpoints/step-000004', 'adapter', 'stages'): shutil.rmtree(run.path/n)
-    for n in ('result.json', 'trained.json', 'samples.jsonl', 'statistics.json'): (run.path/n).unlink()
+    for n in ('checkpoints/step-000004', 'adapter', 'stages'):
+        shutil.rmtree(run.path / n)
+    for n in ('result.json', 'trained.json', 'samples.jsonl', 'statistics.json'):
+        (run.path / n).unlink()
     run.interrupt('stopped by someone')
     return run
+
 
 def test_read(old):
     "Its record is read as any other"
@@ -37,24 +48,32 @@ def test_read(old):
     assert [m['step'] for m in old.metrics] == [1, 2, 3, 4] and old.job.target_modules == ['q_proj']
     assert 'before-wings' in repr(list_runs(old.path.parent))
 
+
 @pytest.mark.slow
 def test_goes_on(here):
     "Stopped half way, it ends with the adapter that it had when nobody stopped it, and nothing has to be allowed"
-    want = load_file(here.path/'adapter'/'adapter_model.safetensors')
+    want = load_file(here.path / 'adapter' / 'adapter_model.safetensors')
     losses = [m['loss'] for m in here.metrics]
     run = resume_run(halfway(here), show=False)
     assert run.status == 'finished', run.result['reason']
-    assert any('goes on after step 2' in l.get('note', '') for l in map(json.loads, (run.path/'progress.jsonl').read_text().splitlines()))
-    got = load_file(run.path/'adapter'/'adapter_model.safetensors')
-    assert [m['loss'] for m in run.metrics] == pytest.approx(losses, rel=0.03) # The band of the golden traces in bfloat16
-    same_processor = json.loads((here.path/'plan.json').read_text())['device']['name']
-    if json.loads((run.path/'plan.json').read_text())['device']['name'] == same_processor: assert [m['loss'] for m in run.metrics] == losses and all((got[n] == want[n]).all() for n in want)
+    assert any(
+        'goes on after step 2' in l.get('note', '')
+        for l in map(json.loads, (run.path / 'progress.jsonl').read_text().splitlines())
+    )
+    got = load_file(run.path / 'adapter' / 'adapter_model.safetensors')
+    assert [m['loss'] for m in run.metrics] == pytest.approx(
+        losses, rel=0.03
+    )  # The band of the golden traces in bfloat16
+    same_processor = json.loads((here.path / 'plan.json').read_text())['device']['name']
+    if json.loads((run.path / 'plan.json').read_text())['device']['name'] == same_processor:
+        assert [m['loss'] for m in run.metrics] == losses and all((got[n] == want[n]).all() for n in want)
+
 
 @pytest.mark.slow
 def test_answers_and_exports(here, lib):
     "Loaded, it answers as its own record says, and its export passes"
     model = lib.load_run(here)
-    want = [json.loads(l)['tuned'] for l in (here.path/'samples.jsonl').read_text().splitlines()]
+    want = [json.loads(l)['tuned'] for l in (here.path / 'samples.jsonl').read_text().splitlines()]
     answers = lib.generate(model, lib.held_out(here.job), lib.Sampling(max_new_tokens=here.job.max_new_tokens))
     assert [a.text for a in answers] == want
     assert lib.export_run(here, 'adapter').status == 'finished'

@@ -11,17 +11,23 @@ import nbformat
 from unsloth_nb.runs.run import open_run
 from unsloth_nb.core.spec import jobs_dir
 
+
 def copy_outputs(ref):
     "Outputs cell by cell; refuse a run whose notebook is another one"
     run = open_run(ref)
-    if run.status != 'finished': sys.exit(f'{run.name} is {run.status}, not finished')
-    page = jobs_dir()/f'{run.kind}.ipynb'
-    nb, ran = nbformat.read(page, as_version=4), nbformat.read(run.path/'notebook.ipynb', as_version=4)
-    if [c.source for c in nb.cells] != [c.source for c in ran.cells]: sys.exit(f'{run.name} was made by another version of {page.name}, or with other parameters')
+    if run.status != 'finished':
+        sys.exit(f'{run.name} is {run.status}, not finished')
+    page = jobs_dir() / f'{run.kind}.ipynb'
+    nb, ran = nbformat.read(page, as_version=4), nbformat.read(run.path / 'notebook.ipynb', as_version=4)
+    if [c.source for c in nb.cells] != [c.source for c in ran.cells]:
+        sys.exit(f'{run.name} was made by another version of {page.name}, or with other parameters')
     for to, c in zip(nb.cells, ran.cells):
-        if c.cell_type == 'code': to.outputs, to.execution_count = c.outputs, None
+        if c.cell_type == 'code':
+            to.outputs, to.execution_count = c.outputs, None
     nbformat.write(nb, page)
     print(f'{page.name}: outputs of {run.name}')
 
+
 if __name__ == '__main__':
-    for ref in sys.argv[1:]: copy_outputs(ref)
+    for ref in sys.argv[1:]:
+        copy_outputs(ref)

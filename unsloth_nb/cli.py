@@ -13,7 +13,8 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
            'modal_serve_command', 'sweep_command', 'main']
 
 # %% ../nbs/cli.ipynb #cd52944f
-import os,sys
+import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -25,198 +26,430 @@ from .export.certificate import Certificate
 from .runs.comparing import diff_runs
 from .data.load import load_data
 from .planning.devices import find_device
-from .core.escaping import json_text,mask_secrets,plain_text
+from .core.escaping import json_text, mask_secrets, plain_text
 from .export.gguf import GgufError
-from .lint.inspecting import check_files,data_profile,inspect_data,print_data
-from .jobs.runner import read_pairs,replay_run,resume_run,run_job
-from .evaluation.leaderboard import compare_runs,write_comparison
+from .lint.inspecting import check_files, data_profile, inspect_data, print_data
+from .jobs.runner import read_pairs, replay_run, resume_run, run_job
+from .evaluation.leaderboard import compare_runs, write_comparison
 from .core.settings import settings
 from .planning.plan import make_plan
-from .runs.run import list_runs,Run,RunError,before_after,open_run,read_lines
-from .core.schema import SpecError,fields,nearest
-from .core.spec import EXPORTS,JOBS,FinetuneJob,make_job
+from .runs.run import list_runs, Run, RunError, before_after, open_run, read_lines
+from .core.schema import SpecError, fields, nearest
+from .core.spec import EXPORTS, JOBS, FinetuneJob, make_job
 
 # %% ../nbs/cli.ipynb #290b4d73
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Fine-tune language models from notebooks, as jobs.')
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help='Fine-tune language models from notebooks, as jobs.',
+)
 run_app = typer.Typer(rich_markup_mode=None)
 runs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='Look at runs.')
 app.add_typer(run_app, name='run')
 app.add_typer(runs_app, name='runs')
 
-def param_help(cls)->str:
+
+def param_help(cls) -> str:
     "The parameters of a job, for its `--help`"
-    out,group = ['\b','Parameters (-p name=value):'],None
+    out, group = ['\b', 'Parameters (-p name=value):'], None
     for f in fields(cls):
-        if f['group'] != group: out += ['\n\b', f"{(group := f['group'])}:"]
+        if f['group'] != group:
+            out += ['\n\b', f"{(group := f['group'])}:"]
         unit = f" [{f['unit']}]" if f['unit'] else ''
         out.append(f"  {f['name']} = {f['default']}{unit}: {f['help']}; {f['expects']}")
     return '\n'.join(out)
 
 # %% ../nbs/cli.ipynb #17d305e3
-Params = Annotated[list[str], typer.Option('-p', '--param', metavar='NAME=VALUE', help='A parameter; may be repeated.', default_factory=list, show_default=False)]
-ParamsFile = Annotated[Path|None, typer.Option('-f', '--file', help='YAML file with parameters.')]
-PresetName = Annotated[str|None, typer.Option('--preset', help='Model preset: sets the model and the parameters that suit it.')]
-RunsDir = Annotated[Path|None, typer.Option('--runs-dir', help='Where run directories are; default: settings.ini, else ./runs.')]
+Params = Annotated[
+    list[str],
+    typer.Option(
+        '-p',
+        '--param',
+        metavar='NAME=VALUE',
+        help='A parameter; may be repeated.',
+        default_factory=list,
+        show_default=False,
+    ),
+]
+ParamsFile = Annotated[Path | None, typer.Option('-f', '--file', help='YAML file with parameters.')]
+PresetName = Annotated[
+    str | None, typer.Option('--preset', help='Model preset: sets the model and the parameters that suit it.')
+]
+RunsDir = Annotated[
+    Path | None, typer.Option('--runs-dir', help='Where run directories are; default: settings.ini, else ./runs.')
+]
 
 # %% ../nbs/cli.ipynb #7ce9e419
-def print_result(run:Run):
+def print_result(run: Run):
     "What a person wants to know when a job is over"
     res = run.result
-    print(plain_text(f"\n{run.name}: {run.status}"+(f": {res['reason']}" if 'reason' in res else '')))
-    if (table := before_after(res.get('metrics', {}))): print('\n'+table)
-    if (cert := res.get('metrics', {}).get('certificate')): print(f'\n{Certificate(cert)}')
-    print(plain_text(f"\nrun directory  {run.path}\nreport         {run.path/'report.html'}")+('' if run.status == 'finished' else f"\ngo on with     unsloth-nb run --resume {run.name}"), flush=True)
+    print(plain_text(f"\n{run.name}: {run.status}" + (f": {res['reason']}" if 'reason' in res else '')))
+    if table := before_after(res.get('metrics', {})):
+        print('\n' + table)
+    if cert := res.get('metrics', {}).get('certificate'):
+        print(f'\n{Certificate(cert)}')
+    print(
+        plain_text(f"\nrun directory  {run.path}\nreport         {run.path / 'report.html'}")
+        + ('' if run.status == 'finished' else f"\ngo on with     unsloth-nb run --resume {run.name}"),
+        flush=True,
+    )
 
 # %% ../nbs/cli.ipynb #010a5643
-Retries = Annotated[int, typer.Option('--retries', help='More attempts when the kernel dies or hangs, or time is up.', min=0)]
-Timeout = Annotated[float|None, typer.Option('--timeout', help='Longest time for an attempt [s]; then a checkpoint, and an end.', min=1)]
-HangAfter = Annotated[float, typer.Option('--hang-after', help='Kill a kernel that gives no sign of life for so long [s].', min=10)]
+Retries = Annotated[
+    int, typer.Option('--retries', help='More attempts when the kernel dies or hangs, or time is up.', min=0)
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option('--timeout', help='Longest time for an attempt [s]; then a checkpoint, and an end.', min=1),
+]
+HangAfter = Annotated[
+    float, typer.Option('--hang-after', help='Kill a kernel that gives no sign of life for so long [s].', min=10)
+]
+
 
 def _over(run):
     print_result(run)
-    raise typer.Exit({'finished':0, 'interrupted':3}.get(run.status, 1))
+    raise typer.Exit({'finished': 0, 'interrupted': 3}.get(run.status, 1))
+
 
 def _add_job(name, cls):
     @run_app.command(name, help=cls.__doc__, epilog=param_help(cls))
-    def command(param:Params, file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None, retries:Retries=0, timeout:Timeout=None, hang_after:HangAfter=300,
-        reuse:Annotated[str|None, typer.Option('--reuse', metavar='RUN', help='Take over the stages of this run that had the same inputs.')]=None):
-        _over(run_job(name, preset, file, runs_dir, retries=retries, reuse=reuse, timeout=timeout, hang_after=hang_after, **read_pairs(cls, param)))
+    def command(
+        param: Params,
+        file: ParamsFile = None,
+        preset: PresetName = None,
+        runs_dir: RunsDir = None,
+        retries: Retries = 0,
+        timeout: Timeout = None,
+        hang_after: HangAfter = 300,
+        reuse: Annotated[
+            str | None,
+            typer.Option('--reuse', metavar='RUN', help='Take over the stages of this run that had the same inputs.'),
+        ] = None,
+    ):
+        _over(
+            run_job(
+                name,
+                preset,
+                file,
+                runs_dir,
+                retries=retries,
+                reuse=reuse,
+                timeout=timeout,
+                hang_after=hang_after,
+                **read_pairs(cls, param),
+            )
+        )
 
 # %% ../nbs/cli.ipynb #0fc5e114
 @run_app.callback(invoke_without_command=True)
-def resume_command(ctx:typer.Context, param:Params, resume:Annotated[str|None, typer.Option('--resume', metavar='RUN', help='Go on with this run: its name, a unique part of it, its directory, or latest.')]=None,
-    allow:Annotated[str, typer.Option('--allow', metavar='NAMES', help='What may differ from before: parameter names, or data, model, code, plan; separated by commas.')]='',
-    runs_dir:RunsDir=None, retries:Retries=0, timeout:Timeout=None, hang_after:HangAfter=300):
+def resume_command(
+    ctx: typer.Context,
+    param: Params,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            '--resume',
+            metavar='RUN',
+            help='Go on with this run: its name, a unique part of it, its directory, or latest.',
+        ),
+    ] = None,
+    allow: Annotated[
+        str,
+        typer.Option(
+            '--allow',
+            metavar='NAMES',
+            help='What may differ from before: parameter names, or data, model, code, plan; separated by commas.',
+        ),
+    ] = '',
+    runs_dir: RunsDir = None,
+    retries: Retries = 0,
+    timeout: Timeout = None,
+    hang_after: HangAfter = 300,
+):
     "Run a job notebook, or go on with a run."
     if ctx.invoked_subcommand:
-        if resume: raise SpecError(f"run: --resume {resume} names the job already; leave {ctx.invoked_subcommand} out")
-        if any(ctx.get_parameter_source(n).name == 'COMMANDLINE' for n in ctx.params): raise SpecError(f"run: options of the job come after its name: unsloth-nb run {ctx.invoked_subcommand} -p …")
+        if resume:
+            raise SpecError(f"run: --resume {resume} names the job already; leave {ctx.invoked_subcommand} out")
+        if any(ctx.get_parameter_source(n).name == 'COMMANDLINE' for n in ctx.params):
+            raise SpecError(
+                f"run: options of the job come after its name: unsloth-nb run {ctx.invoked_subcommand} -p …"
+            )
         return
-    if resume is None: print(ctx.get_help()); return
+    if resume is None:
+        print(ctx.get_help())
+        return
     run = open_run(resume, runs_dir)
     names = [n.strip() for n in allow.split(',') if n.strip()]
-    _over(resume_run(run, runs_dir, names, retries=retries, timeout=timeout, hang_after=hang_after, **read_pairs(JOBS[run.kind], param)))
+    _over(
+        resume_run(
+            run,
+            runs_dir,
+            names,
+            retries=retries,
+            timeout=timeout,
+            hang_after=hang_after,
+            **read_pairs(JOBS[run.kind], param),
+        )
+    )
 
-for _name,_cls in JOBS.items(): _add_job(_name, _cls)
+
+for _name, _cls in JOBS.items():
+    _add_job(_name, _cls)
 
 # %% ../nbs/cli.ipynb #a47346a9
-launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help='Train on more than one device, or on more than one machine.')
+launch_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help='Train on more than one device, or on more than one machine.'
+)
 app.add_typer(launch_app, name='launch')
-Rendezvous = Annotated[str|None, typer.Option(metavar='HOST:PORT', help='Where machines meet: the host of the first one; default: settings.ini.')]
+Rendezvous = Annotated[
+    str | None,
+    typer.Option(metavar='HOST:PORT', help='Where machines meet: the host of the first one; default: settings.ini.'),
+]
+
 
 def _meet(place):
     "The setting `rendezvous`, for this process and those that it starts"
-    if place: os.environ['UNSLOTH_NB_RENDEZVOUS'] = place
+    if place:
+        os.environ['UNSLOTH_NB_RENDEZVOUS'] = place
+
 
 def _take_part(run):
     from unsloth_nb.training.launching import join
+
     print(plain_text(f'takes part in {run.name}; logs of the ranks: {run.path}/launch/rank-*/log.txt'), flush=True)
     raise typer.Exit(join(run))
 
+
 @launch_app.command('finetune')
-def launch_command(param:Params, devices:Annotated[str|None, typer.Option(help='GPUs of each machine, on a CPU processes; default: auto, as many as make it faster.', show_default=False)]=None, nodes:Annotated[int|None, typer.Option(help='Machines that train together; default: 1.', min=1, show_default=False)]=None,
-    node_rank:Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')]=0, rendezvous:Rendezvous=None, parallel:Annotated[str|None, typer.Option(help='ddp, fsdp, device_map or auto; default: auto.', show_default=False)]=None,
-    file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None, retries:Retries=0, timeout:Timeout=None, hang_after:HangAfter=300):
+def launch_command(
+    param: Params,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help='GPUs of each machine, on a CPU processes; default: auto, as many as make it faster.',
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help='Machines that train together; default: 1.', min=1, show_default=False)
+    ] = None,
+    node_rank: Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')] = 0,
+    rendezvous: Rendezvous = None,
+    parallel: Annotated[
+        str | None, typer.Option(help='ddp, fsdp, device_map or auto; default: auto.', show_default=False)
+    ] = None,
+    file: ParamsFile = None,
+    preset: PresetName = None,
+    runs_dir: RunsDir = None,
+    retries: Retries = 0,
+    timeout: Timeout = None,
+    hang_after: HangAfter = 300,
+):
     "Fine-tune on several devices; each machine after the first takes part in what that one does."
-    from unsloth_nb.training.launching import check_rendezvous,find_launch
-    params,given = read_pairs(FinetuneJob, param),{k:v for k,v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None}
-    if (twice := next((k for k in given if k in params), None)): raise SpecError(f'{twice}: given by --{twice} and by -p {twice}; leave one of them out')
+    from unsloth_nb.training.launching import check_rendezvous, find_launch
+
+    params, given = (
+        read_pairs(FinetuneJob, param),
+        {k: v for k, v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None},
+    )
+    if twice := next((k for k in given if k in params), None):
+        raise SpecError(f'{twice}: given by --{twice} and by -p {twice}; leave one of them out')
     params |= given
     job = make_job('finetune', preset, file, **params)
-    if 'devices' not in job.model_fields_set: params['devices'] = 'auto'
-    if node_rank >= job.nodes: raise SpecError(f'node_rank: {node_rank}, and the machines are numbered from 0 to {job.nodes-1}')
+    if 'devices' not in job.model_fields_set:
+        params['devices'] = 'auto'
+    if node_rank >= job.nodes:
+        raise SpecError(f'node_rank: {node_rank}, and the machines are numbered from 0 to {job.nodes - 1}')
     _meet(rendezvous)
     check_rendezvous(job.nodes)
-    if node_rank: _take_part(find_launch(runs_dir))
-    _over(run_job('finetune', preset, file, runs_dir, retries=retries, timeout=timeout, hang_after=hang_after, **params))
+    if node_rank:
+        _take_part(find_launch(runs_dir))
+    _over(
+        run_job('finetune', preset, file, runs_dir, retries=retries, timeout=timeout, hang_after=hang_after, **params)
+    )
+
 
 @launch_app.command('join')
-def join_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")], rendezvous:Rendezvous=None, runs_dir:RunsDir=None):
+def join_command(
+    run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")],
+    rendezvous: Rendezvous = None,
+    runs_dir: RunsDir = None,
+):
     "Have this machine's devices take part in a run that trains on several machines."
     _meet(rendezvous)
     _take_part(open_run(run, runs_dir))
 
 # %% ../nbs/cli.ipynb #117a0f8c
 @app.command('plan')
-def plan_command(param:Params, job:Annotated[str, typer.Argument(help='The job; only finetune is planned.')]='finetune', file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None,
-    device:Annotated[str|None, typer.Option(help="Plan for another device: T4, L4, A10G, RTX 4090, A100 80GB, H100, 'CPU 32GB' …")]=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+def plan_command(
+    param: Params,
+    job: Annotated[str, typer.Argument(help='The job; only finetune is planned.')] = 'finetune',
+    file: ParamsFile = None,
+    preset: PresetName = None,
+    runs_dir: RunsDir = None,
+    device: Annotated[
+        str | None, typer.Option(help="Plan for another device: T4, L4, A10G, RTX 4090, A100 80GB, H100, 'CPU 32GB' …")
+    ] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+):
     "Show the fastest way to run a finetune job that fits, its memory, speed and time, and what came close."
-    if job != 'finetune': raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
+    if job != 'finetune':
+        raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
     job = make_job(job, preset, file, **read_pairs(FinetuneJob, param))
     plan = make_plan(job, load_data(job), device, runs_dir)
     print(json_text(plan.to_dict(), indent=1, default=str) if as_json else plain_text(plan))
 
 # %% ../nbs/cli.ipynb #c5bd3231
 @app.command('data')
-def data_command(source:Annotated[str, typer.Argument(help="A file, a folder, a mix (.yaml), a Hub id or 'events'.")], param:Params, file:ParamsFile=None,
-    format:Annotated[str|None, typer.Option(help='How rows are read; default: detected.')]=None, template:Annotated[str|None, typer.Option(help="Template by name; default: the model's own.")]=None,
-    max_seq_length:Annotated[str|None, typer.Option(help='Longest example [tokens].')]=None, show:Annotated[int, typer.Option(help='Print the tokens of this many examples.')]=0,
-    as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+def data_command(
+    source: Annotated[str, typer.Argument(help="A file, a folder, a mix (.yaml), a Hub id or 'events'.")],
+    param: Params,
+    file: ParamsFile = None,
+    format: Annotated[str | None, typer.Option(help='How rows are read; default: detected.')] = None,
+    template: Annotated[str | None, typer.Option(help="Template by name; default: the model's own.")] = None,
+    max_seq_length: Annotated[str | None, typer.Option(help='Longest example [tokens].')] = None,
+    show: Annotated[int, typer.Option(help='Print the tokens of this many examples.')] = 0,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+):
     "Show a dataset as a finetune job would see it: format, rows, tokens, lengths, warnings."
-    given = {k:v for k,v in dict(dataset_format=format, template=template, max_seq_length=max_seq_length).items() if v is not None}
-    data,examples,profile,problem = inspect_data(make_job('finetune', None, file, **read_pairs(FinetuneJob, param)|given|dict(dataset=source)), engine=False)
-    if as_json: print(json_text(dict(data=data.to_dict(), examples=examples.to_dict(), profile=profile.to_dict(), shown=[str(e) for e in examples[:show]], error=str(problem) if problem else None), indent=1))
-    else: print_data(data, examples, profile, show)
-    if problem: raise problem
+    given = {
+        k: v
+        for k, v in dict(dataset_format=format, template=template, max_seq_length=max_seq_length).items()
+        if v is not None
+    }
+    data, examples, profile, problem = inspect_data(
+        make_job('finetune', None, file, **read_pairs(FinetuneJob, param) | given | dict(dataset=source)), engine=False
+    )
+    if as_json:
+        print(
+            json_text(
+                dict(
+                    data=data.to_dict(),
+                    examples=examples.to_dict(),
+                    profile=profile.to_dict(),
+                    shown=[str(e) for e in examples[:show]],
+                    error=str(problem) if problem else None,
+                ),
+                indent=1,
+            )
+        )
+    else:
+        print_data(data, examples, profile, show)
+    if problem:
+        raise problem
 
 # %% ../nbs/cli.ipynb #56176e5f
 @app.command('check')
-def check_command(param:Params, files:Annotated[list[Path]|None, typer.Argument(metavar='[FILE]...', help='Notebooks, scripts or params files; none: the finetune job given by -p.', show_default=False)]=None, preset:PresetName=None,
-    device:Annotated[str|None, typer.Option(help='Device that it is meant for, by name.')]=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+def check_command(
+    param: Params,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar='[FILE]...',
+            help='Notebooks, scripts or params files; none: the finetune job given by -p.',
+            show_default=False,
+        ),
+    ] = None,
+    preset: PresetName = None,
+    device: Annotated[str | None, typer.Option(help='Device that it is meant for, by name.')] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+):
     "Look for what costs memory, time, quality or a secret; exit code 0: clean, 1: findings, 2: unreadable."
     dev = find_device(device) if device else None
     job = make_job('finetune', preset, None, **read_pairs(FinetuneJob, param)) if param or preset or not files else None
-    profile = data_profile(job) if job and (not files or any(p.partition('=')[0].strip() == 'dataset' for p in param)) else None
-    found,bad = check_files(files, dev, profile) if files else (check_job(job, None, profile, dev), {})
-    if as_json: print(json_text(found.to_dict()|dict(unreadable=bad), indent=1))
-    elif found or not bad: print(found)
-    for why in bad.values(): print(plain_text(f'unsloth-nb: {why}'), file=sys.stderr)
+    profile = (
+        data_profile(job)
+        if job and (not files or any(p.partition('=')[0].strip() == 'dataset' for p in param))
+        else None
+    )
+    found, bad = check_files(files, dev, profile) if files else (check_job(job, None, profile, dev), {})
+    if as_json:
+        print(json_text(found.to_dict() | dict(unreadable=bad), indent=1))
+    elif found or not bad:
+        print(found)
+    for why in bad.values():
+        print(plain_text(f'unsloth-nb: {why}'), file=sys.stderr)
     raise typer.Exit(2 if bad else 0 if found.clean else 1)
 
 # %% ../nbs/cli.ipynb #dc25b362
 @app.command('import')
-def import_command(param:Params, file:Annotated[Path, typer.Argument(metavar='FILE', help='Unsloth notebook or script, Axolotl or LLaMA-Factory YAML.')], out:Annotated[Path|None, typer.Option('-o', '--out', help='Write a params file for: unsloth-nb run finetune -f.')]=None,
-    data_dir:Annotated[Path|None, typer.Option(help="Folder with LLaMA-Factory's dataset_info.json.")]=None):
+def import_command(
+    param: Params,
+    file: Annotated[
+        Path, typer.Argument(metavar='FILE', help='Unsloth notebook or script, Axolotl or LLaMA-Factory YAML.')
+    ],
+    out: Annotated[
+        Path | None, typer.Option('-o', '--out', help='Write a params file for: unsloth-nb run finetune -f.')
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with LLaMA-Factory's dataset_info.json.")] = None,
+):
     "Turn another tool's file into a finetune job, and list what could not be taken over; the file is read, never run."
     from unsloth_nb.lint.migration import import_job
+
     got = import_job(file, data_dir, **read_pairs(FinetuneJob, param))
     written = got.save(out) if out else []
     print(got, plain_text(f"\nwritten: {', '.join(map(str, written))}") if written else '')
 
 # %% ../nbs/cli.ipynb #7a2ec2fd
 @runs_app.command('list')
-def list_command(runs_dir:RunsDir=None,
-    status:Annotated[str|None, typer.Option(help='Only runs that are finished, failed, interrupted, running or unfinished.')]=None,
-    job:Annotated[str|None, typer.Option(help='Only runs of this job.')]=None,
-    model:Annotated[str|None, typer.Option(help="Only runs with this in the model's name.")]=None,
-    dataset:Annotated[str|None, typer.Option(help="Only runs with this in the dataset's name.")]=None,
-    sort:Annotated[str|None, typer.Option(metavar='COLUMN', help='Sort by a column, largest last; default: by time.')]=None,
-    as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+def list_command(
+    runs_dir: RunsDir = None,
+    status: Annotated[
+        str | None, typer.Option(help='Only runs that are finished, failed, interrupted, running or unfinished.')
+    ] = None,
+    job: Annotated[str | None, typer.Option(help='Only runs of this job.')] = None,
+    model: Annotated[str | None, typer.Option(help="Only runs with this in the model's name.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only runs with this in the dataset's name.")] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar='COLUMN', help='Sort by a column, largest last; default: by time.')
+    ] = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+):
     "List runs, oldest first, or sorted by a column."
     found = list_runs(runs_dir).where(status, job, model, dataset).by(sort or 'run')
-    if as_json: return print(json_text([dict(zip(found.columns, row)) for row in found.rows()], indent=1))
+    if as_json:
+        return print(json_text([dict(zip(found.columns, row)) for row in found.rows()], indent=1))
     given = any(v is not None for v in (status, job, model, dataset))
-    print(found if found else f"no {'such runs' if given else 'runs'} under {runs_dir or settings().runs_dir}{'' if given else ' yet'}")
+    print(
+        found
+        if found
+        else f"no {'such runs' if given else 'runs'} under {runs_dir or settings().runs_dir}{'' if given else ' yet'}"
+    )
 
 # %% ../nbs/cli.ipynb #c4238fb0
 @runs_app.command('diff')
-def diff_command(a:Annotated[str, typer.Argument(metavar='A', help="Name, unique part of a name, directory, or 'latest'.")], b:Annotated[str, typer.Argument(metavar='B', help='The other run, likewise.')],
-    runs_dir:RunsDir=None, as_json:Annotated[bool, typer.Option('--json', help='Print JSON.')]=False):
+def diff_command(
+    a: Annotated[str, typer.Argument(metavar='A', help="Name, unique part of a name, directory, or 'latest'.")],
+    b: Annotated[str, typer.Argument(metavar='B', help='The other run, likewise.')],
+    runs_dir: RunsDir = None,
+    as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
+):
     "Show what differs between two runs, and at which step their curves part."
     d = diff_runs(a, b, runs_dir)
     print(json_text(d.to_dict(), indent=1) if as_json else d)
 
+
 @runs_app.command('compare')
-def compare_command(runs:Annotated[list[str], typer.Argument(metavar='RUN...', help='Names, unique parts of names, or directories.')], runs_dir:RunsDir=None,
-    html:Annotated[Path|None, typer.Option(help='Write a page too.')]=None):
+def compare_command(
+    runs: Annotated[list[str], typer.Argument(metavar='RUN...', help='Names, unique parts of names, or directories.')],
+    runs_dir: RunsDir = None,
+    html: Annotated[Path | None, typer.Option(help='Write a page too.')] = None,
+):
     "Compare what several runs scored on the same held-out rows, with intervals."
     found = [open_run(r, runs_dir) for r in runs]
     print(compare_runs(found))
-    if html: print(plain_text(write_comparison(found, html)))
+    if html:
+        print(plain_text(write_comparison(found, html)))
 
 # %% ../nbs/cli.ipynb #351bbc9c
 @runs_app.command('replay')
-def replay_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
+def replay_command(
+    run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")] = 'latest',
+    runs_dir: RunsDir = None,
+):
     "Do a run again from what it has recorded, and compare; exit code 0: it repeats, 1: it does not."
     r = replay_run(run, runs_dir)
     print(r)
@@ -224,17 +457,28 @@ def replay_command(run:Annotated[str, typer.Argument(help="Name, unique part of 
 
 # %% ../nbs/cli.ipynb #0a827d00
 @runs_app.command('stop')
-def stop_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
+def stop_command(
+    run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")] = 'latest',
+    runs_dir: RunsDir = None,
+):
     "Ask a run to stop after its next step of training, with a checkpoint."
     r = open_run(run, runs_dir)
-    if r.status != 'running': raise RunError(f"{r.name} is {r.status}; there is nothing to stop")
-    trained = [l['state'] for l in read_lines(r.path/'progress.jsonl') if l.get('stage') == 'training']
-    if r.kind != 'finetune' or trained[-1:] == ['done']: raise RunError(f"{r.name} has no training ahead, which alone is stopped from here; Ctrl-C or SIGTERM ends it where it was started, and what it has done is kept")
+    if r.status != 'running':
+        raise RunError(f"{r.name} is {r.status}; there is nothing to stop")
+    trained = [l['state'] for l in read_lines(r.path / 'progress.jsonl') if l.get('stage') == 'training']
+    if r.kind != 'finetune' or trained[-1:] == ['done']:
+        raise RunError(
+            f"{r.name} has no training ahead, which alone is stopped from here; Ctrl-C or SIGTERM ends it where it was started, and what it has done is kept"
+        )
     r.stop('unsloth-nb runs stop')
     print(f"{r.name} will stop after its {'next' if trained else 'first'} step")
 
+
 @runs_app.command('show')
-def show_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None):
+def show_command(
+    run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")] = 'latest',
+    runs_dir: RunsDir = None,
+):
     "Show one run: status, before and after, artefacts, seconds."
     print(open_run(run, runs_dir)._repr_markdown_())
 
@@ -242,59 +486,129 @@ def show_command(run:Annotated[str, typer.Argument(help="Name, unique part of a 
 def talk(chat, lines=None, out=None):
     "Ask line by line until the input ends, or says 'exit'"
     for q in map(str.strip, lines if lines is not None else iter(lambda: input('> '), None)):
-        if q == 'exit': return
-        if q: print('\n'.join(repr(chat(q)).splitlines()[1:]), file=out or sys.stdout, flush=True)
+        if q == 'exit':
+            return
+        if q:
+            print('\n'.join(repr(chat(q)).splitlines()[1:]), file=out or sys.stdout, flush=True)
+
 
 @app.command('chat')
-def chat_command(run:Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]='latest', runs_dir:RunsDir=None,
-    base:Annotated[bool, typer.Option(help='Ask the base model as well.')]=True):
+def chat_command(
+    run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")] = 'latest',
+    runs_dir: RunsDir = None,
+    base: Annotated[bool, typer.Option(help='Ask the base model as well.')] = True,
+):
     "Talk to a run's model, beside its base model; an empty line is skipped, 'exit' or end of input ends."
     from unsloth_nb.evaluation.chatting import chat
+
     r = open_run(run, runs_dir, kind='finetune')
     print(f'loading {r.name} …', flush=True)
     c = chat(r, compare=base)
-    try: talk(c, None if sys.stdin.isatty() else (l for l in sys.stdin))
-    except EOFError: print()
+    try:
+        talk(c, None if sys.stdin.isatty() else (l for l in sys.stdin))
+    except EOFError:
+        print()
 
 # %% ../nbs/cli.ipynb #55769c73
 @contextmanager
 def _ending(error):
     "Exit code 1 and one message for what was tried and failed"
-    try: yield
+    try:
+        yield
     except error as e:
         print(plain_text(f'unsloth-nb: {e}'), file=sys.stderr)
         raise typer.Exit(1) from None
 
+
 def _place(run, runs_dir, to=None):
     "A folder as it is, or a run; `latest` is the one that was trained unless another export is asked for"
-    return run if Path(run).exists() else open_run(run, runs_dir, kind='finetune' if run == 'latest' and to in (None, 'adapter') else None)
+    return (
+        run
+        if Path(run).exists()
+        else open_run(run, runs_dir, kind='finetune' if run == 'latest' and to in (None, 'adapter') else None)
+    )
+
 
 RunName = Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]
 
 # %% ../nbs/cli.ipynb #cd4fbe32
 @app.command('export')
-def export_command(run:RunName='latest', to:Annotated[str, typer.Option(help=f"What to write: {', '.join(EXPORTS)}.")]='merged_16bit',
-    check_rows:Annotated[int, typer.Option(help='Held-out prompts on which the export is compared with the run.', min=1)]=8,
-    vllm:Annotated[bool, typer.Option('--vllm', help='Have vLLM load and check it too, as a server of its own; for merged_16bit and adapter.')]=False, runs_dir:RunsDir=None):
+def export_command(
+    run: RunName = 'latest',
+    to: Annotated[str, typer.Option(help=f"What to write: {', '.join(EXPORTS)}.")] = 'merged_16bit',
+    check_rows: Annotated[
+        int, typer.Option(help='Held-out prompts on which the export is compared with the run.', min=1)
+    ] = 8,
+    vllm: Annotated[
+        bool,
+        typer.Option(
+            '--vllm', help='Have vLLM load and check it too, as a server of its own; for merged_16bit and adapter.'
+        ),
+    ] = False,
+    runs_dir: RunsDir = None,
+):
     "Write a finished run in a form that other programs load, with its certificate."
     _over(run_job('export', runs_dir=runs_dir, run=run, to=to, check_rows=check_rows, vllm=vllm))
 
+
 @app.command('push')
-def push_command(repo:Annotated[str, typer.Argument(metavar='OWNER/NAME', help='Repository on the Hub.')], run:RunName='latest', to:Annotated[str, typer.Option(help='Which export of the run.')]='adapter',
-    public:Annotated[bool, typer.Option(help='A new repository is public, and a public one is accepted.')]=False, branch:Annotated[str|None, typer.Option(help='Default: main.')]=None,
-    overwrite:Annotated[bool, typer.Option(help='Replace files that no export of ours wrote.')]=False, runs_dir:RunsDir=None):
+def push_command(
+    repo: Annotated[str, typer.Argument(metavar='OWNER/NAME', help='Repository on the Hub.')],
+    run: RunName = 'latest',
+    to: Annotated[str, typer.Option(help='Which export of the run.')] = 'adapter',
+    public: Annotated[bool, typer.Option(help='A new repository is public, and a public one is accepted.')] = False,
+    branch: Annotated[str | None, typer.Option(help='Default: main.')] = None,
+    overwrite: Annotated[bool, typer.Option(help='Replace files that no export of ours wrote.')] = False,
+    runs_dir: RunsDir = None,
+):
     "Put an export on the Hub in one commit, and check that it is there; the token comes from HF_TOKEN or `hf auth login`."
-    from unsloth_nb.export.hub import HubError,push
-    with _ending(HubError): print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
+    from unsloth_nb.export.hub import HubError, push
+
+    with _ending(HubError):
+        print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
 
 # %% ../nbs/cli.ipynb #3acdee81
 @app.command('serve')
-def serve_command(run:RunName='latest', to:Annotated[str|None, typer.Option(help='Which export of the run; default: the best that a server here fits.')]=None, host:Annotated[str, typer.Option(help='Other machines reach it on another address than this, and no server asks who they are.')]='127.0.0.1',
-    port:Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)]=8000, backend:Annotated[str, typer.Option(help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits; vllm only on a GPU.')]='auto',
-    option:Annotated[list[str]|None, typer.Option('-o', '--option', metavar='NAME=VALUE', help="For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated.")]=None, runs_dir:RunsDir=None):
+def serve_command(
+    run: RunName = 'latest',
+    to: Annotated[
+        str | None, typer.Option(help='Which export of the run; default: the best that a server here fits.')
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help='Other machines reach it on another address than this, and no server asks who they are.')
+    ] = '127.0.0.1',
+    port: Annotated[int, typer.Option(help='0: one that is free.', min=0, max=65535)] = 8000,
+    backend: Annotated[
+        str,
+        typer.Option(
+            help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits; vllm only on a GPU.'
+        ),
+    ] = 'auto',
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            '-o',
+            '--option',
+            metavar='NAME=VALUE',
+            help="For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated.",
+        ),
+    ] = None,
+    runs_dir: RunsDir = None,
+):
     "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
-    from unsloth_nb.export.serving import ServeError,serve
-    with _ending(ServeError), serve(_place(run, runs_dir), to, host, port, backend, options=[w for o in option or [] for w in f'--{o}'.split('=', 1)]) as s:
+    from unsloth_nb.export.serving import ServeError, serve
+
+    with (
+        _ending(ServeError),
+        serve(
+            _place(run, runs_dir),
+            to,
+            host,
+            port,
+            backend,
+            options=[w for o in option or [] for w in f'--{o}'.split('=', 1)],
+        ) as s,
+    ):
         print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
         s.wait()
 
@@ -302,119 +616,243 @@ def serve_command(run:RunName='latest', to:Annotated[str|None, typer.Option(help
 gguf_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="llama.cpp's converter.")
 app.add_typer(gguf_app, name='gguf')
 
+
 @gguf_app.command('install')
 def gguf_install_command():
     "Fetch llama.cpp's converter, pinned by its hash, into the cache; the environment stays as it is."
     from unsloth_nb.export.gguf import install_converter
+
     print(f'{install_converter()}')
 
 # %% ../nbs/cli.ipynb #7880d556
-modal_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Jobs on Modal's machines, billed by the second.")
+modal_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Jobs on Modal's machines, billed by the second."
+)
 app.add_typer(modal_app, name='modal')
-SentRun = Annotated[str, typer.Argument(metavar='RUN', help="Name of a submitted run, a unique part of it, or 'latest'.")]
+SentRun = Annotated[
+    str, typer.Argument(metavar='RUN', help="Name of a submitted run, a unique part of it, or 'latest'.")
+]
+
 
 @contextmanager
 def _modal():
     "Modal's errors as one message"
     from unsloth_nb.cloud.modal_request import CloudError
-    with _ending(CloudError): yield
+
+    with _ending(CloudError):
+        yield
+
 
 @modal_app.command('submit')
-def modal_submit_command(param:Params, job:Annotated[str, typer.Argument(help='finetune, evaluate or export.')]='finetune', file:ParamsFile=None, preset:PresetName=None, runs_dir:RunsDir=None,
-    gpu:Annotated[str, typer.Option(help='A card, or several of one machine as in H100:2; auto: the cheapest that fits.')]='auto',
-    secret:Annotated[list[str]|None, typer.Option('--secret', metavar='NAME', help='A secret of your Modal workspace, such as one with HF_TOKEN; may be repeated.')]=None,
-    timeout:Annotated[int, typer.Option(help='Longest time for an attempt [s]; a day is the most that Modal allows.')]=24*3600,
-    retries:Annotated[int, typer.Option(help='More attempts, each going on from the last checkpoint.', min=0)]=2,
-    dry_run:Annotated[bool, typer.Option('--dry-run', help='Show what would be asked, and stop.')]=False, yes:Annotated[bool, typer.Option('--yes', help='Send without asking.')]=False):
+def modal_submit_command(
+    param: Params,
+    job: Annotated[str, typer.Argument(help='finetune, evaluate or export.')] = 'finetune',
+    file: ParamsFile = None,
+    preset: PresetName = None,
+    runs_dir: RunsDir = None,
+    gpu: Annotated[
+        str, typer.Option(help='A card, or several of one machine as in H100:2; auto: the cheapest that fits.')
+    ] = 'auto',
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            '--secret',
+            metavar='NAME',
+            help='A secret of your Modal workspace, such as one with HF_TOKEN; may be repeated.',
+        ),
+    ] = None,
+    timeout: Annotated[
+        int, typer.Option(help='Longest time for an attempt [s]; a day is the most that Modal allows.')
+    ] = 24 * 3600,
+    retries: Annotated[int, typer.Option(help='More attempts, each going on from the last checkpoint.', min=0)] = 2,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Show what would be asked, and stop.')] = False,
+    yes: Annotated[bool, typer.Option('--yes', help='Send without asking.')] = False,
+):
     "Check, plan and price a job, show what Modal will be asked, and send it."
     with _modal():
         from unsloth_nb.cloud.modal_request import ask
         from unsloth_nb.cloud.submissions import submit
-        req = ask(job, preset, file, gpu, tuple(secret or ()), timeout, retries, **read_pairs(JOBS.get(job, FinetuneJob), param))
+
+        req = ask(
+            job,
+            preset,
+            file,
+            gpu,
+            tuple(secret or ()),
+            timeout,
+            retries,
+            **read_pairs(JOBS.get(job, FinetuneJob), param),
+        )
         print(req)
-        if dry_run: return
-        if not yes: typer.confirm('\nSend this to Modal?', abort=True)
-        print(plain_text(f"\n{submit(req, runs_dir)}\nwatch it with   unsloth-nb modal status {req.run_name}\nfetch it with   unsloth-nb modal fetch {req.run_name}"))
+        if dry_run:
+            return
+        if not yes:
+            typer.confirm('\nSend this to Modal?', abort=True)
+        print(
+            plain_text(
+                f"\n{submit(req, runs_dir)}\nwatch it with   unsloth-nb modal status {req.run_name}\nfetch it with   unsloth-nb modal fetch {req.run_name}"
+            )
+        )
 
 # %% ../nbs/cli.ipynb #c97d2d97
 @modal_app.command('list')
-def modal_list_command(runs_dir:RunsDir=None):
+def modal_list_command(runs_dir: RunsDir = None):
     "List what was submitted from here, oldest first."
     from unsloth_nb.cloud.submissions import submissions
+
     print('\n'.join(map(str, submissions(runs_dir))) or 'nothing was submitted yet')
 
+
 @modal_app.command('status')
-def modal_status_command(run:SentRun='latest', runs_dir:RunsDir=None, wait:Annotated[float, typer.Option(help='Wait so long for its end [s].', min=0)]=0):
+def modal_status_command(
+    run: SentRun = 'latest',
+    runs_dir: RunsDir = None,
+    wait: Annotated[float, typer.Option(help='Wait so long for its end [s].', min=0)] = 0,
+):
     "Show how a submitted job stands; exit code 1 when it failed."
     with _modal():
         from unsloth_nb.cloud.submissions import status
+
         print(now := status(run, runs_dir, wait))
     raise typer.Exit(0 if now.state in ('running', 'finished') else 1)
 
 # %% ../nbs/cli.ipynb #7ef88701
 @modal_app.command('logs')
-def modal_logs_command(run:SentRun='latest', runs_dir:RunsDir=None, lines:Annotated[int, typer.Option(help='The last so many lines.', min=1, max=5000)]=100, follow:Annotated[bool, typer.Option('--follow', help='Go on with what comes.')]=False):
+def modal_logs_command(
+    run: SentRun = 'latest',
+    runs_dir: RunsDir = None,
+    lines: Annotated[int, typer.Option(help='The last so many lines.', min=1, max=5000)] = 100,
+    follow: Annotated[bool, typer.Option('--follow', help='Go on with what comes.')] = False,
+):
     "Print what a submitted job has printed."
     with _modal():
         from unsloth_nb.cloud.submissions import logs
-        for text in logs(run, runs_dir, lines, follow): print(text, end='', flush=True)
+
+        for text in logs(run, runs_dir, lines, follow):
+            print(text, end='', flush=True)
+
 
 @modal_app.command('fetch')
-def modal_fetch_command(run:SentRun='latest', runs_dir:RunsDir=None):
+def modal_fetch_command(run: SentRun = 'latest', runs_dir: RunsDir = None):
     "Bring a run's directory here, whole and checked, or not at all."
     with _modal():
         from unsloth_nb.cloud.submissions import fetch
+
         print_result(fetch(run, runs_dir))
 
 # %% ../nbs/cli.ipynb #a28c3fcd
 @modal_app.command('stop')
-def modal_stop_command(run:SentRun='latest', runs_dir:RunsDir=None):
+def modal_stop_command(run: SentRun = 'latest', runs_dir: RunsDir = None):
     "End a submitted job and its machine; its last checkpoint stays on Modal's disk."
     with _modal():
         from unsloth_nb.cloud.submissions import cancel
+
         print(plain_text(f'{cancel(run, runs_dir).run_name} was told to end'))
+
 
 @modal_app.command('deploy')
 def modal_deploy_command():
     "Deploy the app without a job, which builds its image."
     with _modal():
         from unsloth_nb.cloud.submissions import deploy
+
         print(plain_text(f'{deploy()} is deployed'))
 
+
 @modal_app.command('serve')
-def modal_serve_command(run:Annotated[str, typer.Argument(metavar='RUN', help="Name of a finished run on Modal's disk.")], to:Annotated[str|None, typer.Option(help='Which artefact; default: the best that fits.')]=None,
-    gpu:Annotated[str, typer.Option(help='A card.')]='L4', public:Annotated[bool, typer.Option('--public', help='Answer everyone; otherwise callers need a proxy token of your workspace.')]=False):
+def modal_serve_command(
+    run: Annotated[str, typer.Argument(metavar='RUN', help="Name of a finished run on Modal's disk.")],
+    to: Annotated[str | None, typer.Option(help='Which artefact; default: the best that fits.')] = None,
+    gpu: Annotated[str, typer.Option(help='A card.')] = 'L4',
+    public: Annotated[
+        bool, typer.Option('--public', help='Answer everyone; otherwise callers need a proxy token of your workspace.')
+    ] = False,
+):
     "Put a finished run behind an OpenAI-compatible endpoint on Modal."
     with _modal():
         from unsloth_nb.cloud.submissions import serve_remote
-        print(plain_text(f'base_url={serve_remote(run, to, gpu, public)}; end it with: modal app stop unsloth-nb-serve-{run}'))
+
+        print(
+            plain_text(
+                f'base_url={serve_remote(run, to, gpu, public)}; end it with: modal app stop unsloth-nb-serve-{run}'
+            )
+        )
 
 # %% ../nbs/cli.ipynb #44ad9b3b
 @app.command('sweep')
-def sweep_command(param:Params, job:Annotated[str|None, typer.Argument(metavar='JOB', help='The job of each trial, as in: sweep finetune grid.yaml.', show_default=False)]=None, file:Annotated[Path|None, typer.Argument(metavar='FILE', help='YAML file with params, grid or search, objective …', show_default=False)]=None,
-    parallel:Annotated[str, typer.Option(metavar='N', help='Trials at once on this machine; auto: one a GPU, or as many as memory and cores allow.')]='auto', scheduler:Annotated[str|None, typer.Option(metavar='ADDRESS', help='Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this machine.')]=None,
-    resume:Annotated[str|None, typer.Option('--resume', metavar='SWEEP', help='Go on with this sweep: its name, a unique part of it, or latest.')]=None, retry_failed:Annotated[bool, typer.Option('--retry-failed', help='With --resume: repeat failed trials too.')]=False,
-    dry_run:Annotated[bool, typer.Option('--dry-run', help='Only show the trials, with their predicted time and memory.')]=False, runs_dir:RunsDir=None):
+def sweep_command(
+    param: Params,
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar='JOB', help='The job of each trial, as in: sweep finetune grid.yaml.', show_default=False
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar='FILE', help='YAML file with params, grid or search, objective …', show_default=False),
+    ] = None,
+    parallel: Annotated[
+        str,
+        typer.Option(
+            metavar='N', help='Trials at once on this machine; auto: one a GPU, or as many as memory and cores allow.'
+        ),
+    ] = 'auto',
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar='ADDRESS',
+            help='Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this machine.',
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            '--resume', metavar='SWEEP', help='Go on with this sweep: its name, a unique part of it, or latest.'
+        ),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option('--retry-failed', help='With --resume: repeat failed trials too.')
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option('--dry-run', help='Only show the trials, with their predicted time and memory.')
+    ] = False,
+    runs_dir: RunsDir = None,
+):
     "Carry out many trials of a job, each a run of its own, and compare them; what varies stands in a YAML file."
-    from unsloth_nb.jobs.sweep_running import foresee,resume_sweep,run_sweep
-    from unsloth_nb.jobs.sweeping import read_parallel,read_sweep
-    if bool(resume) == bool(job or file) or resume and (param or dry_run) or not resume and (not file or retry_failed): raise SpecError("sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume and the name of a sweep (with --retry-failed)")
-    if dry_run and scheduler: raise SpecError("scheduler: --dry-run predicts for this machine, not for a cluster; leave one of them out")
+    from unsloth_nb.jobs.sweep_running import foresee, resume_sweep, run_sweep
+    from unsloth_nb.jobs.sweeping import read_parallel, read_sweep
+
+    if bool(resume) == bool(job or file) or resume and (param or dry_run) or not resume and (not file or retry_failed):
+        raise SpecError(
+            "sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume and the name of a sweep (with --retry-failed)"
+        )
+    if dry_run and scheduler:
+        raise SpecError("scheduler: --dry-run predicts for this machine, not for a cluster; leave one of them out")
     how = dict(parallel=read_parallel(parallel), scheduler=scheduler)
-    if resume: res = resume_sweep(resume, runs_dir, retry_failed, **how)
+    if resume:
+        res = resume_sweep(resume, runs_dir, retry_failed, **how)
     else:
-        if job not in JOBS: raise SpecError(f"sweep: there is no job {job!r}{nearest(job, JOBS)}")
+        if job not in JOBS:
+            raise SpecError(f"sweep: there is no job {job!r}{nearest(job, JOBS)}")
         sweep = read_sweep(file, job, read_pairs(JOBS[job], param))
-        if dry_run: return print(foresee(sweep, how['parallel'], runs_dir))
+        if dry_run:
+            return print(foresee(sweep, how['parallel'], runs_dir))
         res = run_sweep(sweep, runs_dir, **how)
-    print(plain_text(f"\n{res!r}\n\nsweep          {res.path}")+('' if res.status == 'finished' else f"\ngo on with     unsloth-nb sweep --resume {res.name}"), flush=True)
-    raise typer.Exit({'finished':0, 'failed':1}.get(res.status, 3))
+    print(
+        plain_text(f"\n{res!r}\n\nsweep          {res.path}")
+        + ('' if res.status == 'finished' else f"\ngo on with     unsloth-nb sweep --resume {res.name}"),
+        flush=True,
+    )
+    raise typer.Exit({'finished': 0, 'failed': 1}.get(res.status, 3))
 
 # %% ../nbs/cli.ipynb #fad57334
 def main():
     "Entry point: refusals are one message and exit code 2"
-    try: app()
+    try:
+        app()
     except (SpecError, RunError, GgufError) as e:
         print('\n'.join(f'unsloth-nb: {l}' for l in plain_text(mask_secrets(str(e))).splitlines()), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -8,9 +8,13 @@ __all__ = ['ROOT', 'HOME', 'UV', 'SERVERS', 'DAY', 'GRACE', 'CloudError', 'modal
            'server_app']
 
 # %% ../../nbs/cloud/modal_request.ipynb #694c515a
-import hashlib,importlib.util,os,secrets,sys
+import hashlib
+import importlib.util
+import os
+import secrets
+import sys
 from contextlib import contextmanager
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -19,145 +23,224 @@ from . import remote
 from ..runs.attempts import hash_of
 from ..data.load import load_data
 from ..core.engine import _env
-from ..core.escaping import markdown_code,mask_secrets,plain_text
+from ..core.escaping import markdown_code, mask_secrets, plain_text
 from ..training.loading import check_model
-from ..planning.prices import CORES,PRICES,PRICES_DATE,Offers,cheapest,duration,gpu_string
-from .remote import KEPT,PORT,SERVED,VOLUME
-from ..runs.run import fingerprint,sha256
-from ..core.schema import Job,SpecError
-from ..data.sources import KINDS,file_kind,find_source
-from ..core.spec import JOBS,FinetuneJob,jobs_dir,make_job,resolve_model
+from ..planning.prices import CORES, PRICES, PRICES_DATE, Offers, cheapest, duration, gpu_string
+from .remote import KEPT, PORT, SERVED, VOLUME
+from ..runs.run import fingerprint, sha256
+from ..core.schema import Job, SpecError
+from ..data.sources import KINDS, file_kind, find_source
+from ..core.spec import JOBS, FinetuneJob, jobs_dir, make_job, resolve_model
 from ..jobs.supervising import _changed
 
 # %% ../../nbs/cloud/modal_request.ipynb #64333b57
 class CloudError(RuntimeError):
     "Something that Modal refused, or that could not be reached"
-    def __str__(self): return plain_text(mask_secrets(super().__str__(), named=False))
+
+    def __str__(self):
+        return plain_text(mask_secrets(super().__str__(), named=False))
+
 
 @contextmanager
 def modal_client():
     "Modal's package, with its errors explained"
-    try: import modal
-    except ImportError: raise CloudError("Modal's client is not installed; install it with: pip install 'unsloth_nb[cloud]'") from None
-    try: yield modal
-    except modal.exception.AuthError as e: raise CloudError(f"Modal does not know who asks: {e}; run `modal token new`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET") from None
-    except modal.exception.ConnectionError as e: raise CloudError(f"Modal cannot be reached: {e}") from None
-    except modal.exception.Error as e: raise CloudError(f"Modal: {type(e).__name__}: {e}") from None
+    try:
+        import modal
+    except ImportError:
+        raise CloudError("Modal's client is not installed; install it with: pip install 'unsloth_nb[cloud]'") from None
+    try:
+        yield modal
+    except modal.exception.AuthError as e:
+        raise CloudError(
+            f"Modal does not know who asks: {e}; run `modal token new`, or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET"
+        ) from None
+    except modal.exception.ConnectionError as e:
+        raise CloudError(f"Modal cannot be reached: {e}") from None
+    except modal.exception.Error as e:
+        raise CloudError(f"Modal: {type(e).__name__}: {e}") from None
 
 # %% ../../nbs/cloud/modal_request.ipynb #dbf8f158
-ROOT,HOME = '/vol','/root' # Where the disk that is kept is in a container, and where Modal looks for code
-UV,SERVERS = '0.13.9',('fastapi>=0.110', 'uvicorn>=0.30', 'openai>=1.98') # What installs; what the [serve] extra brings
+ROOT, HOME = '/vol', '/root'  # Where the disk that is kept is in a container, and where Modal looks for code
+UV, SERVERS = (
+    '0.13.9',
+    ('fastapi>=0.110', 'uvicorn>=0.30', 'openai>=1.98'),
+)  # What installs; what the [serve] extra brings
 
-def lock_file()->Path:
+
+def lock_file() -> Path:
     "The lock, inside an installed package or at the top of a checkout"
     here = Path(importlib.util.find_spec('unsloth_nb').origin).parent
-    return next(p for p in (here/'_requirements.lock', here.parent/'requirements.lock') if p.is_file())
+    return next(p for p in (here / '_requirements.lock', here.parent / 'requirements.lock') if p.is_file())
 
-def container_environment()->dict:
+
+def container_environment() -> dict:
     "Environment variables of a container: our places on the disk that is kept, and nothing that phones home"
-    places = {KEPT:ROOT, 'UNSLOTH_NB_RUNS_DIR':f'{ROOT}/runs', 'UNSLOTH_NB_CACHE_DIR':f'{ROOT}/cache', 'HF_HOME':f'{ROOT}/hf', 'UNSLOTH_COMPILE_LOCATION':'/tmp/unsloth_compiled'}
-    return {**_env, **places, 'PYTHONPATH':HOME}
+    places = {
+        KEPT: ROOT,
+        'UNSLOTH_NB_RUNS_DIR': f'{ROOT}/runs',
+        'UNSLOTH_NB_CACHE_DIR': f'{ROOT}/cache',
+        'HF_HOME': f'{ROOT}/hf',
+        'UNSLOTH_COMPILE_LOCATION': '/tmp/unsloth_compiled',
+    }
+    return {**_env, **places, 'PYTHONPATH': HOME}
 
-def layers(packages=())->list: # (method of `modal.Image`, arguments, keywords)
+
+def layers(packages=()) -> list:  # (method of `modal.Image`, arguments, keywords)
     "The image as a list of calls"
     here = Path(importlib.util.find_spec('unsloth_nb').origin).parent
-    return [('debian_slim', ['{}.{}'.format(*sys.version_info)], {}),
+    return [
+        ('debian_slim', ['{}.{}'.format(*sys.version_info)], {}),
         ('uv_pip_install', [], dict(requirements=[str(lock_file())], extra_options='--no-deps', uv_version=UV)),
         *([('uv_pip_install', [*packages], dict(uv_version=UV))] if packages else []),
         ('env', [container_environment()], {}),
-        ('add_local_dir', [str(here), f'{HOME}/unsloth_nb'], dict(ignore=['**/__pycache__', '_jobs', '_requirements.lock'])),
-        ('add_local_dir', [str(jobs_dir()), f'{HOME}/nbs/jobs'], dict(ignore=['**/.ipynb_checkpoints']))]
+        (
+            'add_local_dir',
+            [str(here), f'{HOME}/unsloth_nb'],
+            dict(ignore=['**/__pycache__', '_jobs', '_requirements.lock']),
+        ),
+        ('add_local_dir', [str(jobs_dir()), f'{HOME}/nbs/jobs'], dict(ignore=['**/.ipynb_checkpoints'])),
+    ]
 
-def image(packages=()): # -> modal.Image
+
+def image(packages=()):  # -> modal.Image
     "The image that Modal is asked to build"
     with modal_client() as modal:
         res = modal.Image
-        for method,args,kw in layers(packages): res = getattr(res, method)(*args, **kw)
+        for method, args, kw in layers(packages):
+            res = getattr(res, method)(*args, **kw)
         return res
 
 # %% ../../nbs/cloud/modal_request.ipynb #74acba8a
-DAY,GRACE = 24*3600,300 # [s] longest time for an attempt on Modal; [s] before its end that an attempt stops by itself
+DAY, GRACE = (
+    24 * 3600,
+    300,
+)  # [s] longest time for an attempt on Modal; [s] before its end that an attempt stops by itself
 
-def app_name()->str:
+
+def app_name() -> str:
     "The app's name, with a hash of the lock, the code and the job notebooks"
-    here,h = Path(importlib.util.find_spec('unsloth_nb').origin).parent,hashlib.sha256()
-    files = [lock_file(), *sorted(here.rglob('*.py')), *(jobs_dir()/f'{n}.ipynb' for n in JOBS), *sorted((jobs_dir()/'presets').glob('*.yaml'))]
+    here, h = Path(importlib.util.find_spec('unsloth_nb').origin).parent, hashlib.sha256()
+    files = [
+        lock_file(),
+        *sorted(here.rglob('*.py')),
+        *(jobs_dir() / f'{n}.ipynb' for n in JOBS),
+        *sorted((jobs_dir() / 'presets').glob('*.yaml')),
+    ]
     name = lambda f: f.relative_to(here).as_posix() if f.suffix == '.py' else f.name
-    for f in files: h.update(f'{name(f)}\0'.encode()+f.read_bytes())
+    for f in files:
+        h.update(f'{name(f)}\0'.encode() + f.read_bytes())
     return f'unsloth-nb-{h.hexdigest()[:10]}'
 
-def _options(modal, packages=()): # Of every function
-    return dict(image=image(packages), volumes={ROOT:modal.Volume.from_name(VOLUME, create_if_missing=True)}, timeout=DAY, single_use_containers=True, include_source=False)
 
-def make_app(): # -> modal.App
+def _options(modal, packages=()):  # Of every function
+    return dict(
+        image=image(packages),
+        volumes={ROOT: modal.Volume.from_name(VOLUME, create_if_missing=True)},
+        timeout=DAY,
+        single_use_containers=True,
+        include_source=False,
+    )
+
+
+def make_app():  # -> modal.App
     "The app with its functions, as it is deployed"
     with modal_client() as modal:
         app = modal.App(app_name())
-        for f in (remote.finetune, remote.evaluate, remote.export): app.function(**_options(modal))(f)
+        for f in (remote.finetune, remote.evaluate, remote.export):
+            app.function(**_options(modal))(f)
         return app
 
 # %% ../../nbs/cloud/modal_request.ipynb #7a2086fb
 @dataclass(frozen=True)
 class Upload:
     "A file or folder here, and its place on the disk that is kept"
-    local:Path
-    remote:str # Below the root of the disk
-    bytes:int
+
+    local: Path
+    remote: str  # Below the root of the disk
+    bytes: int
+
 
 def _upload(path, kind):
     path = Path(path).expanduser()
-    path = path.resolve() if path.name == '..' else path.parent.resolve()/path.name
-    files = fingerprint(path) if path.is_dir() else {path.name:dict(sha256=sha256(path), bytes=path.stat().st_size)}
+    path = path.resolve() if path.name == '..' else path.parent.resolve() / path.name
+    files = fingerprint(path) if path.is_dir() else {path.name: dict(sha256=sha256(path), bytes=path.stat().st_size)}
     key = hash_of(files) if path.is_dir() else files[path.name]['sha256']
     return Upload(path, f'{kind}/{key}/{path.name}', sum(f['bytes'] for f in files.values()))
 
-def _on_hub(name): return name.count('/') == 1 and file_kind(Path(name)) not in KINDS and not name.startswith(('.', '/', '~')) and not os.path.exists(name)
 
-def uploads_of(job:Job)->tuple[dict,list]: # Parameters that change, and `Upload`s
+def _on_hub(name):
+    return (
+        name.count('/') == 1
+        and file_kind(Path(name)) not in KINDS
+        and not name.startswith(('.', '/', '~'))
+        and not os.path.exists(name)
+    )
+
+
+def uploads_of(job: Job) -> tuple[dict, list]:  # Parameters that change, and `Upload`s
     "What of a job is on this machine only"
     found = {}
     for k in ('dataset', 'test_dataset'):
         v = getattr(job, k, None)
-        if not v or v == 'events' or _on_hub(v): continue
-        if find_source(v, getattr(job, 'dataset_split', 'train')).kind == 'mix': raise SpecError(f"{k}: {v} is a mix, which names other files; a mix is not taken to another machine: write its rows into one file, or put them on the Hub")
+        if not v or v == 'events' or _on_hub(v):
+            continue
+        if find_source(v, getattr(job, 'dataset_split', 'train')).kind == 'mix':
+            raise SpecError(
+                f"{k}: {v} is a mix, which names other files; a mix is not taken to another machine: write its rows into one file, or put them on the Hub"
+            )
         found[k] = _upload(v, 'data')
-    if (v := getattr(job, 'task_dir', None)):
-        if not Path(v).expanduser().is_dir(): raise SpecError(f"task_dir: there is no folder {v!r}; give one that holds tasks (*.yaml)")
+    if v := getattr(job, 'task_dir', None):
+        if not Path(v).expanduser().is_dir():
+            raise SpecError(f"task_dir: there is no folder {v!r}; give one that holds tasks (*.yaml)")
         found['task_dir'] = _upload(v, 'data')
-    if isinstance(job, FinetuneJob) and resolve_model(job.model, job.allow_remote_code).kind == 'local': found['model'] = _upload(job.model, 'models')
-    return {k:f'{ROOT}/{u.remote}' for k,u in found.items()},list(found.values())
+    if isinstance(job, FinetuneJob) and resolve_model(job.model, job.allow_remote_code).kind == 'local':
+        found['model'] = _upload(job.model, 'models')
+    return {k: f'{ROOT}/{u.remote}' for k, u in found.items()}, list(found.values())
 
 # %% ../../nbs/cloud/modal_request.ipynb #feb8464e
 @dataclass(frozen=True)
 class Request:
     "What will be asked of Modal"
-    kind:str # `finetune`, `evaluate` or `export`
-    params:dict # That differ from their defaults, with paths as they are over there
-    run_name:str
-    gpu:str # As Modal writes it
-    cores:int # Physical ones
-    ram:int # [GiB]
-    timeout:int # [s] for an attempt
-    retries:int # More attempts
-    secrets:tuple=() # Names
-    uploads:tuple=() # `Upload`s
-    offers:Offers|None=None # What each card would cost; None where nothing is planned
-    app:str=field(default_factory=app_name)
+
+    kind: str  # `finetune`, `evaluate` or `export`
+    params: dict  # That differ from their defaults, with paths as they are over there
+    run_name: str
+    gpu: str  # As Modal writes it
+    cores: int  # Physical ones
+    ram: int  # [GiB]
+    timeout: int  # [s] for an attempt
+    retries: int  # More attempts
+    secrets: tuple = ()  # Names
+    uploads: tuple = ()  # `Upload`s
+    offers: Offers | None = None  # What each card would cost; None where nothing is planned
+    app: str = field(default_factory=app_name)
+
     @property
-    def estimate(self)->dict: # seconds, usd; empty when unknown
+    def estimate(self) -> dict:  # seconds, usd; empty when unknown
         o = next((o for o in self.offers.offers if o.gpu == self.gpu), None) if self.offers else None
         return dict(seconds=round(float(o.seconds)), usd=round(float(o.cost), 4)) if o and o.cost is not None else {}
 
 # %% ../../nbs/cloud/modal_request.ipynb #d5609075
 def _check(kind, job):
     "Raise `SpecError` for what can be known to fail over there; returns the rows where they are here"
-    if kind not in ('finetune', 'evaluate', 'export'): raise SpecError(f"modal: the {kind} job is not run there; finetune, evaluate and export are")
-    if getattr(job, 'save', getattr(job, 'to', '')).startswith('gguf_'): raise SpecError("gguf: llama.cpp is not part of the image; save the adapter or merged_16bit there, fetch the run, and export it here")
-    if getattr(job, 'vllm', False): raise SpecError("vllm: it is not part of the image; export there without it, fetch the run, and check it here")
-    if getattr(job, 'nodes', 1) > 1: raise SpecError(f"nodes: {job.nodes}; a container is one machine: use more of its GPUs, as in --gpu H100:8, or Slurm for several machines (deploy/finetune.slurm)")
-    if kind != 'finetune': return None
-    if resolve_model(job.model, job.allow_remote_code).kind == 'local': check_model(job)
-    if _on_hub(job.dataset): return None
+    if kind not in ('finetune', 'evaluate', 'export'):
+        raise SpecError(f"modal: the {kind} job is not run there; finetune, evaluate and export are")
+    if getattr(job, 'save', getattr(job, 'to', '')).startswith('gguf_'):
+        raise SpecError(
+            "gguf: llama.cpp is not part of the image; save the adapter or merged_16bit there, fetch the run, and export it here"
+        )
+    if getattr(job, 'vllm', False):
+        raise SpecError("vllm: it is not part of the image; export there without it, fetch the run, and check it here")
+    if getattr(job, 'nodes', 1) > 1:
+        raise SpecError(
+            f"nodes: {job.nodes}; a container is one machine: use more of its GPUs, as in --gpu H100:8, or Slurm for several machines (deploy/finetune.slurm)"
+        )
+    if kind != 'finetune':
+        return None
+    if resolve_model(job.model, job.allow_remote_code).kind == 'local':
+        check_model(job)
+    if _on_hub(job.dataset):
+        return None
     data = load_data(job)
     data.check_supervised()
     return data
@@ -165,99 +248,167 @@ def _check(kind, job):
 # %% ../../nbs/cloud/modal_request.ipynb #dda561f3
 def _card(gpu):
     "A card and how many of it, None where that is not said"
-    name,colon,n = gpu.partition(':')
-    if colon and not (n.isdecimal() and int(n)): raise SpecError(f"gpu: {gpu!r}; expected a card and a count, as in H100:2")
-    return name,int(n) if n else None
+    name, colon, n = gpu.partition(':')
+    if colon and not (n.isdecimal() and int(n)):
+        raise SpecError(f"gpu: {gpu!r}; expected a card and a count, as in H100:2")
+    return name, int(n) if n else None
+
 
 def _machine(job, kind, data, gpu):
     "GPU, cores, RAM, the job for as many GPUs, and what each card would cost"
-    name,n = _card(gpu)
+    name, n = _card(gpu)
     if kind != 'finetune':
-        if gpu == 'auto': raise SpecError(f"gpu: nothing is planned for the {kind} job; choose one, as in --gpu L4")
-        return gpu_string(name, n or 1),CORES,32,job,None
+        if gpu == 'auto':
+            raise SpecError(f"gpu: nothing is planned for the {kind} job; choose one, as in --gpu L4")
+        return gpu_string(name, n or 1), CORES, 32, job, None
     asked = getattr(job, 'devices', 1)
     counts = (n,) if n else (1, 2, 4, 8) if asked == 'auto' else (asked,)
-    card,most = None if gpu == 'auto' else gpu_string(name, counts[0]).partition(':')[0],max(p.most for p in PRICES.values())
-    if counts[0] > most: raise SpecError(f"devices: {counts[0]}; one machine has {most} GPUs at most: set devices to {most} or fewer, or use Slurm for several machines (deploy/finetune.slurm)")
+    card, most = (
+        None if gpu == 'auto' else gpu_string(name, counts[0]).partition(':')[0],
+        max(p.most for p in PRICES.values()),
+    )
+    if counts[0] > most:
+        raise SpecError(
+            f"devices: {counts[0]}; one machine has {most} GPUs at most: set devices to {most} or fewer, or use Slurm for several machines (deploy/finetune.slurm)"
+        )
     offers = cheapest(job, data, counts)
     tried = [o for o in offers.offers if card in (None, PRICES[o.card].gpu)]
     best = tried[0] if card else offers.best
-    if best is None: raise SpecError(f"gpu: no card is known to fit{': '+offers.offers[0].plan.mend if offers.offers[0].plan.mend else ''}; choose one by name, or change the job")
+    if best is None:
+        raise SpecError(
+            f"gpu: no card is known to fit{': ' + offers.offers[0].plan.mend if offers.offers[0].plan.mend else ''}; choose one by name, or change the job"
+        )
     if best.fits is False:
         tried.sort(key=lambda o: o.count)
         raise SpecError(f"gpu: the job does not fit on {', '.join(o.gpu for o in tried)}; {tried[-1].plan.mend}")
-    return best.gpu,best.cores,best.ram,job if best.count == asked else job.replace(devices=best.count),offers
+    return best.gpu, best.cores, best.ram, job if best.count == asked else job.replace(devices=best.count), offers
 
 # %% ../../nbs/cloud/modal_request.ipynb #e166ce3c
 def ask(
-    kind:str='finetune', # `finetune`, `evaluate` or `export`
-    preset:str|None=None, # Model preset
-    params_file=None, # YAML file with parameters
-    gpu:str='auto', # A card, or several of one machine as in `H100:2`; auto: the cheapest that fits
-    secrets=(), # Names of secrets in your Modal workspace, as for HF_TOKEN
-    timeout:int=DAY, # [s] for an attempt; at most a day
-    retries:int=2, # More attempts, each going on from the last checkpoint
-    **params, # Parameters by name
-)->Request:
+    kind: str = 'finetune',  # `finetune`, `evaluate` or `export`
+    preset: str | None = None,  # Model preset
+    params_file=None,  # YAML file with parameters
+    gpu: str = 'auto',  # A card, or several of one machine as in `H100:2`; auto: the cheapest that fits
+    secrets=(),  # Names of secrets in your Modal workspace, as for HF_TOKEN
+    timeout: int = DAY,  # [s] for an attempt; at most a day
+    retries: int = 2,  # More attempts, each going on from the last checkpoint
+    **params,  # Parameters by name
+) -> Request:
     "A job, checked, planned and priced, as it would be submitted; raises `SpecError`"
-    if not 900 <= timeout <= DAY: raise SpecError(f"timeout: got {timeout} s; expected 900 s to {DAY} s, which is what Modal allows for an attempt")
-    if not 0 <= retries <= 10: raise SpecError(f"retries: got {retries}; expected 0 to 10")
+    if not 900 <= timeout <= DAY:
+        raise SpecError(
+            f"timeout: got {timeout} s; expected 900 s to {DAY} s, which is what Modal allows for an attempt"
+        )
+    if not 0 <= retries <= 10:
+        raise SpecError(f"retries: got {retries}; expected 0 to 10")
     job = make_job(kind, preset, params_file, **params)
-    if kind != 'finetune' and (job.run == 'latest' or '/' in job.run): raise SpecError(f"run: {job.run!r}; over there a run goes by its name")
+    if kind != 'finetune' and (job.run == 'latest' or '/' in job.run):
+        raise SpecError(f"run: {job.run!r}; over there a run goes by its name")
     data = _check(kind, job)
-    name,cores,ram,job,offers = _machine(job, kind, data, gpu)
-    moved,files = uploads_of(job)
-    req = Request(kind, {**_changed(job), **moved}, new_name(kind), name, cores, ram, timeout, retries, tuple(secrets), tuple(files), offers)
-    if req.estimate and req.estimate['seconds'] > (retries+1)*(timeout-GRACE): raise SpecError(f"timeout: about {duration(req.estimate['seconds'])} are predicted, and {retries+1} attempts of {duration(timeout)} are allowed; raise --timeout or --retries, or choose a faster GPU")
+    name, cores, ram, job, offers = _machine(job, kind, data, gpu)
+    moved, files = uploads_of(job)
+    req = Request(
+        kind,
+        {**_changed(job), **moved},
+        new_name(kind),
+        name,
+        cores,
+        ram,
+        timeout,
+        retries,
+        tuple(secrets),
+        tuple(files),
+        offers,
+    )
+    if req.estimate and req.estimate['seconds'] > (retries + 1) * (timeout - GRACE):
+        raise SpecError(
+            f"timeout: about {duration(req.estimate['seconds'])} are predicted, and {retries + 1} attempts of {duration(timeout)} are allowed; raise --timeout or --retries, or choose a faster GPU"
+        )
     return req
 
-def new_name(kind:str)->str:
+
+def new_name(kind: str) -> str:
     "A name for a run, known before there is one"
     return f'{datetime.now():%Y%m%d-%H%M}-{kind}-{secrets.token_hex(2)}'
 
 # %% ../../nbs/cloud/modal_request.ipynb #5eb35cba
 def _call(method, args, kw):
     "A layer of the image in one line, without the folders of this machine; ~ is the container's home"
-    here = lambda v: isinstance(v, str) and os.path.isabs(v) and not v.startswith(HOME+'/unsloth_nb') and not v.startswith(HOME+'/nbs')
+    here = lambda v: (
+        isinstance(v, str)
+        and os.path.isabs(v)
+        and not v.startswith(HOME + '/unsloth_nb')
+        and not v.startswith(HOME + '/nbs')
+    )
     short = lambda v: Path(v).name if here(v) else v.replace(HOME, '~') if isinstance(v, str) else v
-    words = [f"{len(a)} variables: {', '.join(a)}" if isinstance(a, dict) else str(short(a)) for a in args]+[f"{k}={' '.join(map(str, map(short, v))) if isinstance(v, list) else v}" for k,v in kw.items() if k != 'ignore']
+    words = [f"{len(a)} variables: {', '.join(a)}" if isinstance(a, dict) else str(short(a)) for a in args] + [
+        f"{k}={' '.join(map(str, map(short, v))) if isinstance(v, list) else v}" for k, v in kw.items() if k != 'ignore'
+    ]
     return f"{method}({', '.join(words)})"
 
+
 @patch
-def facts(self:Request)->list[tuple]:
+def facts(self: Request) -> list[tuple]:
     "Name and text of all that is asked"
     e = self.estimate
-    return [('run', self.run_name), ('app', f'{self.app}, deployed if it is not there yet'), ('function', f"{self.kind}({', '.join(f'{k}={v!r}' for k,v in self.params.items())})"),
-        ('GPU', f'{self.gpu}, {self.cores} cores, {self.ram} GiB of RAM'), *(('image', _call(*l)) for l in layers()),
+    return [
+        ('run', self.run_name),
+        ('app', f'{self.app}, deployed if it is not there yet'),
+        ('function', f"{self.kind}({', '.join(f'{k}={v!r}' for k, v in self.params.items())})"),
+        ('GPU', f'{self.gpu}, {self.cores} cores, {self.ram} GiB of RAM'),
+        *(('image', _call(*l)) for l in layers()),
         ('volume', f'{VOLUME} at {ROOT}: runs, checkpoints and models; committed after each checkpoint'),
-        ('secrets', ', '.join(self.secrets)+' (by name)' if self.secrets else 'none'),
-        ('time', f'{duration(self.timeout)} for an attempt, {self.retries} more where one ends early; each goes on from the last checkpoint'),
-        *(('upload', f'{u.local.name}, {u.bytes/1e6:,.2f} MB, to {u.remote[:14]}…/{u.local.name}') for u in self.uploads),
-        ('estimate', f"{duration(e['seconds'])}, ${e['usd']:.2f}, at the list prices of {PRICES_DATE}; what it rests on stands below" if e else 'unknown')]
+        ('secrets', ', '.join(self.secrets) + ' (by name)' if self.secrets else 'none'),
+        (
+            'time',
+            f'{duration(self.timeout)} for an attempt, {self.retries} more where one ends early; each goes on from the last checkpoint',
+        ),
+        *(
+            ('upload', f'{u.local.name}, {u.bytes / 1e6:,.2f} MB, to {u.remote[:14]}…/{u.local.name}')
+            for u in self.uploads
+        ),
+        (
+            'estimate',
+            f"{duration(e['seconds'])}, ${e['usd']:.2f}, at the list prices of {PRICES_DATE}; what it rests on stands below"
+            if e
+            else 'unknown',
+        ),
+    ]
+
 
 @patch
-def __str__(self:Request):
+def __str__(self: Request):
     rows = self.facts()
-    text = '\n'.join(f'{n.ljust(9)} {t}' if n != p else f"{'':9} {t}" for (n,t),(p,_) in zip(rows, [('', ''), *rows]))
-    return plain_text(mask_secrets(text)+(f'\n\n{self.offers}' if self.offers else ''))
+    text = '\n'.join(
+        f'{n.ljust(9)} {t}' if n != p else f"{'':9} {t}" for (n, t), (p, _) in zip(rows, [('', ''), *rows])
+    )
+    return plain_text(mask_secrets(text) + (f'\n\n{self.offers}' if self.offers else ''))
+
 
 @patch
-def _repr_markdown_(self:Request):
-    table = ['| | |', '|---|---|', *(f'| {n} | {markdown_code(mask_secrets(t))} |' for n,t in self.facts())]
-    return '\n'.join(table)+(f'\n\n{self.offers._repr_markdown_()}' if self.offers else '')
+def _repr_markdown_(self: Request):
+    table = ['| | |', '|---|---|', *(f'| {n} | {markdown_code(mask_secrets(t))} |' for n, t in self.facts())]
+    return '\n'.join(table) + (f'\n\n{self.offers._repr_markdown_()}' if self.offers else '')
 
 # %% ../../nbs/cloud/modal_request.ipynb #3b4f2b4d
 def server_app(
-    run_name:str, # A finished run on the disk
-    to:str|None=None, # Which artefact; default: the best that fits
-    gpu:str='L4', # A card
-    public:bool=False, # Answer everyone? Otherwise callers need a proxy token of your workspace
-): # -> modal.App
+    run_name: str,  # A finished run on the disk
+    to: str | None = None,  # Which artefact; default: the best that fits
+    gpu: str = 'L4',  # A card
+    public: bool = False,  # Answer everyone? Otherwise callers need a proxy token of your workspace
+):  # -> modal.App
     "An app with one web server on a run, behind an OpenAI-compatible endpoint"
-    name,n = _card(gpu)
+    name, n = _card(gpu)
     with modal_client() as modal:
         app = modal.App(f'unsloth-nb-serve-{run_name}')
         web = modal.web_server(PORT, startup_timeout=900, requires_proxy_auth=not public)(remote.serve)
-        options = {**_options(modal, SERVERS), 'single_use_containers':False}
-        app.function(**options, gpu=gpu_string(name, n or 1), cpu=float(CORES), memory=32*1024, max_containers=1, env={SERVED:f"{run_name}/{to or ''}"})(web)
+        options = {**_options(modal, SERVERS), 'single_use_containers': False}
+        app.function(
+            **options,
+            gpu=gpu_string(name, n or 1),
+            cpu=float(CORES),
+            memory=32 * 1024,
+            max_containers=1,
+            env={SERVED: f"{run_name}/{to or ''}"},
+        )(web)
         return app

@@ -7,123 +7,181 @@ __all__ = ['KEPT', 'VOLUME', 'finetune', 'evaluate', 'export', 'SERVED', 'PORT',
            'run_remote', 'signature_of', 'serve']
 
 # %% ../../nbs/cloud/remote.ipynb #4d93049f
-import inspect,os,threading,time
+import inspect
+import os
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..runs.checkpoints import checkpoint_dirs
 from ..core.engine import Unreachable
-from ..jobs.runner import _attempts,preflight,resume_run
-from ..runs.run import Run,RunError,record_job
+from ..jobs.runner import _attempts, preflight, resume_run
+from ..runs.run import Run, RunError, record_job
 from ..core.schema import SpecError
-from ..core.spec import JOBS,make_job
+from ..core.spec import JOBS, make_job
 
 # %% ../../nbs/cloud/remote.ipynb #1f70b8fc
 @contextmanager
 def keeping(
-    run:Run, # What is being written
-    commit, # Called without arguments: makes the disk's state durable
-    every:float=2., # [s] between looks
-    beat:float=10., # [s] after which a sign of life is committed, where no checkpoint is new
+    run: Run,  # What is being written
+    commit,  # Called without arguments: makes the disk's state durable
+    every: float = 2.0,  # [s] between looks
+    beat: float = 10.0,  # [s] after which a sign of life is committed, where no checkpoint is new
 ):
     "Commit whenever a new checkpoint stands in a run, now and then without one, and at the end, whatever happened"
-    over,kept = threading.Event(),{p.name for p in checkpoint_dirs(run)}
+    over, kept = threading.Event(), {p.name for p in checkpoint_dirs(run)}
+
     def look():
         last = time.time()
         while not over.wait(every):
-            new = {p.name for p in checkpoint_dirs(run)}-kept
-            if not new and time.time()-last < beat: continue
+            new = {p.name for p in checkpoint_dirs(run)} - kept
+            if not new and time.time() - last < beat:
+                continue
             last = time.time()
-            try: commit(); kept.update(new)
-            except Exception as e: print(f'commit failed, to be tried again: {type(e).__name__}: {e}', flush=True)
+            try:
+                commit()
+                kept.update(new)
+            except Exception as e:
+                print(f'commit failed, to be tried again: {type(e).__name__}: {e}', flush=True)
+
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    try: yield
-    finally: over.set(); thread.join(); commit()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        commit()
 
 # %% ../../nbs/cloud/remote.ipynb #ea0d0edf
 class Unfinished(RuntimeError):
     "The attempt is over and the work is not; another attempt goes on"
 
-_WORTH = ('the kernel died', 'the kernel hangs', 'training hangs', 'it took longer', 'it did not stop') # How reasons of ends begin that another attempt may avoid
 
-def worth_another(run:Run)->bool:
+_WORTH = (
+    'the kernel died',
+    'the kernel hangs',
+    'training hangs',
+    'it took longer',
+    'it did not stop',
+)  # How reasons of ends begin that another attempt may avoid
+
+
+def worth_another(run: Run) -> bool:
     "May the next attempt end better?"
-    return run.status in ('interrupted', 'unfinished') or run.status == 'failed' and (run.result['reason'].startswith(_WORTH) or ': RankLost: ' in run.result['reason'])
+    return (
+        run.status in ('interrupted', 'unfinished')
+        or run.status == 'failed'
+        and (run.result['reason'].startswith(_WORTH) or ': RankLost: ' in run.result['reason'])
+    )
+
 
 def _await_silence(run, wait, reload):
     "A machine that was taken away has stopped writing, though its last sign of life is fresh; one that is there commits new ones"
-    end = time.time()+wait
+    end = time.time() + wait
     while run.status == 'running':
-        if time.time() > end: raise RunError(f"{run.name} is being written by another machine; two writers would mix their steps")
+        if time.time() > end:
+            raise RunError(f"{run.name} is being written by another machine; two writers would mix their steps")
         time.sleep(1)
         reload()
 
 # %% ../../nbs/cloud/remote.ipynb #60406f6d
 def _attempt(run, kind, params, commit, seconds, wait, reload):
     "Begin a run, or go on with it"
-    if (run.path/'job.json').exists():
+    if (run.path / 'job.json').exists():
         _await_silence(run, wait, reload)
-        with keeping(run, commit): return resume_run(run.path, timeout=seconds)
+        with keeping(run, commit):
+            return resume_run(run.path, timeout=seconds)
     job = make_job(kind, **params)
     preflight(job, run.path.parent)
     run.path.mkdir(parents=True, exist_ok=True)
     record_job(run.path, job)
     commit()
-    with keeping(run, commit): return _attempts(run, kind, True, 0, timeout=seconds)
+    with keeping(run, commit):
+        return _attempts(run, kind, True, 0, timeout=seconds)
+
 
 def run_remote(
-    kind:str, # `finetune`, `evaluate` or `export`
-    params:dict, # Of the job
-    run_name:str, # Of the run; the same in each attempt
-    root, # Folder that is kept; runs are in its `runs`
-    commit=lambda: None, # Makes the folder's state durable
-    seconds:float|None=None, # [s] for this attempt; then a checkpoint, and an end
-    wait:float=60, # [s] for an earlier writer to fall silent
-    reload=lambda: None, # Brings the folder to what others have committed
-)->dict: # run, status, reason, metrics
+    kind: str,  # `finetune`, `evaluate` or `export`
+    params: dict,  # Of the job
+    run_name: str,  # Of the run; the same in each attempt
+    root,  # Folder that is kept; runs are in its `runs`
+    commit=lambda: None,  # Makes the folder's state durable
+    seconds: float | None = None,  # [s] for this attempt; then a checkpoint, and an end
+    wait: float = 60,  # [s] for an earlier writer to fall silent
+    reload=lambda: None,  # Brings the folder to what others have committed
+) -> dict:  # run, status, reason, metrics
     "Do a job on a machine that may vanish, or go on with it; raises `Unfinished` when another attempt may finish it"
-    try: run = _attempt(Run(Path(root)/'runs'/run_name), kind, params, commit, seconds, wait, reload)
-    except Unreachable as e: raise Unfinished(f'{run_name}: {e}') from None
-    except SpecError as e: return dict(run=run_name, status='failed', reason=str(e), metrics={})
-    if run.status != 'finished' and worth_another(run): raise Unfinished(f"{run_name} is {run.status}: {run.result['reason']}")
-    return dict(run=run_name, status=run.status, reason=run.result.get('reason', ''), metrics=run.result.get('metrics', {}))
+    try:
+        run = _attempt(Run(Path(root) / 'runs' / run_name), kind, params, commit, seconds, wait, reload)
+    except Unreachable as e:
+        raise Unfinished(f'{run_name}: {e}') from None
+    except SpecError as e:
+        return dict(run=run_name, status='failed', reason=str(e), metrics={})
+    if run.status != 'finished' and worth_another(run):
+        raise Unfinished(f"{run_name} is {run.status}: {run.result['reason']}")
+    return dict(
+        run=run_name, status=run.status, reason=run.result.get('reason', ''), metrics=run.result.get('metrics', {})
+    )
 
 # %% ../../nbs/cloud/remote.ipynb #4be5490e
-KEPT,VOLUME = 'UNSLOTH_NB_VOLUME','unsloth-nb' # Environment variable that says where the disk is that is kept; its name at Modal
+KEPT, VOLUME = (
+    'UNSLOTH_NB_VOLUME',
+    'unsloth-nb',
+)  # Environment variable that says where the disk is that is kept; its name at Modal
 
-def signature_of(kind:str)->inspect.Signature:
+
+def signature_of(kind: str) -> inspect.Signature:
     "The arguments of a job's function"
     P = inspect.Parameter
-    own = [P('run_name', P.KEYWORD_ONLY, annotation=str), P('seconds', P.KEYWORD_ONLY, annotation=float|None, default=None)]
-    return inspect.Signature(own+[P(n, P.KEYWORD_ONLY, annotation=f.annotation, default=f.get_default(call_default_factory=True)) for n,f in JOBS[kind].model_fields.items()], return_annotation=dict)
+    own = [
+        P('run_name', P.KEYWORD_ONLY, annotation=str),
+        P('seconds', P.KEYWORD_ONLY, annotation=float | None, default=None),
+    ]
+    return inspect.Signature(
+        own
+        + [
+            P(n, P.KEYWORD_ONLY, annotation=f.annotation, default=f.get_default(call_default_factory=True))
+            for n, f in JOBS[kind].model_fields.items()
+        ],
+        return_annotation=dict,
+    )
+
 
 def _volume():
     "The disk that is kept, as the provider's client knows it; its newest state"
     import modal
+
     volume = modal.Volume.from_name(VOLUME)
     volume.reload()
     return volume
 
+
 def _function(kind):
     "A job's function for Modal, which finds it by its name in this module"
+
     def body(*, run_name, seconds=None, **params):
         volume = _volume()
         return run_remote(kind, params, run_name, os.environ[KEPT], volume.commit, seconds, reload=volume.reload)
+
     body.__name__ = body.__qualname__ = kind
-    body.__doc__,body.__signature__ = JOBS[kind].__doc__,signature_of(kind)
+    body.__doc__, body.__signature__ = JOBS[kind].__doc__, signature_of(kind)
     return body
+
 
 finetune = _function('finetune')
 evaluate = _function('evaluate')
 export = _function('export')
 
 # %% ../../nbs/cloud/remote.ipynb #2008ddce
-SERVED,PORT = 'UNSLOTH_NB_SERVED',8000
+SERVED, PORT = 'UNSLOTH_NB_SERVED', 8000
+
 
 def serve():
     "Serve the run that the environment names, behind an OpenAI-compatible endpoint"
     from unsloth_nb.export.serving import serve as start
+
     _volume()
-    run,_,to = os.environ[SERVED].partition('/')
-    return start(Path(os.environ[KEPT])/'runs'/run, to or None, '0.0.0.0', PORT)
+    run, _, to = os.environ[SERVED].partition('/')
+    return start(Path(os.environ[KEPT]) / 'runs' / run, to or None, '0.0.0.0', PORT)

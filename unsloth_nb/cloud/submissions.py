@@ -7,124 +7,193 @@ __all__ = ['Submission', 'submissions', 'find_submission', 'deploy', 'submit', '
            'cancel', 'check_run', 'fetch', 'gather', 'serve_remote']
 
 # %% ../../nbs/cloud/submissions.ipynb #25caf932
-import os,shutil,tempfile,time
-from dataclasses import asdict,dataclass
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path,PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from ..runs.checkpoints import MANIFEST,CheckpointError,check_whole
-from .modal_request import GRACE,CloudError,Request,app_name,ask,make_app,modal_client,server_app
-from ..core.escaping import markdown_code,mask_secrets,plain_text
+from ..runs.checkpoints import MANIFEST, CheckpointError, check_whole
+from .modal_request import GRACE, CloudError, Request, app_name, ask, make_app, modal_client, server_app
+from ..core.escaping import markdown_code, mask_secrets, plain_text
 from ..core.settings import settings
 from ..planning.prices import duration
 from .remote import VOLUME
-from ..runs.run import Run,read_json,read_lines,sha256,write_json
-from ..core.schema import SpecError,nearest
+from ..runs.run import Run, read_json, read_lines, sha256, write_json
+from ..core.schema import SpecError, nearest
 
 # %% ../../nbs/cloud/submissions.ipynb #bc77a4d8
 @dataclass(frozen=True)
 class Submission:
     "A job that Modal has"
-    run_name:str
-    call:str # Modal's id of the function call
-    app:str
-    kind:str # `finetune`, `evaluate` or `export`
-    params:dict # That differ from their defaults
-    gpu:str
-    timeout:int # [s] for an attempt
-    retries:int
-    secrets:list # Names
-    estimate:dict # seconds, usd; empty when unknown
-    submitted:str # ISO time
-    def __str__(self): return plain_text(mask_secrets(f"{self.run_name}: {self.kind} on {self.gpu}, submitted {self.submitted[:16].replace('T', ' ')}"+(f", about {duration(self.estimate['seconds'])} and ${self.estimate['usd']:.2f}" if self.estimate else '')))
-    def _repr_markdown_(self): return markdown_code(str(self))
+
+    run_name: str
+    call: str  # Modal's id of the function call
+    app: str
+    kind: str  # `finetune`, `evaluate` or `export`
+    params: dict  # That differ from their defaults
+    gpu: str
+    timeout: int  # [s] for an attempt
+    retries: int
+    secrets: list  # Names
+    estimate: dict  # seconds, usd; empty when unknown
+    submitted: str  # ISO time
+
+    def __str__(self):
+        return plain_text(
+            mask_secrets(
+                f"{self.run_name}: {self.kind} on {self.gpu}, submitted {self.submitted[:16].replace('T', ' ')}"
+                + (
+                    f", about {duration(self.estimate['seconds'])} and ${self.estimate['usd']:.2f}"
+                    if self.estimate
+                    else ''
+                )
+            )
+        )
+
+    def _repr_markdown_(self):
+        return markdown_code(str(self))
 
 # %% ../../nbs/cloud/submissions.ipynb #38274a87
-def _records(runs_dir): return Path(runs_dir or settings().runs_dir)/'modal'
+def _records(runs_dir):
+    return Path(runs_dir or settings().runs_dir) / 'modal'
 
-def submissions(runs_dir=None)->list[Submission]: # Oldest first
+
+def submissions(runs_dir=None) -> list[Submission]:  # Oldest first
     "Every job that was sent from here"
     found = [Submission(**read_json(f)) for f in _records(runs_dir).glob('*.json')]
     return sorted(found, key=lambda s: s.submitted)
 
+
 def find_submission(
-    ref='latest', # Name of a run, a unique part of it, or `latest`
-    runs_dir=None, # Where runs are
-)->Submission:
+    ref='latest',  # Name of a run, a unique part of it, or `latest`
+    runs_dir=None,  # Where runs are
+) -> Submission:
     "One of them; raises `SpecError` with the nearest name"
     have = submissions(runs_dir)
-    if not have: raise SpecError(f"run: nothing was submitted from {_records(runs_dir).parent} yet")
-    hits = have[-1:] if ref == 'latest' else [s for s in have if s.run_name == ref] or [s for s in have if ref in s.run_name]
-    if len(hits) == 1: return hits[0]
-    if hits: raise SpecError(f"run: {ref!r} fits {', '.join(s.run_name for s in hits)}; give more of the name")
+    if not have:
+        raise SpecError(f"run: nothing was submitted from {_records(runs_dir).parent} yet")
+    hits = (
+        have[-1:]
+        if ref == 'latest'
+        else [s for s in have if s.run_name == ref] or [s for s in have if ref in s.run_name]
+    )
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        raise SpecError(f"run: {ref!r} fits {', '.join(s.run_name for s in hits)}; give more of the name")
     raise SpecError(f"run: {ref!r} was not submitted from here{nearest(ref, [s.run_name for s in have][-10:])}")
 
 # %% ../../nbs/cloud/submissions.ipynb #5732da4f
 def _place(req, runs_dir):
     "Where a request's record goes; raises `SpecError` where it cannot be written, or is there already"
-    f = _records(runs_dir)/f'{req.run_name}.json'
+    f = _records(runs_dir) / f'{req.run_name}.json'
     try:
         f.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=f.parent): pass
-    except OSError as e: raise SpecError(f"runs_dir: {f.parent} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
-    if f.exists(): raise SpecError(f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or make a new request for another run")
+        with tempfile.TemporaryFile(dir=f.parent):
+            pass
+    except OSError as e:
+        raise SpecError(
+            f"runs_dir: {f.parent} cannot be written: {e.strerror}; choose another one with --runs-dir"
+        ) from None
+    if f.exists():
+        raise SpecError(
+            f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or make a new request for another run"
+        )
     return f
 
 # %% ../../nbs/cloud/submissions.ipynb #6d354933
 def _put(volume, u, say):
     "Upload unless it is there; its name is its hash"
-    try: there = bool(volume.listdir(u.remote))
+    try:
+        there = bool(volume.listdir(u.remote))
     except Exception as e:
-        if type(e).__name__ != 'NotFoundError': raise
+        if type(e).__name__ != 'NotFoundError':
+            raise
         there = False
-    if there: return say(f'{u.local.name} is on the disk already')
-    say(f'uploading {u.local.name}, {u.bytes/1e6:,.2f} MB …')
-    with volume.batch_upload() as batch: (batch.put_directory if u.local.is_dir() else batch.put_file)(u.local, f'/{u.remote}')
+    if there:
+        return say(f'{u.local.name} is on the disk already')
+    say(f'uploading {u.local.name}, {u.bytes / 1e6:,.2f} MB …')
+    with volume.batch_upload() as batch:
+        (batch.put_directory if u.local.is_dir() else batch.put_file)(u.local, f'/{u.remote}')
+
 
 def _deployed(modal, req, say):
     "The function of a request; its app is deployed when it is not there"
     f = modal.Function.from_name(req.app, req.kind)
-    try: return f.hydrate()
+    try:
+        return f.hydrate()
     except modal.exception.NotFoundError:
-        if req.app != app_name(): raise CloudError("the code here has changed since the request was made, and its app is not deployed; make the request again") from None
+        if req.app != app_name():
+            raise CloudError(
+                "the code here has changed since the request was made, and its app is not deployed; make the request again"
+            ) from None
         say(f'deploying {req.app}; a new image takes minutes, the first time …')
         deploy()
     return modal.Function.from_name(req.app, req.kind)
 
-def deploy()->str: # The app's name
+
+def deploy() -> str:  # The app's name
     "Deploy the app, which builds its image where there is none yet"
-    with modal_client(): return make_app().deploy().name
+    with modal_client():
+        return make_app().deploy().name
 
 # %% ../../nbs/cloud/submissions.ipynb #cd681695
 def submit(
-    req:Request, # From `ask`
-    runs_dir=None, # Where its record is kept, and the run will come back to
-    say=print, # Called with a line about what is being done
-)->Submission:
+    req: Request,  # From `ask`
+    runs_dir=None,  # Where its record is kept, and the run will come back to
+    say=print,  # Called with a line about what is being done
+) -> Submission:
     "Send a job to Modal; returns when it has been accepted, not when it is done"
     record = _place(req, runs_dir)
     with modal_client() as modal:
         secrets = [modal.Secret.from_name(n) for n in req.secrets]
-        for n,s in zip(req.secrets, secrets):
-            try: s.hydrate()
-            except modal.exception.NotFoundError: raise CloudError(f"your Modal workspace has no secret {n!r}; make it with: modal secret create {n} HF_TOKEN=…") from None
+        for n, s in zip(req.secrets, secrets):
+            try:
+                s.hydrate()
+            except modal.exception.NotFoundError:
+                raise CloudError(
+                    f"your Modal workspace has no secret {n!r}; make it with: modal secret create {n} HF_TOKEN=…"
+                ) from None
         volume = modal.Volume.from_name(VOLUME, create_if_missing=True)
-        for u in req.uploads: _put(volume, u, say)
+        for u in req.uploads:
+            _put(volume, u, say)
         again = modal.Retries(max_retries=req.retries, backoff_coefficient=1.0, initial_delay=10.0)
-        f = _deployed(modal, req, say).with_options(gpu=req.gpu, cpu=float(req.cores), memory=1024*req.ram, timeout=req.timeout, retries=again, secrets=secrets)
-        call = f.spawn(run_name=req.run_name, seconds=req.timeout-GRACE, **req.params)
-    sub = Submission(req.run_name, call.object_id, req.app, req.kind, req.params, req.gpu, req.timeout, req.retries, list(req.secrets), req.estimate, datetime.now().astimezone().isoformat())
+        f = _deployed(modal, req, say).with_options(
+            gpu=req.gpu,
+            cpu=float(req.cores),
+            memory=1024 * req.ram,
+            timeout=req.timeout,
+            retries=again,
+            secrets=secrets,
+        )
+        call = f.spawn(run_name=req.run_name, seconds=req.timeout - GRACE, **req.params)
+    sub = Submission(
+        req.run_name,
+        call.object_id,
+        req.app,
+        req.kind,
+        req.params,
+        req.gpu,
+        req.timeout,
+        req.retries,
+        list(req.secrets),
+        req.estimate,
+        datetime.now().astimezone().isoformat(),
+    )
     write_json(record, asdict(sub))
     return sub
 
 # %% ../../nbs/cloud/submissions.ipynb #1b101a84
 def submit_many(
-    trials:list, # A dict of parameters for each
-    kind:str='finetune', # Job
-    runs_dir=None, # As in `submit`
-    say=print, # As in `submit`
-    **how, # As for `ask`: preset, gpu, secrets, timeout, retries
-)->list[Submission]:
+    trials: list,  # A dict of parameters for each
+    kind: str = 'finetune',  # Job
+    runs_dir=None,  # As in `submit`
+    say=print,  # As in `submit`
+    **how,  # As for `ask`: preset, gpu, secrets, timeout, retries
+) -> list[Submission]:
     "Send several jobs, each to a machine of its own"
     return [submit(r, runs_dir, say) for r in [ask(kind, **how, **t) for t in trials]]
 
@@ -132,144 +201,194 @@ def submit_many(
 @dataclass(frozen=True)
 class CallStatus:
     "How a submitted job stands"
-    run_name:str
-    state:str # `running` (or waiting for a machine), `finished`, `failed`, `interrupted`, `cancelled`, or `expired`
-    reason:str='' # Why it failed
-    step:int|None=None # Of the last committed metrics
-    loss:float|None=None # There
+
+    run_name: str
+    state: str  # `running` (or waiting for a machine), `finished`, `failed`, `interrupted`, `cancelled`, or `expired`
+    reason: str = ''  # Why it failed
+    step: int | None = None  # Of the last committed metrics
+    loss: float | None = None  # There
+
     @property
-    def over(self)->bool: return self.state != 'running'
-    def __str__(self): return plain_text(mask_secrets(f'{self.run_name}: {self.state}'+(f', {self.reason}' if self.reason else '')+(f'; step {self.step}' if self.step is not None else '')+(f', loss {self.loss:.4g}' if isinstance(self.loss, (int, float)) else '')))
-    def _repr_markdown_(self): return markdown_code(str(self))
+    def over(self) -> bool:
+        return self.state != 'running'
+
+    def __str__(self):
+        return plain_text(
+            mask_secrets(
+                f'{self.run_name}: {self.state}'
+                + (f', {self.reason}' if self.reason else '')
+                + (f'; step {self.step}' if self.step is not None else '')
+                + (f', loss {self.loss:.4g}' if isinstance(self.loss, (int, float)) else '')
+            )
+        )
+
+    def _repr_markdown_(self):
+        return markdown_code(str(self))
+
 
 def _state(modal, sub, timeout):
     "State and reason, as Modal has them"
     from grpclib import GRPCError
-    try: got = modal.FunctionCall.from_id(sub.call).get(timeout=timeout)
-    except modal.exception.OutputExpiredError: return 'expired','Modal keeps results for some days only'
-    except modal.exception.FunctionTimeoutError: return 'failed',f'it took longer than its {duration(sub.timeout)}'
-    except TimeoutError as e: return ('failed',f'TimeoutError: {e}') if e.args else ('running','') # With a text it is one of the job's own
-    except modal.exception.InputCancellation: return 'cancelled',''
-    except (GRPCError, modal.exception.ConnectionError): raise # The question failed, not the job
-    except Exception as e: return 'failed',f'{type(e).__name__}: {e}'
-    return got['status'],got['reason']
+
+    try:
+        got = modal.FunctionCall.from_id(sub.call).get(timeout=timeout)
+    except modal.exception.OutputExpiredError:
+        return 'expired', 'Modal keeps results for some days only'
+    except modal.exception.FunctionTimeoutError:
+        return 'failed', f'it took longer than its {duration(sub.timeout)}'
+    except TimeoutError as e:
+        return ('failed', f'TimeoutError: {e}') if e.args else ('running', '')  # With a text it is one of the job's own
+    except modal.exception.InputCancellation:
+        return 'cancelled', ''
+    except (GRPCError, modal.exception.ConnectionError):
+        raise  # The question failed, not the job
+    except Exception as e:
+        return 'failed', f'{type(e).__name__}: {e}'
+    return got['status'], got['reason']
+
 
 def _committed(modal, sub, name):
     "A file of the run as it was last committed; None where there is none yet"
-    try: return b''.join(modal.Volume.from_name(VOLUME).read_file(f'runs/{sub.run_name}/{name}'))
-    except FileNotFoundError: return None
+    try:
+        return b''.join(modal.Volume.from_name(VOLUME).read_file(f'runs/{sub.run_name}/{name}'))
+    except FileNotFoundError:
+        return None
 
 # %% ../../nbs/cloud/submissions.ipynb #20895c3e
 def status(
-    ref='latest', # As for `find_submission`
-    runs_dir=None, # Where records are
-    timeout:float=0, # [s] to wait for the end
-)->CallStatus:
+    ref='latest',  # As for `find_submission`
+    runs_dir=None,  # Where records are
+    timeout: float = 0,  # [s] to wait for the end
+) -> CallStatus:
     "How a submitted job stands"
     sub = find_submission(ref, runs_dir)
     with modal_client() as modal:
-        state,reason = _state(modal, sub, timeout)
+        state, reason = _state(modal, sub, timeout)
         text = _committed(modal, sub, 'metrics.jsonl')
     with tempfile.TemporaryDirectory() as tmp:
-        (Path(tmp)/'m').write_bytes(text or b'')
-        last = next((m for m in reversed(read_lines(Path(tmp)/'m')) if 'step' in m), {})
+        (Path(tmp) / 'm').write_bytes(text or b'')
+        last = next((m for m in reversed(read_lines(Path(tmp) / 'm')) if 'step' in m), {})
     return CallStatus(sub.run_name, state, reason, last.get('step'), last.get('loss'))
 
 # %% ../../nbs/cloud/submissions.ipynb #815f740a
 def logs(
-    ref='latest', # As for `find_submission`
-    runs_dir=None, # Where records are
-    lines:int=100, # The last so many
-    follow:bool=False, # Go on with what comes, until the call is over
-): # Yields text, to be printed
+    ref='latest',  # As for `find_submission`
+    runs_dir=None,  # Where records are
+    lines: int = 100,  # The last so many
+    follow: bool = False,  # Go on with what comes, until the call is over
+):  # Yields text, to be printed
     "What a submitted job has printed"
     with modal_client() as modal:
         found = modal.FunctionCall.from_id(find_submission(ref, runs_dir).call).logs
-        for e in found.stream() if follow else found.tail(lines): yield plain_text(mask_secrets(e.message, named=False))
+        for e in found.stream() if follow else found.tail(lines):
+            yield plain_text(mask_secrets(e.message, named=False))
+
 
 def cancel(
-    ref='latest', # As for `find_submission`
-    runs_dir=None, # Where records are
-)->Submission:
+    ref='latest',  # As for `find_submission`
+    runs_dir=None,  # Where records are
+) -> Submission:
     "End a submitted job and its machine; its last checkpoint stays on the disk"
     sub = find_submission(ref, runs_dir)
-    with modal_client() as modal: modal.FunctionCall.from_id(sub.call).cancel(terminate_containers=True)
+    with modal_client() as modal:
+        modal.FunctionCall.from_id(sub.call).cancel(terminate_containers=True)
     return sub
 
 # %% ../../nbs/cloud/submissions.ipynb #34ecf1b6
 def check_run(
-    folder, # A run directory
+    folder,  # A run directory
 ):
     "Raise `CheckpointError` when a checkpoint or an artefact is not what the run says"
     folder = Path(folder)
     for m in sorted(folder.rglob(MANIFEST)):
-        if not any(p.startswith('.') for p in m.relative_to(folder).parts): check_whole(m.parent)
-    for name,files in (read_json(folder/'result.json') or {}).get('artifacts', {}).items():
-        for f,want in files.items():
-            p = folder/name/f
-            if not p.is_file(): raise CheckpointError(f'{name}/{f} is missing')
-            if sha256(p) != want['sha256']: raise CheckpointError(f'{name}/{f} has changed since the run was finished')
+        if not any(p.startswith('.') for p in m.relative_to(folder).parts):
+            check_whole(m.parent)
+    for name, files in (read_json(folder / 'result.json') or {}).get('artifacts', {}).items():
+        for f, want in files.items():
+            p = folder / name / f
+            if not p.is_file():
+                raise CheckpointError(f'{name}/{f} is missing')
+            if sha256(p) != want['sha256']:
+                raise CheckpointError(f'{name}/{f} has changed since the run was finished')
 
 # %% ../../nbs/cloud/submissions.ipynb #ce52bd0e
 def _within(path, home):
     "A path of the disk below a folder; what leads elsewhere is refused"
-    rel = PurePosixPath('/'+path.strip('/')).relative_to('/'+home)
-    if '..' in rel.parts: raise CloudError(f'{path} leads out of {home}')
+    rel = PurePosixPath('/' + path.strip('/')).relative_to('/' + home)
+    if '..' in rel.parts:
+        raise CloudError(f'{path} leads out of {home}')
     return rel
+
 
 def _bring(volume, home, stage):
     "Every file below a folder of the disk"
     for e in volume.listdir(home, recursive=True):
-        rel,kind = _within(e.path, home),e.type.name
-        if any(p.startswith(('.saving-', '.old-')) for p in rel.parts) or rel.name == '.lock' or kind == 'DIRECTORY': continue
-        if kind != 'FILE': raise CloudError(f'{e.path} is a {kind.lower()}, not a file')
-        (stage/rel).parent.mkdir(parents=True, exist_ok=True)
-        with open(stage/rel, 'wb') as f:
-            for chunk in volume.read_file(e.path): f.write(chunk)
-        if (stage/rel).stat().st_size != e.size: raise CloudError(f'{rel} arrived with {(stage/rel).stat().st_size:,} bytes instead of {e.size:,}; fetch again')
+        rel, kind = _within(e.path, home), e.type.name
+        if any(p.startswith(('.saving-', '.old-')) for p in rel.parts) or rel.name == '.lock' or kind == 'DIRECTORY':
+            continue
+        if kind != 'FILE':
+            raise CloudError(f'{e.path} is a {kind.lower()}, not a file')
+        (stage / rel).parent.mkdir(parents=True, exist_ok=True)
+        with open(stage / rel, 'wb') as f:
+            for chunk in volume.read_file(e.path):
+                f.write(chunk)
+        if (stage / rel).stat().st_size != e.size:
+            raise CloudError(
+                f'{rel} arrived with {(stage / rel).stat().st_size:,} bytes instead of {e.size:,}; fetch again'
+            )
 
 # %% ../../nbs/cloud/submissions.ipynb #e4926dd4
 def fetch(
-    ref='latest', # As for `find_submission`
-    runs_dir=None, # Where records are, and the run goes to
-)->Run:
+    ref='latest',  # As for `find_submission`
+    runs_dir=None,  # Where records are, and the run goes to
+) -> Run:
     "Bring a run's directory from Modal's disk, whole or not at all"
     sub = find_submission(ref, runs_dir)
     home = _records(runs_dir).parent
-    if (home/sub.run_name).exists(): raise CloudError(f"{sub.run_name} is here already; nothing is written over: move it away to fetch it again")
-    if not (now := status(sub.run_name, runs_dir)).over: raise CloudError(f"{now}; wait for its end, or stop it: unsloth-nb modal stop {sub.run_name}")
+    if (home / sub.run_name).exists():
+        raise CloudError(f"{sub.run_name} is here already; nothing is written over: move it away to fetch it again")
+    if not (now := status(sub.run_name, runs_dir)).over:
+        raise CloudError(f"{now}; wait for its end, or stop it: unsloth-nb modal stop {sub.run_name}")
     stage = Path(tempfile.mkdtemp(prefix='.fetching-', dir=home))
     try:
         with modal_client() as modal:
-            try: _bring(modal.Volume.from_name(VOLUME), f'runs/{sub.run_name}', stage)
-            except (modal.exception.NotFoundError, FileNotFoundError): raise CloudError(f'{sub.run_name} left nothing on the disk: {now.reason or now.state}') from None
-        if not (stage/'job.json').exists(): raise CloudError(f'{sub.run_name} left nothing on the disk: {now.reason or now.state}')
+            try:
+                _bring(modal.Volume.from_name(VOLUME), f'runs/{sub.run_name}', stage)
+            except (modal.exception.NotFoundError, FileNotFoundError):
+                raise CloudError(f'{sub.run_name} left nothing on the disk: {now.reason or now.state}') from None
+        if not (stage / 'job.json').exists():
+            raise CloudError(f'{sub.run_name} left nothing on the disk: {now.reason or now.state}')
         check_run(stage)
         stage.chmod(0o755)
-        os.rename(stage, home/sub.run_name)
-    except BaseException: shutil.rmtree(stage, ignore_errors=True); raise
-    return Run((home/sub.run_name).resolve())
+        os.rename(stage, home / sub.run_name)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    return Run((home / sub.run_name).resolve())
 
 # %% ../../nbs/cloud/submissions.ipynb #b89bc400
 def gather(
-    subs:list, # Submissions
-    runs_dir=None, # As in `fetch`
-    timeout:float=7*24*3600, # [s] for all of them
-)->dict: # Run name to Run, or to the error that says why there is none
+    subs: list,  # Submissions
+    runs_dir=None,  # As in `fetch`
+    timeout: float = 7 * 24 * 3600,  # [s] for all of them
+) -> dict:  # Run name to Run, or to the error that says why there is none
     "Wait for several jobs and fetch their runs"
-    end,found = time.time()+timeout,{}
+    end, found = time.time() + timeout, {}
     for s in subs:
-        try: status(s.run_name, runs_dir, max(0, end-time.time())); found[s.run_name] = fetch(s.run_name, runs_dir)
-        except (CloudError, CheckpointError) as e: found[s.run_name] = e
+        try:
+            status(s.run_name, runs_dir, max(0, end - time.time()))
+            found[s.run_name] = fetch(s.run_name, runs_dir)
+        except (CloudError, CheckpointError) as e:
+            found[s.run_name] = e
     return found
 
 # %% ../../nbs/cloud/submissions.ipynb #e9ed04fb
 def serve_remote(
-    run_name:str, # A finished run on the disk
-    to:str|None=None, # As in `server_app`
-    gpu:str='L4', # As in `server_app`
-    public:bool=False, # As in `server_app`
-)->str: # For `base_url` of clients
+    run_name: str,  # A finished run on the disk
+    to: str | None = None,  # As in `server_app`
+    gpu: str = 'L4',  # As in `server_app`
+    public: bool = False,  # As in `server_app`
+) -> str:  # For `base_url` of clients
     "Put a run behind an endpoint on Modal; ended with `modal app stop`"
     app = server_app(run_name, to, gpu, public)
     with modal_client() as modal:

@@ -7,9 +7,16 @@ __all__ = ['engine_log', 'LIBRARIES', 'set_environment', 'Device', 'device_info'
            'start_engine', 'versions', 'Unreachable', 'check_hub']
 
 # %% ../../nbs/core/engine.ipynb #e807e19b
-import gc,importlib.metadata,io,logging,os,platform,sys,warnings
-from contextlib import contextmanager,redirect_stderr,redirect_stdout
-from dataclasses import asdict,dataclass
+import gc
+import importlib.metadata
+import io
+import logging
+import os
+import platform
+import sys
+import warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 
 from .settings import settings
@@ -18,67 +25,93 @@ from .schema import SpecError
 
 # %% ../../nbs/core/engine.ipynb #b1bc06a5
 _env = dict(
-    OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0', # A busy machine must not slow training 20-fold
-    UNSLOTH_DISABLE_STATISTICS='1', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1', # Nothing phones home
-    UNSLOTH_AUTO_INSTALL='0', # No system packages installed unasked
+    OMP_WAIT_POLICY='PASSIVE',
+    GOMP_SPINCOUNT='0',  # A busy machine must not slow training 20-fold
+    UNSLOTH_DISABLE_STATISTICS='1',
+    HF_HUB_DISABLE_TELEMETRY='1',
+    DO_NOT_TRACK='1',  # Nothing phones home
+    UNSLOTH_AUTO_INSTALL='0',  # No system packages installed unasked
 )
 
-def set_environment()->dict: # What is in force
+
+def set_environment() -> dict:  # What is in force
     "Set what must be set before torch loads; a value you set yourself stays"
-    for k,v in _env.items(): os.environ.setdefault(k, v)
-    os.environ.setdefault('UNSLOTH_COMPILE_LOCATION', str(settings().cache_dir/'unsloth_compiled'))
-    return {k:os.environ[k] for k in [*_env, 'UNSLOTH_COMPILE_LOCATION']}
+    for k, v in _env.items():
+        os.environ.setdefault(k, v)
+    os.environ.setdefault('UNSLOTH_COMPILE_LOCATION', str(settings().cache_dir / 'unsloth_compiled'))
+    return {k: os.environ[k] for k in [*_env, 'UNSLOTH_COMPILE_LOCATION']}
 
 # %% ../../nbs/core/engine.ipynb #e78eeb05
 @dataclass(frozen=True)
 class Device:
     "The machine that trains"
-    kind:str # `cuda`, `mps` or `cpu`
-    name:str # As the driver or the operating system says
-    memory_total:int # [bytes] of the GPU, or of the machine's RAM
-    memory_free:int # [bytes]
-    bf16:bool # Computes natively in bfloat16
-    cores:int # CPU threads that torch uses
-    count:int=1 # Devices of this kind
-    capability:str='' # CUDA compute capability
 
-    def to_dict(self)->dict: return asdict(self)
+    kind: str  # `cuda`, `mps` or `cpu`
+    name: str  # As the driver or the operating system says
+    memory_total: int  # [bytes] of the GPU, or of the machine's RAM
+    memory_free: int  # [bytes]
+    bf16: bool  # Computes natively in bfloat16
+    cores: int  # CPU threads that torch uses
+    count: int = 1  # Devices of this kind
+    capability: str = ''  # CUDA compute capability
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
 
 def _cpu_name():
     "The processor's name, from the operating system"
-    try: lines = open('/proc/cpuinfo').read().splitlines()
-    except OSError: return platform.processor() or platform.machine()
+    try:
+        lines = open('/proc/cpuinfo').read().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
     return next((l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')), platform.machine())
 
 # %% ../../nbs/core/engine.ipynb #e75dd993
-def device_info()->Device:
+def device_info() -> Device:
     "The device that training would use; imports torch but not Unsloth"
     set_environment()
-    import psutil,torch
-    mem,cores = psutil.virtual_memory(),torch.get_num_threads()
+    import psutil
+    import torch
+
+    mem, cores = psutil.virtual_memory(), torch.get_num_threads()
     if torch.cuda.is_available():
-        p,(free,total) = torch.cuda.get_device_properties(0),torch.cuda.mem_get_info(0)
-        return Device('cuda', p.name, total, free, torch.cuda.is_bf16_supported(including_emulation=False), cores, torch.cuda.device_count(), f'{p.major}.{p.minor}')
-    if torch.backends.mps.is_available(): return Device('mps', platform.machine(), mem.total, mem.available, True, cores)
+        p, (free, total) = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info(0)
+        return Device(
+            'cuda',
+            p.name,
+            total,
+            free,
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            cores,
+            torch.cuda.device_count(),
+            f'{p.major}.{p.minor}',
+        )
+    if torch.backends.mps.is_available():
+        return Device('mps', platform.machine(), mem.total, mem.available, True, cores)
     return Device('cpu', _cpu_name(), mem.total, mem.available, torch.ops.mkldnn._is_mkldnn_bf16_supported(), cores)
 
 # %% ../../nbs/core/engine.ipynb #035c59ef
 @patch
-def _repr_markdown_(self:Device):
+def _repr_markdown_(self: Device):
     gib = 2**30
-    return f"**{self.name}** ({self.kind}, {self.cores} threads): {self.memory_free/gib:.1f} of {self.memory_total/gib:.1f} GiB free, bfloat16 {'native' if self.bf16 else 'emulated'}"
+    return f"**{self.name}** ({self.kind}, {self.cores} threads): {self.memory_free / gib:.1f} of {self.memory_total / gib:.1f} GiB free, bfloat16 {'native' if self.bf16 else 'emulated'}"
 
 # %% ../../nbs/core/engine.ipynb #21169bff
 class EngineError(RuntimeError):
     "Unsloth cannot be used in this process"
 
-engine_log:list[str] = [] # What Unsloth and its libraries printed while we kept them quiet
+
+engine_log: list[str] = []  # What Unsloth and its libraries printed while we kept them quiet
+
 
 def _release(buf):
     "Point log handlers that were made while output was captured back at the real stderr"
     for lg in [logging.root, *logging.root.manager.loggerDict.values()]:
         for h in getattr(lg, 'handlers', []):
-            if getattr(h, 'stream', None) is buf: h.setStream(sys.stderr)
+            if getattr(h, 'stream', None) is buf:
+                h.setStream(sys.stderr)
+
 
 @contextmanager
 def quiet():
@@ -98,58 +131,95 @@ def collector_paused():
     "Python's garbage collector does not run; for imports, which make many objects and drop few"
     was = gc.isenabled()
     gc.disable()
-    try: yield
+    try:
+        yield
     finally:
-        if was: gc.enable()
+        if was:
+            gc.enable()
 
 # %% ../../nbs/core/engine.ipynb #c41f6b05
 def _import_unsloth():
     "Import Unsloth with its output captured"
     import torch
-    for n in ('torch.utils._pytree', 'torchao'): logging.getLogger(n).setLevel(logging.ERROR)
+
+    for n in ('torch.utils._pytree', 'torchao'):
+        logging.getLogger(n).setLevel(logging.ERROR)
     try:
-        with quiet(),collector_paused(): import unsloth
-    except Exception as e: raise EngineError(f"Unsloth does not import: {type(e).__name__}: {e}") from e
-    bound_templates() # Unsloth tries templates while it loads a model
+        with quiet(), collector_paused():
+            import unsloth
+    except Exception as e:
+        raise EngineError(f"Unsloth does not import: {type(e).__name__}: {e}") from e
+    bound_templates()  # Unsloth tries templates while it loads a model
     from datasets.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
-    for off in (disable_progress_bars, disable_progress_bar): off() # They are widgets, which an executed notebook keeps for ever
+
+    for off in (disable_progress_bars, disable_progress_bar):
+        off()  # They are widgets, which an executed notebook keeps for ever
 
 # %% ../../nbs/core/engine.ipynb #eca3be97
-def start_engine()->Device:
+def start_engine() -> Device:
     "Import Unsloth first, once, quietly; returns the device"
     if 'unsloth' not in sys.modules:
         early = [m for m in ('transformers', 'trl', 'peft') if m in sys.modules]
-        if early: raise EngineError(f"{', '.join(early)} was imported before Unsloth, whose speed-ups would then not apply: restart the kernel and import from unsloth_nb first")
+        if early:
+            raise EngineError(
+                f"{', '.join(early)} was imported before Unsloth, whose speed-ups would then not apply: restart the kernel and import from unsloth_nb first"
+            )
         set_environment()
         _import_unsloth()
     return device_info()
 
 # %% ../../nbs/core/engine.ipynb #f1a1e9de
-LIBRARIES = ('unsloth_nb', 'unsloth', 'unsloth_zoo', 'torch', 'transformers', 'trl', 'peft', 'datasets', 'bitsandbytes', 'accelerate', 'triton', 'papermill', 'nbdev')
+LIBRARIES = (
+    'unsloth_nb',
+    'unsloth',
+    'unsloth_zoo',
+    'torch',
+    'transformers',
+    'trl',
+    'peft',
+    'datasets',
+    'bitsandbytes',
+    'accelerate',
+    'triton',
+    'papermill',
+    'nbdev',
+)
 
-def versions()->dict[str,str]: # Library to version; absent ones left out
+
+def versions() -> dict[str, str]:  # Library to version; absent ones left out
     "Versions of the libraries that decide a result"
     res = dict(python=platform.python_version())
     for l in LIBRARIES:
-        try: res[l] = importlib.metadata.version(l)
-        except importlib.metadata.PackageNotFoundError: continue
+        try:
+            res[l] = importlib.metadata.version(l)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return res
 
 # %% ../../nbs/core/engine.ipynb #cf429f71
 class Unreachable(SpecError):
     "The Hub does not answer; another time it may"
 
+
 def check_hub(
-    what:str, # What would be downloaded, for the message
-    timeout:float=5, # [s]
+    what: str,  # What would be downloaded, for the message
+    timeout: float = 5,  # [s]
 ):
     "Raise `Unreachable` at once when the Hugging Face Hub cannot be reached"
     import socket
     from urllib.parse import urlsplit
+
     u = urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
-    why = 'HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON') else None
+    why = (
+        'HF_HUB_OFFLINE is set' if os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON') else None
+    )
     if not why and not any(os.environ.get(k) for k in ('HTTPS_PROXY', 'https_proxy', 'ALL_PROXY', 'all_proxy')):
-        try: socket.create_connection((u.hostname, u.port or (443 if u.scheme == 'https' else 80)), timeout).close()
-        except OSError as e: why = f'{u.hostname}: {e}'
-    if why: raise Unreachable(f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, or use the embedded model 'smollm2-135m' and dataset 'events'")
+        try:
+            socket.create_connection((u.hostname, u.port or (443 if u.scheme == 'https' else 80)), timeout).close()
+        except OSError as e:
+            why = f'{u.hostname}: {e}'
+    if why:
+        raise Unreachable(
+            f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, or use the embedded model 'smollm2-135m' and dataset 'events'"
+        )

@@ -6,72 +6,96 @@
 __all__ = ['KEYS', 'plain_text', 'json_text', 'html_text', 'markdown_text', 'markdown_code', 'find_secrets', 'mask_secrets']
 
 # %% ../../nbs/core/escaping.ipynb #79d8f471
-import html,json,os,re
+import html
+import json
+import os
+import re
 
 # %% ../../nbs/core/escaping.ipynb #62d7e65a
 _unsafe = re.compile('\r\n|[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]')
 
-def plain_text(s)->str:
+
+def plain_text(s) -> str:
     "Text that a terminal shows as it is, whatever it holds"
     return _unsafe.sub(lambda m: '\n' if m[0] == '\r\n' else f'[U+{ord(m[0]):04X}]', str(s))
 
 # %% ../../nbs/core/escaping.ipynb #a4570aa0
-def json_text(obj, **kw)->str:
+def json_text(obj, **kw) -> str:
     "JSON that a terminal shows as it is"
     return _unsafe.sub(lambda m: json.dumps(m[0])[1:-1], json.dumps(obj, ensure_ascii=False, **kw))
 
 # %% ../../nbs/core/escaping.ipynb #6f9e4c7c
-_marks = re.compile(r'[&<>\\`*\[\]|~$@]|^[-+#=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.', re.I)
+_marks = re.compile(
+    r'[&<>\\`*\[\]|~$@]|^[-+#=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.', re.I
+)
 
-def html_text(s)->str:
+
+def html_text(s) -> str:
     "Text inside an HTML element or attribute"
     return html.escape(plain_text(s))
 
-def markdown_text(s)->str:
+
+def markdown_text(s) -> str:
     "Text in a line of markdown, or in a cell of a table"
     return _marks.sub(lambda m: f'&#{ord(m[0])};', ' '.join(plain_text(s).split()))
 
-def markdown_code(s)->str:
+
+def markdown_code(s) -> str:
     "The same, as code"
-    return f'<code>{markdown_text(s)}</code>' if re.search(r'[`|$\\\n]', s := str(s)) or plain_text(s) != s or not s.strip() else f'`{s}`'
+    return (
+        f'<code>{markdown_text(s)}</code>'
+        if re.search(r'[`|$\\\n]', s := str(s)) or plain_text(s) != s or not s.strip()
+        else f'`{s}`'
+    )
 
 # %% ../../nbs/core/escaping.ipynb #c5ca392e
-KEYS = re.compile(r'(?<![\w-])(hf_(?=[A-Za-z]*\d|[a-z]*[A-Z])[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|AIza[\w-]{35}|xox[abp]-[\w-]{20,})(?![\w-])')
-_NAMED = re.compile(r'''(?i)(?<![A-Za-z0-9])(?:(?:hf|hub|hugging_?face(?:hub)?|github|wandb|access|auth|api)_?(?:hub_|api_)?token|token|\w*api_?key|\w*secret(?:_access)?_?(?:key)?|password|passwd)["']?\]?(?:\s*:\s*\w+)?\s*[=:,]\s*["']([^"'\s]{8,})["']''')
+KEYS = re.compile(
+    r'(?<![\w-])(hf_(?=[A-Za-z]*\d|[a-z]*[A-Z])[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|AIza[\w-]{35}|xox[abp]-[\w-]{20,})(?![\w-])'
+)
+_NAMED = re.compile(
+    r'''(?i)(?<![A-Za-z0-9])(?:(?:hf|hub|hugging_?face(?:hub)?|github|wandb|access|auth|api)_?(?:hub_|api_)?token|token|\w*api_?key|\w*secret(?:_access)?_?(?:key)?|password|passwd)["']?\]?(?:\s*:\s*\w+)?\s*[=:,]\s*["']([^"'\s]{8,})["']'''
+)
 _LOGIN = re.compile(r'''(?i)wandb[\w. ]*(?:login|api_?key)[^\n]{0,40}?(?<![0-9a-f])([0-9a-f]{40})(?![0-9a-f])''')
 _PLACEHOLDER = re.compile(r'(?i)your|token|example|placeholder|xxx|\*\*\*|\.\.\.|…|changeme|[<>{}|$/]')
 _VARIABLE = re.compile(r'(?i)(?:TOKEN|API_?KEY|SECRET(?:_ACCESS_KEY)?|PASSWORD)$')
+
 
 def _real(s):
     "Does it look like a secret, not like a placeholder?"
     return len(set(s)) > 6 and not _PLACEHOLDER.search(s) and bool(re.search(r'\d', s) and re.search('[A-Za-z]', s))
 
+
 def _own():
     "The secrets of this process's environment"
-    return [re.escape(v) for k,v in os.environ.items() if len(v) >= 12 and _VARIABLE.search(k)]
+    return [re.escape(v) for k, v in os.environ.items() if len(v) >= 12 and _VARIABLE.search(k)]
 
 # %% ../../nbs/core/escaping.ipynb #663e7c34
 def _spans(text, named):
     "Where secrets stand: keys of known form and our own; with `named` also what is assigned to a name like theirs"
-    if len(text) < 12: return []
+    if len(text) < 12:
+        return []
     spans = [m.span(1) for m in KEYS.finditer(text) if len(set(m[1])) > 9 and not re.search('(?i)example|xxxx', m[1])]
-    if named: spans += [m.span(1) for p in (_NAMED, _LOGIN) for m in p.finditer(text) if _real(m[1])]
+    if named:
+        spans += [m.span(1) for p in (_NAMED, _LOGIN) for m in p.finditer(text) if _real(m[1])]
     spans += [m.span() for m in re.finditer('|'.join(_own()) or '(?!)', text)]
     res = []
     for s in sorted(set(spans)):
-        if not res or s[0] >= res[-1][1]: res.append(s)
+        if not res or s[0] >= res[-1][1]:
+            res.append(s)
     return res
 
-def find_secrets(text:str)->list[tuple[int,int]]: # Where each begins and ends
+
+def find_secrets(text: str) -> list[tuple[int, int]]:  # Where each begins and ends
     "Secrets in a text"
     return _spans(text, True)
 
+
 def mask_secrets(
-    text:str, # Any text
-    named:bool=True, # Also what is assigned to a name like `api_key`? False: keys of known form and those of this process's environment
-)->str:
+    text: str,  # Any text
+    named: bool = True,  # Also what is assigned to a name like `api_key`? False: keys of known form and those of this process's environment
+) -> str:
     "The same text, of each secret only the kind"
-    for a,b in reversed(_spans(text, named)):
+    for a, b in reversed(_spans(text, named)):
         kind = re.match(r'hf_|sk-|AKIA|ASIA|gh\w_|github_pat_|glpat-|AIza|xox\w-', text[a:b])
         text = f"{text[:a]}{kind[0] if kind else ''}…{text[b:]}"
     return text

@@ -6,88 +6,138 @@
 __all__ = ['GREY', 'shell', 'in_notebook', 'in_browser', 'Panel', 'message', 'while_busy', 'picture', 'Pace', 'Command']
 
 # %% ../../nbs/core/panels.ipynb #b277f7be
-import base64,io,os,signal,subprocess,sys,tempfile,threading,time
+import base64
+import io
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from functools import cached_property
 from pathlib import Path
 
-from .escaping import html_text,plain_text
+from .escaping import html_text, plain_text
 
 # %% ../../nbs/core/panels.ipynb #532c018a
 def shell():
     "The IPython shell of this kernel, or None where there is none"
-    if 'IPython' not in sys.modules: return None
+    if 'IPython' not in sys.modules:
+        return None
     from IPython import get_ipython
+
     return get_ipython()
 
-def in_notebook()->bool:
+
+def in_notebook() -> bool:
     "Is there a kernel, whose outputs are shown or kept?"
     return type(shell()).__name__ == 'ZMQInteractiveShell'
 
-def in_browser()->bool:
+
+def in_browser() -> bool:
     "Does a person's browser run this cell?"
-    if not in_notebook(): return False
-    if 'google.colab' in sys.modules or os.environ.get('SERVER_SOFTWARE', '').startswith('voila'): return True
+    if not in_notebook():
+        return False
+    if 'google.colab' in sys.modules or os.environ.get('SERVER_SOFTWARE', '').startswith('voila'):
+        return True
     return bool((shell().get_parent() or {}).get('metadata', {}).get('cellId'))
 
 # %% ../../nbs/core/panels.ipynb #a8307275
 class Panel:
     "Shown as a widget in a browser, as HTML or text elsewhere"
+
     @cached_property
-    def widget(self): return self.build()
+    def widget(self):
+        return self.build()
+
     def _repr_mimebundle_(self, include=None, exclude=None):
-        kept = {'text/plain':repr(self), 'text/html':self._repr_html_()}
-        return kept | {k:v for k,v in self.widget._repr_mimebundle_().items() if 'widget-view' in k} if in_browser() else kept
+        kept = {'text/plain': repr(self), 'text/html': self._repr_html_()}
+        return (
+            kept | {k: v for k, v in self.widget._repr_mimebundle_().items() if 'widget-view' in k}
+            if in_browser()
+            else kept
+        )
 
 # %% ../../nbs/core/panels.ipynb #3550471f
-def message(text='', error=False)->str: # HTML
+def message(text='', error=False) -> str:  # HTML
     "A line for the place of a panel that tells what happened"
-    if not text: return '<div role="status"></div>'
+    if not text:
+        return '<div role="status"></div>'
     edge = 'var(--jp-error-color1, #c62828)' if error else 'var(--jp-brand-color1, #1976d2)'
     return f'<div role="{"alert" if error else "status"}" style="border-left:4px solid {edge};padding-left:.6em;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere">{"<b>Error:</b> " if error else ""}{html_text(text)}</div>'
 
 # %% ../../nbs/core/panels.ipynb #46339e42
 def while_busy(widget):
     "Have what happens to a widget arrive while the kernel computes, where the browser can do that; returns the widget"
-    widget.comm._reply_subshell_for = lambda data,asked: asked
+    widget.comm._reply_subshell_for = lambda data, asked: asked
     return widget
 
 # %% ../../nbs/core/panels.ipynb #b2f033e6
-GREY = '#858585' # 3.7:1 on white, 5.1:1 on JupyterLab's dark background
-_drawing = threading.Lock() # Matplotlib reads formulas, such as those at a logarithmic axis, in one thread at a time
+GREY = '#858585'  # 3.7:1 on white, 5.1:1 on JupyterLab's dark background
+_drawing = threading.Lock()  # Matplotlib reads formulas, such as those at a logarithmic axis, in one thread at a time
 
-def picture(fig, alt:str)->str: # HTML
+
+def picture(fig, alt: str) -> str:  # HTML
     "A Matplotlib figure as an image without a background"
     for ax in fig.axes:
         ax.patch.set_alpha(0)
         ax.tick_params(which='both', colors=GREY)
-        for x in (ax.xaxis.label, ax.yaxis.label, ax.title): x.set_color(GREY)
-        for s in ax.spines.values(): s.set_color(GREY)
+        for x in (ax.xaxis.label, ax.yaxis.label, ax.title):
+            x.set_color(GREY)
+        for s in ax.spines.values():
+            s.set_color(GREY)
     buf = io.BytesIO()
-    with _drawing: fig.savefig(buf, format='png', dpi=90, transparent=True)
+    with _drawing:
+        fig.savefig(buf, format='png', dpi=90, transparent=True)
     return f'<img alt="{html_text(alt)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
 
 # %% ../../nbs/core/panels.ipynb #887b5e58
 class Pace:
     "Says when it is time to draw again"
-    def __init__(self, every=2.0): self.every,self.due,self.first = every,0.0,True # [s] between two pictures, at least
-    def draw(self, f, now=False): # Draw in any case?
+
+    def __init__(self, every=2.0):
+        self.every, self.due, self.first = every, 0.0, True  # [s] between two pictures, at least
+
+    def draw(self, f, now=False):  # Draw in any case?
         "Call `f` if it is time"
         start = time.perf_counter()
-        if start < self.due and not now: return
+        if start < self.due and not now:
+            return
         f()
-        took = 0 if self.first else time.perf_counter()-start
-        self.first,self.due = False,time.perf_counter()+max(self.every, 50*took)
+        took = 0 if self.first else time.perf_counter() - start
+        self.first, self.due = False, time.perf_counter() + max(self.every, 50 * took)
 
 # %% ../../nbs/core/panels.ipynb #562691d1
 class Command:
     "A command of ours in a process of its own"
+
     def __init__(self, *args):
-        self.args,self.log = [str(a) for a in args],Path(tempfile.mkdtemp(prefix='unsloth_nb_'))/'output.txt'
+        self.args, self.log = [str(a) for a in args], Path(tempfile.mkdtemp(prefix='unsloth_nb_')) / 'output.txt'
         with self.log.open('w') as out:
-            self.process = subprocess.Popen([sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *self.args], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *self.args],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
     @property
-    def code(self)->int|None: return self.process.poll() # Exit code; None while it runs
-    def tail(self, lines:int=12)->str: return plain_text('\n'.join(self.log.read_text(errors='replace').splitlines()[-lines:]))
-    def stop(self): self.process.send_signal(signal.SIGINT) # A run that trains saves a checkpoint first
-    def wait(self, seconds=None): self.process.wait(seconds); return self
-    def __repr__(self): return plain_text(f"unsloth-nb {' '.join(self.args)}: {'running' if self.code is None else f'ended with {self.code}'}")
+    def code(self) -> int | None:
+        return self.process.poll()  # Exit code; None while it runs
+
+    def tail(self, lines: int = 12) -> str:
+        return plain_text('\n'.join(self.log.read_text(errors='replace').splitlines()[-lines:]))
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)  # A run that trains saves a checkpoint first
+
+    def wait(self, seconds=None):
+        self.process.wait(seconds)
+        return self
+
+    def __repr__(self):
+        return plain_text(
+            f"unsloth-nb {' '.join(self.args)}: {'running' if self.code is None else f'ended with {self.code}'}"
+        )

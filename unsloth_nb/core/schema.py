@@ -6,88 +6,126 @@
 __all__ = ['SpecError', 'nearest', 'param', 'Job', 'fields', 'ParamTable', 'parameters_cell', 'read_value', 'read_params']
 
 # %% ../../nbs/core/schema.ipynb #a232f8ac
-import ast,difflib,re,reprlib,typing
+import ast
+import difflib
+import re
+import reprlib
+import typing
 from pathlib import Path
-from typing import Annotated,ClassVar,Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 from fastcore.basics import patch
-from pydantic import BaseModel,ConfigDict,Field,ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .escaping import find_secrets,markdown_code,mask_secrets,plain_text
+from .escaping import find_secrets, markdown_code, mask_secrets, plain_text
 
 # %% ../../nbs/core/schema.ipynb #4d2751c9
 class SpecError(ValueError):
     "A job that cannot be run as written; the message names each parameter and the mend, and shows no secret and no control character"
-    def __str__(self): return plain_text(mask_secrets(super().__str__()))
-    def __repr__(self): return f'{type(self).__name__}({str(self)!r})'
+
+    def __str__(self):
+        return plain_text(mask_secrets(super().__str__()))
+
+    def __repr__(self):
+        return f'{type(self).__name__}({str(self)!r})'
+
 
 def nearest(
-    name:str, # What somebody typed
-    options, # The names that exist
-)->str: # `"; did you mean …?"`, or a list of what exists
+    name: str,  # What somebody typed
+    options,  # The names that exist
+) -> str:  # `"; did you mean …?"`, or a list of what exists
     "The end of an error message about an unknown name"
-    options,plain = sorted(options),lambda s: re.sub(r'[-._ ]', '', s.lower())
+    options, plain = sorted(options), lambda s: re.sub(r'[-._ ]', '', s.lower())
     m = difflib.get_close_matches(name, options, n=1, cutoff=0.55)
     m = [o for o in options if len(name) > 3 and plain(o).startswith(plain(name))][:1] or m
     return f"; did you mean {m[0]!r}?" if m else f"; known: {', '.join(options)}"
 
 # %% ../../nbs/core/schema.ipynb #e485d8ad
 def param(
-    default, # The value when nobody says otherwise
-    help:str, # One line, shown in notebooks, forms and `--help`
-    group:str, # Heading it stands under
-    unit:str='', # Unit of the value
-    source:str='', # Where the default comes from
-    **bounds, # `ge`, `gt`, `le`, `lt`, `min_length` as in pydantic
+    default,  # The value when nobody says otherwise
+    help: str,  # One line, shown in notebooks, forms and `--help`
+    group: str,  # Heading it stands under
+    unit: str = '',  # Unit of the value
+    source: str = '',  # Where the default comes from
+    **bounds,  # `ge`, `gt`, `le`, `lt`, `min_length` as in pydantic
 ):
     "A pydantic field that carries its help, unit and source"
-    kw = {'default_factory': lambda: type(default)(default)} if isinstance(default, (list, dict)) else {'default': default}
+    kw = (
+        {'default_factory': lambda: type(default)(default)}
+        if isinstance(default, (list, dict))
+        else {'default': default}
+    )
     return Field(description=help, json_schema_extra=dict(group=group, unit=unit, source=source), **kw, **bounds)
 
 # %% ../../nbs/core/schema.ipynb #5b940034
-_words = {int:'a whole number', float:'a number', bool:'true or false', str:'text', list:'a list of names', dict:'pairs of names', type(None):'null'}
+_words = {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'true or false',
+    str: 'text',
+    list: 'a list of names',
+    dict: 'pairs of names',
+    type(None): 'null',
+}
+
 
 def _parts(t):
     "The alternatives of a type: members of a union, values of a Literal"
-    if typing.get_origin(t) is Annotated: return _parts(typing.get_args(t)[0])
-    if typing.get_origin(t) is Literal: return [repr(a) for a in typing.get_args(t)]
-    if typing.get_origin(t) in (list, dict): return [typing.get_origin(t)]
+    if typing.get_origin(t) is Annotated:
+        return _parts(typing.get_args(t)[0])
+    if typing.get_origin(t) is Literal:
+        return [repr(a) for a in typing.get_args(t)]
+    if typing.get_origin(t) in (list, dict):
+        return [typing.get_origin(t)]
     return [p for a in typing.get_args(t) for p in _parts(a)] or [t]
+
 
 def _bounds(t):
     "Limits that stand inside a type, as in `Annotated[int, Field(ge=1)]|Literal['auto']`"
-    if typing.get_origin(t) is Annotated: return [m for a in typing.get_args(t)[1:] for m in a.metadata]
+    if typing.get_origin(t) is Annotated:
+        return [m for a in typing.get_args(t)[1:] for m in a.metadata]
     return [m for a in typing.get_args(t) if typing.get_origin(a) for m in _bounds(a)]
 
-def _expected(f)->str:
+
+def _expected(f) -> str:
     "What field `f` accepts, in words"
     words = ' or '.join(p if isinstance(p, str) else _words[p] for p in _parts(f.annotation))
     sign = dict(ge='at least', gt='above', le='at most', lt='below')
-    lims = [f"{w} {v:{'' if isinstance(v, int) else 'g'}}" for m in [*f.metadata, *_bounds(f.annotation)] for k,w in sign.items() if (v := getattr(m, k, None)) is not None]
+    lims = [
+        f"{w} {v:{'' if isinstance(v, int) else 'g'}}"
+        for m in [*f.metadata, *_bounds(f.annotation)]
+        for k, w in sign.items()
+        if (v := getattr(m, k, None)) is not None
+    ]
     return words + (f" ({', '.join(lims)})" if lims else '')
 
 # %% ../../nbs/core/schema.ipynb #0df848e0
 def _mismatch(cls, data):
     "Problems that pydantic would let pass: unknown names, yes/no for a number, empty text"
-    for k,v in data.items():
+    for k, v in data.items():
         f = cls.model_fields.get(k)
-        if f is None: yield f"{k}: {cls.__name__} has no such parameter{nearest(k, cls.model_fields)}"
-        elif isinstance(v, bool) and bool not in _parts(f.annotation): yield f"{k}: got {v!r}; expected {_expected(f)}"
-        elif v == '' and isinstance(v, str): yield f"{k}: got empty text; expected {_expected(f)}"
+        if f is None:
+            yield f"{k}: {cls.__name__} has no such parameter{nearest(k, cls.model_fields)}"
+        elif isinstance(v, bool) and bool not in _parts(f.annotation):
+            yield f"{k}: got {v!r}; expected {_expected(f)}"
+        elif v == '' and isinstance(v, str):
+            yield f"{k}: got empty text; expected {_expected(f)}"
 
 # %% ../../nbs/core/schema.ipynb #aa5516e6
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
-_short.maxlevel,_short.maxlist,_short.maxdict = 3,20,20
+_short.maxlevel, _short.maxlist, _short.maxdict = 3, 20, 20
 
 _LOGIN = re.compile(r'://[^/\s@]+@')
 
+
 def _leaks(data):
     "Values that hold a secret, which the notebook, the job and the report of a run would all show"
-    for k,v in data.items():
+    for k, v in data.items():
         texts = v if isinstance(v, (list, tuple)) else [*v, *v.values()] if isinstance(v, dict) else [v]
-        if any(isinstance(t, str) and (find_secrets(t) or _LOGIN.search(t)) for t in texts): yield f"{k}: the value holds a token or a password, which every file of the run would show; give it by an environment variable (HF_TOKEN, WANDB_API_KEY, …) or by `hf auth login`, and revoke it where it has been written down"
+        if any(isinstance(t, str) and (find_secrets(t) or _LOGIN.search(t)) for t in texts):
+            yield f"{k}: the value holds a token or a password, which every file of the run would show; give it by an environment variable (HF_TOKEN, WANDB_API_KEY, …) or by `hf auth login`, and revoke it where it has been written down"
 
 # %% ../../nbs/core/schema.ipynb #6b52b485
 def _explain(cls, e, data):
@@ -95,140 +133,194 @@ def _explain(cls, e, data):
     seen = {}
     for err in e.errors():
         k = err['loc'][0] if err['loc'] else ''
-        if k in seen: continue
-        if k not in cls.model_fields: seen[k] = err['msg'].removeprefix('Value error, ')
-        elif err['type'] == 'value_error': seen[k] = f"{k}: {err['msg'].removeprefix('Value error, ')}"
-        else: seen[k] = f"{k}: got {_short.repr(data.get(k))}; expected {_expected(cls.model_fields[k])}"
+        if k in seen:
+            continue
+        if k not in cls.model_fields:
+            seen[k] = err['msg'].removeprefix('Value error, ')
+        elif err['type'] == 'value_error':
+            seen[k] = f"{k}: {err['msg'].removeprefix('Value error, ')}"
+        else:
+            seen[k] = f"{k}: got {_short.repr(data.get(k))}; expected {_expected(cls.model_fields[k])}"
     return list(seen.values())
 
 # %% ../../nbs/core/schema.ipynb #674b8c13
 class Job(BaseModel):
     "What to do: typed parameters; unknown names and wrong values raise `SpecError`"
-    groups:ClassVar[tuple[str,...]] = () # Headings that stand first, where the order of the parameters does not say it
+
+    groups: ClassVar[
+        tuple[str, ...]
+    ] = ()  # Headings that stand first, where the order of the parameters does not say it
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, **data):
         bad = list(_leaks(data)) or list(_mismatch(type(self), data))
-        known = {k:v for k,v in data.items() if not any(b.startswith(f'{k}:') for b in bad)}
-        try: super().__init__(**known)
-        except ValidationError as e: bad += _explain(type(self), e, known)
-        if bad: raise SpecError('\n'.join(bad))
+        known = {k: v for k, v in data.items() if not any(b.startswith(f'{k}:') for b in bad)}
+        try:
+            super().__init__(**known)
+        except ValidationError as e:
+            bad += _explain(type(self), e, known)
+        if bad:
+            raise SpecError('\n'.join(bad))
 
-    def to_dict(self)->dict: return self.model_dump(mode='json')
+    def to_dict(self) -> dict:
+        return self.model_dump(mode='json')
 
 # %% ../../nbs/core/schema.ipynb #19067391
 @patch
-def replace(self:Job, **changes):
+def replace(self: Job, **changes):
     "A copy with some parameters changed, checked again"
     return type(self)(**{**self.to_dict(), **changes})
 
+
 @patch
-def auto_fields(self:Job)->list[str]: # Names of the parameters left to the plan
+def auto_fields(self: Job) -> list[str]:  # Names of the parameters left to the plan
     "The parameters whose value is `'auto'`"
-    return [k for k,v in self.to_dict().items() if v == 'auto']
+    return [k for k, v in self.to_dict().items() if v == 'auto']
 
 # %% ../../nbs/core/schema.ipynb #8ed5c6de
-def fields(cls)->list[dict]: # One dict a parameter: name, expects, default, help, group, unit, source
+def fields(cls) -> list[dict]:  # One dict a parameter: name, expects, default, help, group, unit, source
     "The parameters of a job class, as plain data for forms, tables and `--help`"
     new = lambda f: f.get_default(call_default_factory=True)
-    rows = [dict(name=k, expects=_expected(f), default=new(f), help=f.description, **f.json_schema_extra) for k,f in cls.model_fields.items()]
+    rows = [
+        dict(name=k, expects=_expected(f), default=new(f), help=f.description, **f.json_schema_extra)
+        for k, f in cls.model_fields.items()
+    ]
     order = [*cls.groups, *(r['group'] for r in rows)]
     return sorted(rows, key=lambda r: order.index(r['group']))
 
-def _cell(v): return str(v).replace('|', r'\|').replace('\n', ' ')
+
+def _cell(v):
+    return str(v).replace('|', r'\|').replace('\n', ' ')
+
 
 @patch
-def _repr_markdown_(self:Job):
-    vals,out = self.to_dict(),[f'**{type(self).__name__}**', '', '| parameter | value | unit | meaning |', '|---|---|---|---|']
+def _repr_markdown_(self: Job):
+    vals, out = (
+        self.to_dict(),
+        [f'**{type(self).__name__}**', '', '| parameter | value | unit | meaning |', '|---|---|---|---|'],
+    )
     for r in fields(type(self)):
         v = markdown_code(vals[r['name']])
-        out.append(f"| {r['name']} | {v if vals[r['name']] == r['default'] else f'**{v}**'} | {r['unit']} | {_cell(r['help'])} |")
+        out.append(
+            f"| {r['name']} | {v if vals[r['name']] == r['default'] else f'**{v}**'} | {r['unit']} | {_cell(r['help'])} |"
+        )
     return '\n'.join(out)
 
 # %% ../../nbs/core/schema.ipynb #47e336fc
 class ParamTable:
     "Reference table of a job class, shown in Jupyter and in the docs"
-    def __init__(self, cls): self.cls = cls
+
+    def __init__(self, cls):
+        self.cls = cls
+
     def _repr_markdown_(self):
         out = ['| parameter | default | accepts | unit | meaning | source |', '|---|---|---|---|---|---|']
-        out += [f"| {r['name']} | `{_cell(r['default'])}` | {_cell(r['expects'])} | {r['unit']} | {_cell(r['help'])} | {r['source']} |" for r in fields(self.cls)]
+        out += [
+            f"| {r['name']} | `{_cell(r['default'])}` | {_cell(r['expects'])} | {r['unit']} | {_cell(r['help'])} | {r['source']} |"
+            for r in fields(self.cls)
+        ]
         return '\n'.join(out)
+
     __repr__ = _repr_markdown_
 
 # %% ../../nbs/core/schema.ipynb #e4e29a74
 def _type_name(part):
     "What a part of an annotation is called in Python"
-    if isinstance(part, str): return 'str'
+    if isinstance(part, str):
+        return 'str'
     return 'None' if part is type(None) else part.__name__
+
 
 def _parameter_line(cls, row):
     "One parameter: several types go into a comment, since papermill reads no `|` in an annotation"
     types = [*dict.fromkeys(map(_type_name, _parts(cls.model_fields[row['name']].annotation)))]
     told = f"{row['help']} [{row['unit']}]" if row['unit'] else row['help']
-    if len(types) == 1: return f"{row['name']}: {types[0]} = {row['default']!r}  # {told}"
+    if len(types) == 1:
+        return f"{row['name']}: {types[0]} = {row['default']!r}  # {told}"
     return f"{row['name']} = {row['default']!r}  # type: {'|'.join(types)}  {told}"
 
-def parameters_cell(cls)->str: # Source of the notebook cell tagged `parameters`
+
+def parameters_cell(cls) -> str:  # Source of the notebook cell tagged `parameters`
     "The parameters of a job class as a notebook cell"
-    out,group = [],None
+    out, group = [], None
     for r in fields(cls):
-        if r['group'] != group: out.append(f"# {(group := r['group'])}")
+        if r['group'] != group:
+            out.append(f"# {(group := r['group'])}")
         out.append(_parameter_line(cls, r))
     return '\n'.join(out)
 
 # %% ../../nbs/core/schema.ipynb #26e3287f
-def _assigned(src:str)->list[str]:
+def _assigned(src: str) -> list[str]:
     "Names assigned at the top level of a cell, or nothing when it holds anything but assignments"
-    try: body = ast.parse(src).body
-    except SyntaxError: return []
+    try:
+        body = ast.parse(src).body
+    except SyntaxError:
+        return []
     ok = all(isinstance(n, (ast.Assign, ast.AnnAssign)) for n in body)
     tgts = [t for n in body for t in (n.targets if isinstance(n, ast.Assign) else [n.target])] if ok else []
     return [t.id for t in tgts if isinstance(t, ast.Name)]
+
 
 def _notebook_names(cls, sources):
     "Names assigned in the last parameters cell and in the last injected one"
     last = {}
     for src in sources:
-        names,inj = _assigned(src),src.lstrip().startswith('# Parameters')
-        if inj or len(set(names) & set(cls.model_fields)) > 1: last[inj] = names
-        if not inj and inj in last and last[inj] is names: last.pop(True, None)
+        names, inj = _assigned(src), src.lstrip().startswith('# Parameters')
+        if inj or len(set(names) & set(cls.model_fields)) > 1:
+            last[inj] = names
+        if not inj and inj in last and last[inj] is names:
+            last.pop(True, None)
     return [n for ns in last.values() for n in ns]
 
 # %% ../../nbs/core/schema.ipynb #0606af18
 @patch(cls_method=True)
-def from_notebook(cls:Job, ns:dict|None=None, sources:list[str]|None=None):
+def from_notebook(cls: Job, ns: dict | None = None, sources: list[str] | None = None):
     "The job stated by the running notebook's parameters cell"
     if ns is None:
         from IPython import get_ipython
+
         ip = get_ipython()
-        ns,sources = ip.user_ns,ip.user_ns['In'][:-1]
+        ns, sources = ip.user_ns, ip.user_ns['In'][:-1]
     names = _notebook_names(cls, sources)
-    return cls(**{n:ns[n] for n in {**dict.fromkeys(names), **dict.fromkeys(k for k in cls.model_fields if k in ns)}})
+    return cls(**{n: ns[n] for n in {**dict.fromkeys(names), **dict.fromkeys(k for k in cls.model_fields if k in ns)}})
 
 # %% ../../nbs/core/schema.ipynb #ef3e071a
 def _read_pairs(name, text):
     "`a:b,c:d` as a dict"
     pairs = [s.strip() for s in text.strip('{} ').split(',') if s.strip()]
     bad = next((p for p in pairs if ':' not in p), None)
-    if bad: raise SpecError(f"{name}: got {bad!r}; expected pairs as in {name}=prompt:question,completion:answer")
-    return {k.strip():v.strip() for k,v in (p.split(':', 1) for p in pairs)}
+    if bad:
+        raise SpecError(f"{name}: got {bad!r}; expected pairs as in {name}=prompt:question,completion:answer")
+    return {k.strip(): v.strip() for k, v in (p.split(':', 1) for p in pairs)}
 
-def read_value(cls, name:str, text:str):
+
+def read_value(cls, name: str, text: str):
     "A command-line value as its parameter's type: data, never code"
     f = cls.model_fields.get(name)
-    if f is None: return text
+    if f is None:
+        return text
     parts = _parts(f.annotation)
-    if type(None) in parts and text.lower() in ('null', 'none'): return None
-    if text in [p.strip("'") for p in parts if isinstance(p, str)]: return text
-    if dict in parts: return _read_pairs(name, text)
-    if list in parts: return [s.strip() for s in text.strip('[] ').split(',') if s.strip()]
+    if type(None) in parts and text.lower() in ('null', 'none'):
+        return None
+    if text in [p.strip("'") for p in parts if isinstance(p, str)]:
+        return text
+    if dict in parts:
+        return _read_pairs(name, text)
+    if list in parts:
+        return [s.strip() for s in text.strip('[] ').split(',') if s.strip()]
     return text
 
-def read_params(path)->dict:
+
+def read_params(path) -> dict:
     "Parameters from a YAML file"
-    try: d = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError: raise SpecError(f"parameters file {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as e: raise SpecError(f"parameters file {path!r} cannot be read: {e}") from None
-    except yaml.YAMLError as e: raise SpecError(f"parameters file {path} is not YAML: {' '.join(str(e).split())}") from None
-    if d is not None and not isinstance(d, dict): raise SpecError(f"parameters file {path} must hold 'name: value' lines, got a {type(d).__name__}")
+    try:
+        d = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise SpecError(f"parameters file {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise SpecError(f"parameters file {path!r} cannot be read: {e}") from None
+    except yaml.YAMLError as e:
+        raise SpecError(f"parameters file {path} is not YAML: {' '.join(str(e).split())}") from None
+    if d is not None and not isinstance(d, dict):
+        raise SpecError(f"parameters file {path} must hold 'name: value' lines, got a {type(d).__name__}")
     return d or {}

@@ -7,102 +7,137 @@ __all__ = ['SECONDS', 'SCORERS', 'WITH_MODEL', 'ScorerError', 'exact_match', 'va
            'last_number', 'numeric', 'named_scorers', 'default_scorers', 'score_rows']
 
 # %% ../../nbs/core/scoring.ipynb #aa18d3a1
-import json,math,re
+import json
+import math
+import re
 from functools import partial
 
 # %% ../../nbs/core/scoring.ipynb #2a4b5b24
 class ScorerError(ValueError):
     "A scorer that does not exist, or could not score a row; the message names both"
 
-def exact_match(expected:str, answer:str)->bool:
+
+def exact_match(expected: str, answer: str) -> bool:
     "The same text, but for blanks around it"
     return expected.strip() == answer.strip()
 
+
 def _parsed(text):
     "A text as JSON; an empty tuple, which JSON never gives, where it is none"
-    try: return json.loads(text)
-    except (ValueError, RecursionError): return ()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return ()
 
-def valid_json(expected:str, answer:str)->bool:
+
+def valid_json(expected: str, answer: str) -> bool:
     "Is the answer a JSON object?"
     return isinstance(_parsed(answer), dict)
 
 # %% ../../nbs/core/scoring.ipynb #6b325afc
-def json_paths(v, path=())->dict: # Path of keys and positions to leaf
+def json_paths(v, path=()) -> dict:  # Path of keys and positions to leaf
     "The leaves of JSON data; an empty object or list is a leaf"
-    if not (isinstance(v, (dict, list)) and v): return {path:v}
-    return {p:leaf for k,x in (v.items() if isinstance(v, dict) else enumerate(v)) for p,leaf in json_paths(x, (*path, k)).items()}
+    if not (isinstance(v, (dict, list)) and v):
+        return {path: v}
+    return {
+        p: leaf
+        for k, x in (v.items() if isinstance(v, dict) else enumerate(v))
+        for p, leaf in json_paths(x, (*path, k)).items()
+    }
 
-def json_fields(expected:str, answer:str)->float: # From 0 to 1
+
+def json_fields(expected: str, answer: str) -> float:  # From 0 to 1
     "Share of the expected fields that the answer has, each under its path and with an equal value"
-    want,got = _parsed(expected),_parsed(answer)
-    if want == (): raise ScorerError(f"the expected answer is not JSON: {expected[:60]!r}")
-    want,got = json_paths(want),json_paths(got) if got != () else {}
-    same = lambda a,b: a == b and isinstance(a, bool) == isinstance(b, bool) # In Python, True == 1
-    return sum(p in got and same(v, got[p]) for p,v in want.items())/len(want)
+    want, got = _parsed(expected), _parsed(answer)
+    if want == ():
+        raise ScorerError(f"the expected answer is not JSON: {expected[:60]!r}")
+    want, got = json_paths(want), json_paths(got) if got != () else {}
+    same = lambda a, b: a == b and isinstance(a, bool) == isinstance(b, bool)  # In Python, True == 1
+    return sum(p in got and same(v, got[p]) for p, v in want.items()) / len(want)
 
 # %% ../../nbs/core/scoring.ipynb #66e83149
-SECONDS = 1.0 # [s] for one search
+SECONDS = 1.0  # [s] for one search
+
 
 def regex(
-    expected:str, # The pattern, where none is given
-    answer:str,
-    pattern:str|None=None, # The pattern of all rows
-)->bool:
+    expected: str,  # The pattern, where none is given
+    answer: str,
+    pattern: str | None = None,  # The pattern of all rows
+) -> bool:
     "Does the pattern occur in the answer?"
-    import regex as engine # Beside Python's own for its time limit
+    import regex as engine  # Beside Python's own for its time limit
+
     pattern = expected if pattern is None else pattern
-    try: return engine.search(pattern, answer, timeout=SECONDS) is not None
-    except engine.error as e: raise ScorerError(f"{pattern[:60]!r} is not a regular expression: {e}") from None
-    except TimeoutError: raise ScorerError(f"the pattern {pattern[:60]!r} takes more than {SECONDS:g} s on this answer; write it without nested repetitions") from None
+    try:
+        return engine.search(pattern, answer, timeout=SECONDS) is not None
+    except engine.error as e:
+        raise ScorerError(f"{pattern[:60]!r} is not a regular expression: {e}") from None
+    except TimeoutError:
+        raise ScorerError(
+            f"the pattern {pattern[:60]!r} takes more than {SECONDS:g} s on this answer; write it without nested repetitions"
+        ) from None
 
 # %% ../../nbs/core/scoring.ipynb #8631ec3a
-_NUMBER = re.compile(r'(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|(?<=\d)|\.\d+)(?:[eE][-+]?\d+)?')
+_NUMBER = re.compile(
+    r'(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|(?<=\d)|\.\d+)(?:[eE][-+]?\d+)?'
+)
 
-def last_number(text:str)->float|None:
+
+def last_number(text: str) -> float | None:
     "The last number in a text"
     found = [m[0] for m in _NUMBER.finditer(text)]
     return float(found[-1].replace(',', '').replace('−', '-')) if found else None
 
+
 def numeric(
-    expected:str,
-    answer:str,
-    rel_tol:float=1e-6, # Share of the larger number
-    abs_tol:float=0.0, # In the numbers' own unit
-)->bool:
+    expected: str,
+    answer: str,
+    rel_tol: float = 1e-6,  # Share of the larger number
+    abs_tol: float = 0.0,  # In the numbers' own unit
+) -> bool:
     "Is the last number of the answer the expected one?"
-    want,got = last_number(expected),last_number(answer)
-    if want is None: raise ScorerError(f"the expected answer holds no number: {expected[:60]!r}")
+    want, got = last_number(expected), last_number(answer)
+    if want is None:
+        raise ScorerError(f"the expected answer holds no number: {expected[:60]!r}")
     return got is not None and math.isclose(want, got, rel_tol=rel_tol, abs_tol=abs_tol)
 
 # %% ../../nbs/core/scoring.ipynb #1aa43be1
 SCORERS = dict(exact_match=exact_match, valid_json=valid_json, json_fields=json_fields, numeric=numeric, regex=regex)
-WITH_MODEL = ('choice',) # Done by `evaluation`, which has the model
+WITH_MODEL = ('choice',)  # Done by `evaluation`, which has the model
+
 
 def _with_options(name, text):
     "The scorer of a name, set up by what stands behind the colon"
     if name == 'regex':
-        regex(text, '') # Refused here rather than at the first row
+        regex(text, '')  # Refused here rather than at the first row
         return partial(regex, pattern=text)
-    try: tols = [float(t) for t in text.split(':')] if name == 'numeric' else []
-    except ValueError: tols = []
-    if not (1 <= len(tols) <= 2 and all(0 <= t < math.inf for t in tols)): raise ScorerError(f"{name}: {text!r} is no option for it; regex takes a pattern (regex:\\d+), numeric takes tolerances (numeric:0.01, or numeric:0:0.5 for an absolute one), the others take none")
+    try:
+        tols = [float(t) for t in text.split(':')] if name == 'numeric' else []
+    except ValueError:
+        tols = []
+    if not (1 <= len(tols) <= 2 and all(0 <= t < math.inf for t in tols)):
+        raise ScorerError(
+            f"{name}: {text!r} is no option for it; regex takes a pattern (regex:\\d+), numeric takes tolerances (numeric:0.01, or numeric:0:0.5 for an absolute one), the others take none"
+        )
     return partial(numeric, **dict(zip(('rel_tol', 'abs_tol'), tols)))
 
+
 def named_scorers(
-    names, # As in `numeric:0.01`
-)->dict: # The same names to functions (expected, answer)
+    names,  # As in `numeric:0.01`
+) -> dict:  # The same names to functions (expected, answer)
     "Scorers from their names, options checked"
     res = {}
     for full in names:
-        name,_,options = full.partition(':')
-        if full in WITH_MODEL: continue
-        if name not in SCORERS: raise ScorerError(f"there is no scorer {name!r}; known: {', '.join((*SCORERS, *WITH_MODEL))}")
+        name, _, options = full.partition(':')
+        if full in WITH_MODEL:
+            continue
+        if name not in SCORERS:
+            raise ScorerError(f"there is no scorer {name!r}; known: {', '.join((*SCORERS, *WITH_MODEL))}")
         res[full] = _with_options(name, options) if options else SCORERS[name]
     return res
 
 # %% ../../nbs/core/scoring.ipynb #867926f1
-def default_scorers(expected:list[str])->dict: # Name to function
+def default_scorers(expected: list[str]) -> dict:  # Name to function
     "Exact match; validity and fields where all expected answers are JSON objects; numeric where all are numbers"
     json_too = ('valid_json', 'json_fields') if all(valid_json('', e) for e in expected) else ()
     number = ('numeric',) if all(_NUMBER.fullmatch(e.strip()) for e in expected) else ()
@@ -111,19 +146,31 @@ def default_scorers(expected:list[str])->dict: # Name to function
 # %% ../../nbs/core/scoring.ipynb #00e8a92b
 def _score(name, f, expected, answer, row):
     "One score as a number, or an error that says whose and where"
-    try: v = f(expected, answer)
-    except Exception as e: raise ScorerError(f"scorer {name}, row {row}: {e}" if isinstance(e, ScorerError) else f"scorer {name}, row {row}: raised {type(e).__name__}: {e}") from e
-    try: got = float(v)
-    except (TypeError, ValueError): got = math.nan
-    if isinstance(v, str) or not math.isfinite(got): raise ScorerError(f"scorer {name}, row {row}: gave {str(v)[:60]!r} where a number is needed")
+    try:
+        v = f(expected, answer)
+    except Exception as e:
+        raise ScorerError(
+            f"scorer {name}, row {row}: {e}"
+            if isinstance(e, ScorerError)
+            else f"scorer {name}, row {row}: raised {type(e).__name__}: {e}"
+        ) from e
+    try:
+        got = float(v)
+    except (TypeError, ValueError):
+        got = math.nan
+    if isinstance(v, str) or not math.isfinite(got):
+        raise ScorerError(f"scorer {name}, row {row}: gave {str(v)[:60]!r} where a number is needed")
     return got
 
+
 def score_rows(
-    scorers:dict, # Name to function
-    expected:list[str], # Expected text of each row
-    answers:list[str], # What the model wrote
-    rows=None, # Numbers of the rows, for errors; default: from 0
-)->dict[str,list[float]]: # Name to the scores of all rows
+    scorers: dict,  # Name to function
+    expected: list[str],  # Expected text of each row
+    answers: list[str],  # What the model wrote
+    rows=None,  # Numbers of the rows, for errors; default: from 0
+) -> dict[str, list[float]]:  # Name to the scores of all rows
     "What each scorer says of each row"
     rows = range(len(expected)) if rows is None else rows
-    return {k:[_score(k, f, e, a, r) for e,a,r in zip(expected, answers, rows, strict=True)] for k,f in scorers.items()}
+    return {
+        k: [_score(k, f, e, a, r) for e, a, r in zip(expected, answers, rows, strict=True)] for k, f in scorers.items()
+    }

@@ -6,43 +6,51 @@
 __all__ = ['Settings', 'settings']
 
 # %% ../../nbs/core/settings.ipynb #e9c18818
-import configparser,os
+import configparser
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 
-from .schema import SpecError,nearest
+from .schema import SpecError, nearest
 
 # %% ../../nbs/core/settings.ipynb #8c28c80c
 @dataclass(frozen=True)
 class Settings:
     "Places and services of this machine"
-    runs_dir:Path # Where run directories go
-    cache_dir:Path # Converted models and compiled kernels
-    kernel:str='python3' # Jupyter kernel that executes job notebooks
-    rendezvous:str='' # HOST:PORT where machines that train together meet; the host of the first one
-    vllm:str='vllm' # vLLM's program, which lives in an environment of its own: a name on PATH, or a place
 
-_WORDS = ('kernel', 'vllm', 'rendezvous') # The others are folders
+    runs_dir: Path  # Where run directories go
+    cache_dir: Path  # Converted models and compiled kernels
+    kernel: str = 'python3'  # Jupyter kernel that executes job notebooks
+    rendezvous: str = ''  # HOST:PORT where machines that train together meet; the host of the first one
+    vllm: str = 'vllm'  # vLLM's program, which lives in an environment of its own: a name on PATH, or a place
 
-def _find_ini(start:Path):
+
+_WORDS = ('kernel', 'vllm', 'rendezvous')  # The others are folders
+
+
+def _find_ini(start: Path):
     "The nearest `settings.ini` with an `[unsloth_nb]` section"
     for d in [start, *start.parents]:
         ini = configparser.ConfigParser(interpolation=None)
-        if (d/'settings.ini').is_file() and ini.read(d/'settings.ini') and ini.has_section('unsloth_nb'): return d,dict(ini['unsloth_nb'])
-    return start,{}
+        if (d / 'settings.ini').is_file() and ini.read(d / 'settings.ini') and ini.has_section('unsloth_nb'):
+            return d, dict(ini['unsloth_nb'])
+    return start, {}
 
 # %% ../../nbs/core/settings.ipynb #1041666c
-def settings(start=None)->Settings: # Read afresh at every call
+def settings(start=None) -> Settings:  # Read afresh at every call
     "Places on this machine: environment, then `settings.ini`, then defaults"
     start = Path(start or Path.cwd()).resolve()
-    base,vals = _find_ini(start)
+    base, vals = _find_ini(start)
     names = list(Settings.__dataclass_fields__)
     for k in vals:
-        if k not in names: raise SpecError(f"{base/'settings.ini'}: unknown setting {k!r}{nearest(k, names)}")
-    d = dict(runs_dir=start/'runs', cache_dir=platformdirs.user_cache_path('unsloth_nb'), kernel='python3', vllm='vllm')
-    d |= {k:v if k in _WORDS else base/Path(v).expanduser() for k,v in vals.items()}
-    env = {k:os.environ[f'UNSLOTH_NB_{k.upper()}'] for k in names if os.environ.get(f'UNSLOTH_NB_{k.upper()}')}
-    d |= {k:v if k in _WORDS else start/Path(v).expanduser() for k,v in env.items()}
+        if k not in names:
+            raise SpecError(f"{base / 'settings.ini'}: unknown setting {k!r}{nearest(k, names)}")
+    d = dict(
+        runs_dir=start / 'runs', cache_dir=platformdirs.user_cache_path('unsloth_nb'), kernel='python3', vllm='vllm'
+    )
+    d |= {k: v if k in _WORDS else base / Path(v).expanduser() for k, v in vals.items()}
+    env = {k: os.environ[f'UNSLOTH_NB_{k.upper()}'] for k in names if os.environ.get(f'UNSLOTH_NB_{k.upper()}')}
+    d |= {k: v if k in _WORDS else start / Path(v).expanduser() for k, v in env.items()}
     return Settings(**d)

@@ -9,249 +9,489 @@ __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'BENCHMARKS', 'JOBS', 'jobs_dir', 
            'make_job']
 
 # %% ../../nbs/core/spec.ipynb #f9b1ec1b
-import importlib.util,os
-from dataclasses import dataclass,field
+import importlib.util
+import os
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated,ClassVar,Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 from fastcore.basics import patch
-from pydantic import Field,field_validator,model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .schema import Job,SpecError,nearest,param,read_params
+from .schema import Job, SpecError, nearest, param, read_params
 from .scoring import named_scorers
 
 # %% ../../nbs/core/spec.ipynb #8cf03313
-def jobs_dir()->Path: # Folder with the job notebooks and `presets/`
+def jobs_dir() -> Path:  # Folder with the job notebooks and `presets/`
     "Where the job notebooks are: inside an installed package, or `nbs/jobs` in a checkout"
     here = Path(importlib.util.find_spec('unsloth_nb').origin).parent
-    return next(p for p in (here/'_jobs', here.parent/'nbs'/'jobs') if p.is_dir())
+    return next(p for p in (here / '_jobs', here.parent / 'nbs' / 'jobs') if p.is_dir())
+
 
 @dataclass(frozen=True)
 class Preset:
     "A model by its short name, and what is known of it without loading it"
-    name:str # Short name, as in `FinetuneJob(model=…)`
-    family:str # The family's name, as in `presets/*.yaml`
-    about:str # One line
-    hub:str # Hub id
-    license:str # The licence and what it asks
-    context_length:int # [tokens]
-    parameters:float # Total parameter count
-    chat_template:str # Name of the family's template
-    shape:dict # Entries of `config.json` that decide memory
-    hub_ungated:str|None=None # A mirror that needs no acceptance of a licence
-    hub_4bit:str|None=None # Weights already quantized to NF4
-    gated:bool=False # The Hub asks for acceptance of the licence
-    remote_code:bool=False # Runs Python code from its repository
-    embedded:bool=False # Comes with this package: no Hub needed
-    params:dict=field(default_factory=dict) # Job parameters that suit this model
+
+    name: str  # Short name, as in `FinetuneJob(model=…)`
+    family: str  # The family's name, as in `presets/*.yaml`
+    about: str  # One line
+    hub: str  # Hub id
+    license: str  # The licence and what it asks
+    context_length: int  # [tokens]
+    parameters: float  # Total parameter count
+    chat_template: str  # Name of the family's template
+    shape: dict  # Entries of `config.json` that decide memory
+    hub_ungated: str | None = None  # A mirror that needs no acceptance of a licence
+    hub_4bit: str | None = None  # Weights already quantized to NF4
+    gated: bool = False  # The Hub asks for acceptance of the licence
+    remote_code: bool = False  # Runs Python code from its repository
+    embedded: bool = False  # Comes with this package: no Hub needed
+    params: dict = field(default_factory=dict)  # Job parameters that suit this model
 
 # %% ../../nbs/core/spec.ipynb #b2b0f1fe
 @cache
-def presets()->dict[str,Preset]: # By short name
+def presets() -> dict[str, Preset]:  # By short name
     "Every preset, read from `presets/*.yaml`"
     res = {}
-    for f in sorted((jobs_dir()/'presets').glob('*.yaml')):
+    for f in sorted((jobs_dir() / 'presets').glob('*.yaml')):
         fam = yaml.safe_load(f.read_text())
-        common = {k:v for k,v in fam.items() if k != 'models'}
-        for name,m in fam['models'].items():
-            if name in res: raise SpecError(f"{f}: preset {name!r} exists already, in family {res[name].family}")
+        common = {k: v for k, v in fam.items() if k != 'models'}
+        for name, m in fam['models'].items():
+            if name in res:
+                raise SpecError(f"{f}: preset {name!r} exists already, in family {res[name].family}")
             res[name] = Preset(name=name, **{**common, **m})
     return res
 
-def preset(name:str)->Preset:
+
+def preset(name: str) -> Preset:
     "One preset by name"
-    if name not in presets(): raise SpecError(f"preset: there is no preset {name!r}{nearest(name, presets())}")
+    if name not in presets():
+        raise SpecError(f"preset: there is no preset {name!r}{nearest(name, presets())}")
     return presets()[name]
 
 # %% ../../nbs/core/spec.ipynb #81394ddf
 @dataclass(frozen=True)
 class ModelRef:
     "Where a job's model comes from"
-    kind:str # `embedded`, `local` or `hub`
-    id:str # Preset name, folder or Hub id
-    preset:Preset|None=None # What is known of it beforehand
+
+    kind: str  # `embedded`, `local` or `hub`
+    id: str  # Preset name, folder or Hub id
+    preset: Preset | None = None  # What is known of it beforehand
+
 
 def resolve_model(
-    model:str, # Preset name, local folder or Hub id
-    allow_remote_code:str|None=None, # Hub id whose own code may run
-)->ModelRef:
+    model: str,  # Preset name, local folder or Hub id
+    allow_remote_code: str | None = None,  # Hub id whose own code may run
+) -> ModelRef:
     "What a job's `model` stands for; raises `SpecError` when it stands for nothing"
-    p = presets().get(model) or next((p for p in presets().values() if model in (p.hub, p.hub_ungated, p.hub_4bit)), None)
+    p = presets().get(model) or next(
+        (p for p in presets().values() if model in (p.hub, p.hub_ungated, p.hub_4bit)), None
+    )
     if p and p.remote_code and allow_remote_code != p.hub:
-        raise SpecError(f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, then allow it by name: allow_remote_code={p.hub!r}")
-    if p and p.name == model: return ModelRef('embedded' if p.embedded else 'hub', model if p.embedded else p.hub, p)
+        raise SpecError(
+            f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, then allow it by name: allow_remote_code={p.hub!r}"
+        )
+    if p and p.name == model:
+        return ModelRef('embedded' if p.embedded else 'hub', model if p.embedded else p.hub, p)
     path = Path(os.path.expanduser(model))
-    if os.path.isdir(path): return ModelRef('local', str(path.resolve()), p)
-    if model.count('/') == 1 and not model.startswith(('.', '/', '~')): return ModelRef('hub', model, p)
+    if os.path.isdir(path):
+        return ModelRef('local', str(path.resolve()), p)
+    if model.count('/') == 1 and not model.startswith(('.', '/', '~')):
+        return ModelRef('hub', model, p)
     what = "no such folder" if '/' in model else "neither a preset, nor a folder, nor a Hub id (owner/name)"
     raise SpecError(f"model: {model!r} is {what}{nearest(model, presets())}")
 
 # %% ../../nbs/core/spec.ipynb #a7fe4762
 _classic = "Unsloth's LoRA recipe"
 _auto = Literal['auto']
-_MODEL,_DATA,_ROWS,_LORA,_TRAIN,_DEVICES,_EVAL,_BENCH = 'Model','Data','Rows that need a decision','LoRA','Training','Devices','Evaluation and output','Benchmark'
-TEMPLATES = ('auto', 'chat', 'alpaca', 'raw', # ours; the others are Unsloth's
-    'unsloth', 'zephyr', 'chatml', 'mistral', 'llama', 'vicuna', 'vicuna_old', 'vicuna old', 'alpaca-turns', 'gemma', 'gemma_chatml', 'gemma2', 'gemma2_chatml', 'llama-3', 'llama3', 'phi-3', 'phi-35', 'phi-3.5', 'llama-3.1', 'llama-31', 'llama-3.2', 'llama-3.3', 'llama-32', 'llama-33', 'qwen-2.5', 'qwen-25', 'qwen25', 'qwen2.5', 'qwen-2.5-coder', 'qwen-25-coder', 'qwen2.5-coder', 'qwen25-coder', 'phi-4', 'gemma-3', 'gemma3', 'qwen-3', 'qwen3', 'gemma-3n', 'gemma3n', 'gemma-4', 'gemma4', 'gemma-4-thinking', 'gemma4-thinking', 'gpt-oss', 'gptoss', 'qwen3-instruct', 'qwen3-thinking', 'lfm-2', 'lfm-2.5', 'starling', 'yi-chat')
+_MODEL, _DATA, _ROWS, _LORA, _TRAIN, _DEVICES, _EVAL, _BENCH = (
+    'Model',
+    'Data',
+    'Rows that need a decision',
+    'LoRA',
+    'Training',
+    'Devices',
+    'Evaluation and output',
+    'Benchmark',
+)
+TEMPLATES = (
+    'auto',
+    'chat',
+    'alpaca',
+    'raw',  # ours; the others are Unsloth's
+    'unsloth',
+    'zephyr',
+    'chatml',
+    'mistral',
+    'llama',
+    'vicuna',
+    'vicuna_old',
+    'vicuna old',
+    'alpaca-turns',
+    'gemma',
+    'gemma_chatml',
+    'gemma2',
+    'gemma2_chatml',
+    'llama-3',
+    'llama3',
+    'phi-3',
+    'phi-35',
+    'phi-3.5',
+    'llama-3.1',
+    'llama-31',
+    'llama-3.2',
+    'llama-3.3',
+    'llama-32',
+    'llama-33',
+    'qwen-2.5',
+    'qwen-25',
+    'qwen25',
+    'qwen2.5',
+    'qwen-2.5-coder',
+    'qwen-25-coder',
+    'qwen2.5-coder',
+    'qwen25-coder',
+    'phi-4',
+    'gemma-3',
+    'gemma3',
+    'qwen-3',
+    'qwen3',
+    'gemma-3n',
+    'gemma3n',
+    'gemma-4',
+    'gemma4',
+    'gemma-4-thinking',
+    'gemma4-thinking',
+    'gpt-oss',
+    'gptoss',
+    'qwen3-instruct',
+    'qwen3-thinking',
+    'lfm-2',
+    'lfm-2.5',
+    'starling',
+    'yi-chat',
+)
 EXPORTS = ('adapter', 'merged_16bit', 'merged_4bit', 'gguf_f16', 'gguf_q8_0', 'gguf_q4_k_m')
-LINEARS = ['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj']
+LINEARS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+
 
 class DataParams(Job):
     "Where rows come from and how they are read"
-    dataset:str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
-    dataset_format:Literal['auto','alpaca','messages','sharegpt','prompt_completion','text','preference','unpaired_preference'] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
-    dataset_columns:dict[str,str] = param({}, 'Columns that go by other names, as standard:yours', _DATA)
-    dataset_roles:dict[str,str] = param({}, 'Roles that go by other names, as yours:standard', _DATA)
-    dataset_split:str = param('train', 'Split of a Hub dataset or of a folder', _DATA)
-    dataset_revision:str|None = param(None, 'Commit, tag or branch of a Hub dataset; null: its main branch', _DATA)
-    train_on_preferred:bool = param(False, 'Train on the chosen answers of preference data; false: refuse such data', _DATA)
-    max_rows:int|None = param(None, 'Use at most this many training rows; null: all', _DATA, 'rows', ge=1)
-    test_size:int = param(64, 'Rows held out for the before/after comparison', _DATA, 'rows', ge=1)
-    test_dataset:str|None = param(None, 'Hold out the rows of this dataset instead; null: rows of dataset', _DATA)
-    seed:int = param(3407, 'Seed of the split, the LoRA weights and the order of rows', _DATA, source=_classic, ge=0, lt=2**32)
+
+    dataset: str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
+    dataset_format: Literal[
+        'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'text', 'preference', 'unpaired_preference'
+    ] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
+    dataset_columns: dict[str, str] = param({}, 'Columns that go by other names, as standard:yours', _DATA)
+    dataset_roles: dict[str, str] = param({}, 'Roles that go by other names, as yours:standard', _DATA)
+    dataset_split: str = param('train', 'Split of a Hub dataset or of a folder', _DATA)
+    dataset_revision: str | None = param(None, 'Commit, tag or branch of a Hub dataset; null: its main branch', _DATA)
+    train_on_preferred: bool = param(
+        False, 'Train on the chosen answers of preference data; false: refuse such data', _DATA
+    )
+    max_rows: int | None = param(None, 'Use at most this many training rows; null: all', _DATA, 'rows', ge=1)
+    test_size: int = param(64, 'Rows held out for the before/after comparison', _DATA, 'rows', ge=1)
+    test_dataset: str | None = param(None, 'Hold out the rows of this dataset instead; null: rows of dataset', _DATA)
+    seed: int = param(
+        3407, 'Seed of the split, the LoRA weights and the order of rows', _DATA, source=_classic, ge=0, lt=2**32
+    )
 
 # %% ../../nbs/core/spec.ipynb #5d3d7b8c
 class RowParams(Job):
     "What becomes of rows that are not as they should be"
-    malformed:Literal['error','drop'] = param('error', 'Rows that cannot be read as a conversation', _ROWS)
-    empty:Literal['error','drop','keep'] = param('error', 'Rows with an empty question or answer', _ROWS)
-    control_characters:Literal['error','drop','remove','keep'] = param('error', 'Rows with control characters in the text', _ROWS)
-    special_tokens:Literal['error','drop','escape','keep'] = param('error', "Rows whose text spells a control token; escape: read it as plain text", _ROWS)
-    over_length:Literal['error','drop','truncate','split','keep'] = param('error', 'Rows longer than max_seq_length; split: plain text goes on in the next example', _ROWS)
-    duplicates:Literal['error','drop','keep'] = param('keep', 'Rows that are equal to an earlier one', _ROWS)
-    near_duplicates:float|None = param(None, 'Treat rows as duplicates from this Jaccard similarity on (MinHash); null: do not look', _ROWS, '', 'arXiv:2107.06499 uses 0.8', gt=0, le=1)
-    overlap:Literal['error','drop','keep'] = param('error', 'Training rows that are held out as well', _ROWS)
-    max_dropped:float = param(0.1, 'Share of rows that may be dropped for their faults', _ROWS, ge=0, le=1)
+
+    malformed: Literal['error', 'drop'] = param('error', 'Rows that cannot be read as a conversation', _ROWS)
+    empty: Literal['error', 'drop', 'keep'] = param('error', 'Rows with an empty question or answer', _ROWS)
+    control_characters: Literal['error', 'drop', 'remove', 'keep'] = param(
+        'error', 'Rows with control characters in the text', _ROWS
+    )
+    special_tokens: Literal['error', 'drop', 'escape', 'keep'] = param(
+        'error', "Rows whose text spells a control token; escape: read it as plain text", _ROWS
+    )
+    over_length: Literal['error', 'drop', 'truncate', 'split', 'keep'] = param(
+        'error', 'Rows longer than max_seq_length; split: plain text goes on in the next example', _ROWS
+    )
+    duplicates: Literal['error', 'drop', 'keep'] = param('keep', 'Rows that are equal to an earlier one', _ROWS)
+    near_duplicates: float | None = param(
+        None,
+        'Treat rows as duplicates from this Jaccard similarity on (MinHash); null: do not look',
+        _ROWS,
+        '',
+        'arXiv:2107.06499 uses 0.8',
+        gt=0,
+        le=1,
+    )
+    overlap: Literal['error', 'drop', 'keep'] = param('error', 'Training rows that are held out as well', _ROWS)
+    max_dropped: float = param(0.1, 'Share of rows that may be dropped for their faults', _ROWS, ge=0, le=1)
 
 # %% ../../nbs/core/spec.ipynb #bb4a8360
 class GenerateParams(Job):
     "How answers are generated when a job evaluates"
-    max_new_tokens:int = param(96, 'Longest answer generated', _EVAL, 'tokens', ge=1, le=32768)
-    eval_batch_size:int = param(16, 'Answers generated at once', _EVAL, 'rows', ge=1, le=1024)
+
+    max_new_tokens: int = param(96, 'Longest answer generated', _EVAL, 'tokens', ge=1, le=32768)
+    eval_batch_size: int = param(16, 'Answers generated at once', _EVAL, 'rows', ge=1, le=1024)
+
 
 class ModelParams(Job):
     "Which model, in which precision"
-    model:str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
-    revision:str|None = param(None, 'Commit, tag or branch on the Hub; null: its main branch', _MODEL)
-    load_in_4bit:bool|_auto = param('auto', 'Quantize the frozen weights to NF4 (QLoRA)', _MODEL, source='QLoRA, arXiv:2305.14314')
-    load_in_8bit:bool = param(False, 'Quantize the frozen weights to 8 bits instead', _MODEL, source='LLM.int8(), arXiv:2208.07339')
-    dtype:Literal['auto','bfloat16','float16','float32'] = param('auto', 'Precision of computation', _MODEL)
-    max_seq_length:int = param(2048, 'Longest example; see over_length', _MODEL, 'tokens', _classic, ge=8, le=1048576)
-    allow_remote_code:str|None = param(None, 'Hub id whose own Python code may run; null: none', _MODEL)
+
+    model: str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
+    revision: str | None = param(None, 'Commit, tag or branch on the Hub; null: its main branch', _MODEL)
+    load_in_4bit: bool | _auto = param(
+        'auto', 'Quantize the frozen weights to NF4 (QLoRA)', _MODEL, source='QLoRA, arXiv:2305.14314'
+    )
+    load_in_8bit: bool = param(
+        False, 'Quantize the frozen weights to 8 bits instead', _MODEL, source='LLM.int8(), arXiv:2208.07339'
+    )
+    dtype: Literal['auto', 'bfloat16', 'float16', 'float32'] = param('auto', 'Precision of computation', _MODEL)
+    max_seq_length: int = param(2048, 'Longest example; see over_length', _MODEL, 'tokens', _classic, ge=8, le=1048576)
+    allow_remote_code: str | None = param(None, 'Hub id whose own Python code may run; null: none', _MODEL)
 
 # %% ../../nbs/core/spec.ipynb #c708c0ea
 class LoraParams(Job):
     "The adapter"
-    r:int = param(16, 'Rank of the adapter', _LORA, '', 'LoRA, arXiv:2106.09685; '+_classic, ge=1, le=1024)
-    lora_alpha:int = param(16, 'Scale: the update is multiplied by lora_alpha / r', _LORA, '', _classic, ge=1, le=4096)
-    lora_dropout:float = param(0.0, 'Dropout on the input of the adapter; 0 is the fast path', _LORA, '', _classic, ge=0, lt=1)
-    target_modules:list[str] = param(LINEARS, 'Linear layers that get an adapter', _LORA, '', 'QLoRA, arXiv:2305.14314: all linear layers', min_length=1)
+
+    r: int = param(16, 'Rank of the adapter', _LORA, '', 'LoRA, arXiv:2106.09685; ' + _classic, ge=1, le=1024)
+    lora_alpha: int = param(16, 'Scale: the update is multiplied by lora_alpha / r', _LORA, '', _classic, ge=1, le=4096)
+    lora_dropout: float = param(
+        0.0, 'Dropout on the input of the adapter; 0 is the fast path', _LORA, '', _classic, ge=0, lt=1
+    )
+    target_modules: list[str] = param(
+        LINEARS,
+        'Linear layers that get an adapter',
+        _LORA,
+        '',
+        'QLoRA, arXiv:2305.14314: all linear layers',
+        min_length=1,
+    )
+
 
 class FormatParams(RowParams):
     "What the loss sees"
-    template:str = param('auto', "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; or a template by name", _DATA)
-    loss_on:Literal['responses','last_response','everything']|list[Literal['system','user','assistant','tool']] = param('responses', 'Tokens that count in the loss, or a list of roles', _DATA)
+
+    template: str = param(
+        'auto', "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; or a template by name", _DATA
+    )
+    loss_on: (
+        Literal['responses', 'last_response', 'everything'] | list[Literal['system', 'user', 'assistant', 'tool']]
+    ) = param('responses', 'Tokens that count in the loss, or a list of roles', _DATA)
 
     @field_validator('template')
     @classmethod
     def _known_template(cls, v):
-        if v not in TEMPLATES: raise ValueError(f"got {v!r}, no known template{nearest(v, TEMPLATES)}")
+        if v not in TEMPLATES:
+            raise ValueError(f"got {v!r}, no known template{nearest(v, TEMPLATES)}")
         return v
 
 # %% ../../nbs/core/spec.ipynb #66590f55
 class TrainParams(Job):
     "The optimizer's side"
-    batch_size:Annotated[int, Field(ge=1, le=65536)]|Literal['auto','fastest'] = param('auto', 'Rows per optimizer step, of all devices together; auto: about 8; fastest: larger steps where the device is faster with them', _TRAIN, 'rows', _classic+': 2 x 4')
-    per_device_train_batch_size:Annotated[int, Field(ge=1, le=4096)]|_auto = param('auto', 'Rows in one forward pass, on each device', _TRAIN, 'rows')
-    gradient_accumulation_steps:Annotated[int, Field(ge=1, le=4096)]|_auto = param('auto', 'Forward passes per optimizer step, on each device', _TRAIN, 'passes')
-    max_steps:int|None = param(60, 'Optimizer steps; null: num_train_epochs decides', _TRAIN, 'steps', _classic, ge=1)
-    num_train_epochs:float|None = param(None, 'Passes over the data, when max_steps is null', _TRAIN, 'epochs', gt=0, le=1000)
-    learning_rate:float = param(2e-4, 'Peak learning rate', _TRAIN, '', 'QLoRA, arXiv:2305.14314, table 9; '+_classic, gt=0, le=1)
-    lr_scheduler_type:Literal['linear','cosine','constant','constant_with_warmup'] = param('linear', 'Course of the learning rate after warm-up', _TRAIN, '', _classic)
-    warmup_steps:int = param(5, 'Steps over which the learning rate rises to its peak', _TRAIN, 'steps', _classic, ge=0)
-    optim:Literal['auto','adamw_8bit','adamw_torch','adamw_torch_fused','paged_adamw_8bit','sgd'] = param('auto', 'Optimizer; on a CPU the 8-bit ones become adamw_torch_fused', _TRAIN, '', '8-bit optimizers, arXiv:2110.02861; '+_classic)
-    weight_decay:float = param(0.001, 'Decoupled weight decay', _TRAIN, '', "AdamW, arXiv:1711.05101; Unsloth's newer default", ge=0, le=1)
-    max_grad_norm:float = param(1.0, 'Gradients are clipped to this norm', _TRAIN, '', 'transformers TrainingArguments', gt=0)
-    gradient_checkpointing:Literal['unsloth','auto']|bool = param('auto', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174')
-    group_by_length:bool = param(False, 'Batch examples of like length, for less padding', _TRAIN)
-    packing:bool|_auto = param('auto', 'Fill each row to max_seq_length with several examples; auto: where batch_size is fastest', _TRAIN)
-    padding_free:bool|_auto = param('auto', 'Put the rows of a pass end to end instead of padding them', _TRAIN, '', 'transformers DataCollatorWithFlattening')
-    logging_steps:int = param(1, 'Write metrics every so many steps', _TRAIN, 'steps', '', ge=1)
-    save_steps:Annotated[int, Field(ge=1)]|_auto|None = param('auto', 'Write a checkpoint every so many steps; auto: every five minutes; null: none', _TRAIN, 'steps')
-    save_total_limit:int = param(2, 'Checkpoints kept, the newest ones; the one with the lowest loss stays as well', _TRAIN, 'checkpoints', '', ge=1)
+
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal['auto', 'fastest'] = param(
+        'auto',
+        'Rows per optimizer step, of all devices together; auto: about 8; fastest: larger steps where the device is faster with them',
+        _TRAIN,
+        'rows',
+        _classic + ': 2 x 4',
+    )
+    per_device_train_batch_size: Annotated[int, Field(ge=1, le=4096)] | _auto = param(
+        'auto', 'Rows in one forward pass, on each device', _TRAIN, 'rows'
+    )
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] | _auto = param(
+        'auto', 'Forward passes per optimizer step, on each device', _TRAIN, 'passes'
+    )
+    max_steps: int | None = param(
+        60, 'Optimizer steps; null: num_train_epochs decides', _TRAIN, 'steps', _classic, ge=1
+    )
+    num_train_epochs: float | None = param(
+        None, 'Passes over the data, when max_steps is null', _TRAIN, 'epochs', gt=0, le=1000
+    )
+    learning_rate: float = param(
+        2e-4, 'Peak learning rate', _TRAIN, '', 'QLoRA, arXiv:2305.14314, table 9; ' + _classic, gt=0, le=1
+    )
+    lr_scheduler_type: Literal['linear', 'cosine', 'constant', 'constant_with_warmup'] = param(
+        'linear', 'Course of the learning rate after warm-up', _TRAIN, '', _classic
+    )
+    warmup_steps: int = param(
+        5, 'Steps over which the learning rate rises to its peak', _TRAIN, 'steps', _classic, ge=0
+    )
+    optim: Literal['auto', 'adamw_8bit', 'adamw_torch', 'adamw_torch_fused', 'paged_adamw_8bit', 'sgd'] = param(
+        'auto',
+        'Optimizer; on a CPU the 8-bit ones become adamw_torch_fused',
+        _TRAIN,
+        '',
+        '8-bit optimizers, arXiv:2110.02861; ' + _classic,
+    )
+    weight_decay: float = param(
+        0.001, 'Decoupled weight decay', _TRAIN, '', "AdamW, arXiv:1711.05101; Unsloth's newer default", ge=0, le=1
+    )
+    max_grad_norm: float = param(
+        1.0, 'Gradients are clipped to this norm', _TRAIN, '', 'transformers TrainingArguments', gt=0
+    )
+    gradient_checkpointing: Literal['unsloth', 'auto'] | bool = param(
+        'auto', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174'
+    )
+    group_by_length: bool = param(False, 'Batch examples of like length, for less padding', _TRAIN)
+    packing: bool | _auto = param(
+        'auto', 'Fill each row to max_seq_length with several examples; auto: where batch_size is fastest', _TRAIN
+    )
+    padding_free: bool | _auto = param(
+        'auto',
+        'Put the rows of a pass end to end instead of padding them',
+        _TRAIN,
+        '',
+        'transformers DataCollatorWithFlattening',
+    )
+    logging_steps: int = param(1, 'Write metrics every so many steps', _TRAIN, 'steps', '', ge=1)
+    save_steps: Annotated[int, Field(ge=1)] | _auto | None = param(
+        'auto', 'Write a checkpoint every so many steps; auto: every five minutes; null: none', _TRAIN, 'steps'
+    )
+    save_total_limit: int = param(
+        2,
+        'Checkpoints kept, the newest ones; the one with the lowest loss stays as well',
+        _TRAIN,
+        'checkpoints',
+        '',
+        ge=1,
+    )
 
 # %% ../../nbs/core/spec.ipynb #48c77c7d
 class DeviceParams(Job):
     "What trains, where there is more than one device"
-    devices:Annotated[int, Field(ge=1, le=64)]|_auto = param(1, 'GPUs of this machine that train together, on a CPU processes; auto: as many as make it faster', _DEVICES, 'devices')
-    nodes:int = param(1, 'Machines that train together, each with so many devices; see unsloth-nb launch', _DEVICES, 'machines', ge=1, le=1024)
-    parallel:Literal['auto','ddp','fsdp','device_map'] = param('auto', 'How devices share the work. ddp: each holds the model and takes a part of the rows; fsdp: each holds a part of the weights as well; device_map: each holds some of the layers, and they work in turn', _DEVICES, '', 'DDP, arXiv:2006.15704; FSDP, arXiv:2304.11277')
+
+    devices: Annotated[int, Field(ge=1, le=64)] | _auto = param(
+        1,
+        'GPUs of this machine that train together, on a CPU processes; auto: as many as make it faster',
+        _DEVICES,
+        'devices',
+    )
+    nodes: int = param(
+        1,
+        'Machines that train together, each with so many devices; see unsloth-nb launch',
+        _DEVICES,
+        'machines',
+        ge=1,
+        le=1024,
+    )
+    parallel: Literal['auto', 'ddp', 'fsdp', 'device_map'] = param(
+        'auto',
+        'How devices share the work. ddp: each holds the model and takes a part of the rows; fsdp: each holds a part of the weights as well; device_map: each holds some of the layers, and they work in turn',
+        _DEVICES,
+        '',
+        'DDP, arXiv:2006.15704; FSDP, arXiv:2304.11277',
+    )
 
     @property
-    def ranks(self)->int: # Processes that train; 1 where the plan decides, and where one process drives all devices
-        return 1 if self.parallel == 'device_map' else self.nodes*(self.devices if isinstance(self.devices, int) else 1)
+    def ranks(self) -> int:  # Processes that train; 1 where the plan decides, and where one process drives all devices
+        return (
+            1 if self.parallel == 'device_map' else self.nodes * (self.devices if isinstance(self.devices, int) else 1)
+        )
 
 # %% ../../nbs/core/spec.ipynb #c780823e
 def split_batch(
-    batch, # Rows per optimizer step
-    rows, # Rows per pass, of each device
-    passes, # Passes per step, of each device
-    ranks:int=1, # Processes that share the rows
-)->tuple: # (rows per step, rows per pass, passes); None where the plan decides
+    batch,  # Rows per optimizer step
+    rows,  # Rows per pass, of each device
+    passes,  # Passes per step, of each device
+    ranks: int = 1,  # Processes that share the rows
+) -> tuple:  # (rows per step, rows per pass, passes); None where the plan decides
     "What `batch_size`, `per_device_train_batch_size` and `gradient_accumulation_steps` say together"
-    n,b,a = (v if isinstance(v, int) else None for v in (batch, rows, passes))
+    n, b, a = (v if isinstance(v, int) else None for v in (batch, rows, passes))
     of = f' of {ranks} devices' if ranks > 1 else ''
     if b and a:
-        if n and n != b*a*ranks: raise ValueError(f"batch_size: {n}, while {b} rows a pass times {a} passes{of} are {b*a*ranks}; leave one of the three out")
-        return b*a*ranks,b,a
-    if batch == 'fastest': return None,b,a
-    k = (b or a or 1)*ranks
-    n = n or k*max(1, round(8/k)) # About 8
-    for name,v in (('devices', 1), ('per_device_train_batch_size', b), ('gradient_accumulation_steps', a)):
-        if v and n % (v*ranks): raise ValueError(f"{name}: {ranks if v == 1 else v}{of if v > 1 else ''} does not divide an optimizer step of {n} rows; set batch_size to a multiple of {v*ranks}")
-    return n,b or (n//a//ranks if a else None),a or (n//b//ranks if b else None)
+        if n and n != b * a * ranks:
+            raise ValueError(
+                f"batch_size: {n}, while {b} rows a pass times {a} passes{of} are {b * a * ranks}; leave one of the three out"
+            )
+        return b * a * ranks, b, a
+    if batch == 'fastest':
+        return None, b, a
+    k = (b or a or 1) * ranks
+    n = n or k * max(1, round(8 / k))  # About 8
+    for name, v in (('devices', 1), ('per_device_train_batch_size', b), ('gradient_accumulation_steps', a)):
+        if v and n % (v * ranks):
+            raise ValueError(
+                f"{name}: {ranks if v == 1 else v}{of if v > 1 else ''} does not divide an optimizer step of {n} rows; set batch_size to a multiple of {v * ranks}"
+            )
+    return n, b or (n // a // ranks if a else None), a or (n // b // ranks if b else None)
 
 # %% ../../nbs/core/spec.ipynb #f19aa02d
 class FinetuneJob(GenerateParams, DeviceParams, TrainParams, LoraParams, FormatParams, DataParams, ModelParams):
     "Fine-tune a model on a dataset, and compare before and after"
-    save:Literal[*EXPORTS] = param('adapter', 'What is saved: the adapter alone, or also another form of the model', _EVAL)
+
+    save: Literal[*EXPORTS] = param(
+        'adapter', 'What is saved: the adapter alone, or also another form of the model', _EVAL
+    )
 
     @model_validator(mode='after')
     def _consistent(self):
         if self.max_steps is not None and self.num_train_epochs is not None:
-            raise ValueError(f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; training ends by one of them: set max_steps to null, or leave num_train_epochs out")
-        if self.max_steps is None and self.num_train_epochs is None: raise ValueError("max_steps: null, and num_train_epochs is null too; set one of them")
-        if self.load_in_8bit and self.load_in_4bit is True: raise ValueError("load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: leave one of them out")
-        if self.parallel == 'device_map' and self.nodes > 1: raise ValueError("parallel: device_map splits a model over the GPUs of one machine; set nodes to 1, or parallel to fsdp")
+            raise ValueError(
+                f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; training ends by one of them: set max_steps to null, or leave num_train_epochs out"
+            )
+        if self.max_steps is None and self.num_train_epochs is None:
+            raise ValueError("max_steps: null, and num_train_epochs is null too; set one of them")
+        if self.load_in_8bit and self.load_in_4bit is True:
+            raise ValueError(
+                "load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: leave one of them out"
+            )
+        if self.parallel == 'device_map' and self.nodes > 1:
+            raise ValueError(
+                "parallel: device_map splits a model over the GPUs of one machine; set nodes to 1, or parallel to fsdp"
+            )
         split_batch(self.batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps, self.ranks)
         resolve_model(self.model, self.allow_remote_code)
         return self
 
 # %% ../../nbs/core/spec.ipynb #04497abf
 @patch
-def rows_at_once(self:FinetuneJob)->int: # [rows]
+def rows_at_once(self: FinetuneJob) -> int:  # [rows]
     "Rows in a forward pass as the job has them; the whole step where the plan decides"
-    step,rows,_ = split_batch(self.batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps, self.ranks)
-    return rows or (step or 8)//self.ranks
+    step, rows, _ = split_batch(
+        self.batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps, self.ranks
+    )
+    return rows or (step or 8) // self.ranks
 
 # %% ../../nbs/core/spec.ipynb #c73e00d6
 class EvaluateJob(GenerateParams):
     "Score a finished run beside its base model"
-    groups:ClassVar[tuple[str,...]] = ('Run', _DATA)
-    run:str = param('latest', "Run to evaluate: its name, its directory or 'latest'", 'Run')
-    dataset:str|None = param(None, "File, folder, Hub id or 'events'; null: the run's own held-out rows", _DATA)
-    test_size:int|None = param(None, "Rows to score; null: as many as the run held out", _DATA, 'rows', ge=1)
-    compare_base:bool = param(True, 'Score the base model as well', _EVAL)
-    scorers:list[str] = param([], "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; empty: what suits the rows", _EVAL)
-    confidence:float = param(0.95, 'Confidence of the intervals', _EVAL, gt=0, lt=1)
-    bootstrap_samples:int = param(9999, 'Samples of the bootstrap and of permutation tests', _EVAL, 'samples', 'scipy.stats.bootstrap', ge=99, le=1000000)
-    seed:int = param(0, 'Seed of the bootstrap and of permutation tests', _EVAL, ge=0, lt=2**32)
-    tasks:list[str] = param([], 'Tasks of the lm-evaluation-harness, by name; empty: none', _EVAL)
-    task_dir:str|None = param(None, 'Folder with tasks of your own (.yaml) and their data', _EVAL)
-    task_limit:int|None = param(None, 'Rows of each task; null: all', _EVAL, 'rows', ge=1)
-    num_fewshot:int|None = param(None, 'Solved examples in front of each question of a task; null: what the task says', _EVAL, 'examples', ge=0, le=1000)
-    apply_chat_template:bool = param(False, "Ask the tasks through the model's chat template", _EVAL, '', 'lm-evaluation-harness')
+
+    groups: ClassVar[tuple[str, ...]] = ('Run', _DATA)
+    run: str = param('latest', "Run to evaluate: its name, its directory or 'latest'", 'Run')
+    dataset: str | None = param(None, "File, folder, Hub id or 'events'; null: the run's own held-out rows", _DATA)
+    test_size: int | None = param(None, "Rows to score; null: as many as the run held out", _DATA, 'rows', ge=1)
+    compare_base: bool = param(True, 'Score the base model as well', _EVAL)
+    scorers: list[str] = param(
+        [],
+        "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; empty: what suits the rows",
+        _EVAL,
+    )
+    confidence: float = param(0.95, 'Confidence of the intervals', _EVAL, gt=0, lt=1)
+    bootstrap_samples: int = param(
+        9999,
+        'Samples of the bootstrap and of permutation tests',
+        _EVAL,
+        'samples',
+        'scipy.stats.bootstrap',
+        ge=99,
+        le=1000000,
+    )
+    seed: int = param(0, 'Seed of the bootstrap and of permutation tests', _EVAL, ge=0, lt=2**32)
+    tasks: list[str] = param([], 'Tasks of the lm-evaluation-harness, by name; empty: none', _EVAL)
+    task_dir: str | None = param(None, 'Folder with tasks of your own (.yaml) and their data', _EVAL)
+    task_limit: int | None = param(None, 'Rows of each task; null: all', _EVAL, 'rows', ge=1)
+    num_fewshot: int | None = param(
+        None,
+        'Solved examples in front of each question of a task; null: what the task says',
+        _EVAL,
+        'examples',
+        ge=0,
+        le=1000,
+    )
+    apply_chat_template: bool = param(
+        False, "Ask the tasks through the model's chat template", _EVAL, '', 'lm-evaluation-harness'
+    )
 
     @field_validator('scorers')
     @classmethod
@@ -261,46 +501,90 @@ class EvaluateJob(GenerateParams):
 
     @model_validator(mode='after')
     def _tasks_named(self):
-        if self.task_dir is not None and not self.tasks: raise ValueError("task_dir: given, and tasks is empty; name the tasks that are to be asked")
+        if self.task_dir is not None and not self.tasks:
+            raise ValueError("task_dir: given, and tasks is empty; name the tasks that are to be asked")
         return self
 
 # %% ../../nbs/core/spec.ipynb #1ea51939
 class ExportJob(Job):
     "Write a finished run in a form that other programs load"
-    run:str = param('latest', "Run to export: its name, its directory or 'latest'", 'Run')
-    to:Literal[*EXPORTS] = param('merged_16bit', 'What to write; merged_4bit is quantized to NF4 after merging, gguf_… is for llama.cpp and Ollama', _EVAL)
-    check_rows:int = param(8, 'Held-out prompts on which the export is compared with the run', _EVAL, 'rows', ge=1, le=1024)
-    vllm:bool = param(False, 'Have vLLM load and check it too, as a server of its own; for merged_16bit and adapter', _EVAL)
+
+    run: str = param('latest', "Run to export: its name, its directory or 'latest'", 'Run')
+    to: Literal[*EXPORTS] = param(
+        'merged_16bit',
+        'What to write; merged_4bit is quantized to NF4 after merging, gguf_… is for llama.cpp and Ollama',
+        _EVAL,
+    )
+    check_rows: int = param(
+        8, 'Held-out prompts on which the export is compared with the run', _EVAL, 'rows', ge=1, le=1024
+    )
+    vllm: bool = param(
+        False, 'Have vLLM load and check it too, as a server of its own; for merged_16bit and adapter', _EVAL
+    )
 
 # %% ../../nbs/core/spec.ipynb #78b91497
-BENCHMARKS = ('transformers_qlora', 'transformers_lora', 'classic', 'classic_16bit', 'trl_liger_packed', 'plan', 'plan_nf4', 'plan_fastest')
+BENCHMARKS = (
+    'transformers_qlora',
+    'transformers_lora',
+    'classic',
+    'classic_16bit',
+    'trl_liger_packed',
+    'plan',
+    'plan_nf4',
+    'plan_fastest',
+)
+
 
 class BenchmarkJob(Job):
     "Measure ways to train a model on this machine, side by side"
-    model:str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
-    max_seq_length:int = param(2048, 'Longest example, and length of a packed row; longer ones are cut', _MODEL, 'tokens', _classic, ge=8, le=1048576)
-    dataset:str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
-    dataset_format:Literal['auto','alpaca','messages','sharegpt','prompt_completion','text','preference','unpaired_preference'] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
-    template:str = param('auto', "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; or a template by name", _DATA)
-    max_rows:int|None = param(512, 'Use at most this many rows; null: all', _DATA, 'rows', ge=1)
-    seed:int = param(3407, 'Seed of the LoRA weights and the order of rows', _DATA, source=_classic, ge=0, lt=2**32)
-    configurations:list[str] = param([], 'What is compared, by name; empty: all that suit the device', _BENCH)
-    steps:int = param(3, 'Timed optimizer steps', _BENCH, 'steps', ge=1, le=10000)
-    warmup:int = param(1, 'Untimed optimizer steps before, in which kernels are compiled', _BENCH, 'steps', ge=1, le=1000)
-    repeats:int = param(1, 'Rounds, each of all configurations; the median counts', _BENCH, 'rounds', ge=1, le=100)
-    preload:int = param(1, 'Child processes at once: 1, one after the other; more, others load meanwhile, and their weights share the memory', _BENCH, 'processes', ge=1, le=16)
-    time_limit:float = param(600, 'Longest time for a configuration, waiting for its turn left out', _BENCH, 's', gt=0)
+
+    model: str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
+    max_seq_length: int = param(
+        2048,
+        'Longest example, and length of a packed row; longer ones are cut',
+        _MODEL,
+        'tokens',
+        _classic,
+        ge=8,
+        le=1048576,
+    )
+    dataset: str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
+    dataset_format: Literal[
+        'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'text', 'preference', 'unpaired_preference'
+    ] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
+    template: str = param(
+        'auto', "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; or a template by name", _DATA
+    )
+    max_rows: int | None = param(512, 'Use at most this many rows; null: all', _DATA, 'rows', ge=1)
+    seed: int = param(3407, 'Seed of the LoRA weights and the order of rows', _DATA, source=_classic, ge=0, lt=2**32)
+    configurations: list[str] = param([], 'What is compared, by name; empty: all that suit the device', _BENCH)
+    steps: int = param(3, 'Timed optimizer steps', _BENCH, 'steps', ge=1, le=10000)
+    warmup: int = param(
+        1, 'Untimed optimizer steps before, in which kernels are compiled', _BENCH, 'steps', ge=1, le=1000
+    )
+    repeats: int = param(1, 'Rounds, each of all configurations; the median counts', _BENCH, 'rounds', ge=1, le=100)
+    preload: int = param(
+        1,
+        'Child processes at once: 1, one after the other; more, others load meanwhile, and their weights share the memory',
+        _BENCH,
+        'processes',
+        ge=1,
+        le=16,
+    )
+    time_limit: float = param(600, 'Longest time for a configuration, waiting for its turn left out', _BENCH, 's', gt=0)
 
     @field_validator('configurations')
     @classmethod
     def _known_configurations(cls, v):
         bad = next((n for n in v if n not in BENCHMARKS), None)
-        if bad is not None: raise ValueError(f"there is no configuration {bad!r}{nearest(bad, BENCHMARKS)}")
+        if bad is not None:
+            raise ValueError(f"there is no configuration {bad!r}{nearest(bad, BENCHMARKS)}")
         return list(dict.fromkeys(v))
 
     @field_validator('template')
     @classmethod
-    def _known_template(cls, v): return FormatParams._known_template(v)
+    def _known_template(cls, v):
+        return FormatParams._known_template(v)
 
     @model_validator(mode='after')
     def _model_exists(self):
@@ -312,16 +596,21 @@ JOBS = dict(finetune=FinetuneJob, evaluate=EvaluateJob, export=ExportJob, benchm
 
 # %% ../../nbs/core/spec.ipynb #df032b97
 def make_job(
-    name:str='finetune', # `finetune`, `evaluate`, `export` or `benchmark`
-    preset_name:str|None=None, # Model preset: sets `model` and the parameters that suit it
-    params_file=None, # YAML file with `name: value` lines
-    **overrides, # Parameters by name
-)->Job: # The checked job
+    name: str = 'finetune',  # `finetune`, `evaluate`, `export` or `benchmark`
+    preset_name: str | None = None,  # Model preset: sets `model` and the parameters that suit it
+    params_file=None,  # YAML file with `name: value` lines
+    **overrides,  # Parameters by name
+) -> Job:  # The checked job
     "A job from a preset, a file and single values, later ones winning"
-    if name not in JOBS: raise SpecError(f"there is no job {name!r}{nearest(name, JOBS)}")
+    if name not in JOBS:
+        raise SpecError(f"there is no job {name!r}{nearest(name, JOBS)}")
     d = {}
     if preset_name is not None:
-        if 'model' not in JOBS[name].model_fields: raise SpecError(f"preset: the {name} job has no model parameter; it takes its model from a run")
-        d |= {'model': preset_name}|{k:v for k,v in preset(preset_name).params.items() if k in JOBS[name].model_fields}
-    if params_file is not None: d |= read_params(params_file)
+        if 'model' not in JOBS[name].model_fields:
+            raise SpecError(f"preset: the {name} job has no model parameter; it takes its model from a run")
+        d |= {'model': preset_name} | {
+            k: v for k, v in preset(preset_name).params.items() if k in JOBS[name].model_fields
+        }
+    if params_file is not None:
+        d |= read_params(params_file)
     return JOBS[name](**{**d, **overrides})

@@ -6,163 +6,266 @@
 __all__ = ['STEPS', 'SECONDS', 'CHARACTERS', 'MADE', 'ITEMS', 'SMALL', 'bounded_environment', 'bound_templates']
 
 # %% ../../nbs/core/template_sandbox.ipynb #388a1ffc
-import re,sys,threading,time
+import re
+import sys
+import threading
+import time
 from functools import cache
 
 # %% ../../nbs/core/template_sandbox.ipynb #38164e11
-STEPS = 2**19 # Turns of loops and calls of macros
-SECONDS = 10. # [s] of processor time of the thread that renders
-CHARACTERS = 2**26 # [characters] in one text
-MADE = 2**29 # [characters] in all texts made on the way
-ITEMS = 10**5 # In a list with all that it holds
-SMALL = 2**12 # [characters] A text that is not worth counting
+STEPS = 2**19  # Turns of loops and calls of macros
+SECONDS = 10.0  # [s] of processor time of the thread that renders
+CHARACTERS = 2**26  # [characters] in one text
+MADE = 2**29  # [characters] in all texts made on the way
+ITEMS = 10**5  # In a list with all that it holds
+SMALL = 2**12  # [characters] A text that is not worth counting
+
 
 class _Left(threading.local):
     "What is left of the budget, for each thread its own"
-    def reset(self): self.steps,self.made,self.until = STEPS,MADE,time.thread_time()+SECONDS
+
+    def reset(self):
+        self.steps, self.made, self.until = STEPS, MADE, time.thread_time() + SECONDS
+
 
 _left = _Left()
 
+
 def _refuse(why):
     from jinja2.exceptions import SecurityError
+
     raise SecurityError(why)
+
 
 def _step(env):
     "One more turn of a loop; True"
     _left.steps -= 1
-    if _left.steps < 0: _refuse(f'more than {STEPS:,} steps')
-    if not _left.steps & 63 and time.thread_time() > _left.until: _refuse(f'more than {SECONDS:g} s')
+    if _left.steps < 0:
+        _refuse(f'more than {STEPS:,} steps')
+    if not _left.steps & 63 and time.thread_time() > _left.until:
+        _refuse(f'more than {SECONDS:g} s')
     return True
+
 
 def _charge(n):
     "A text of `n` characters is about to be made"
     _left.made -= n
-    if n > CHARACTERS or _left.made < 0: _refuse(f'a text of more than {CHARACTERS:,} characters' if n > CHARACTERS else f'more than {MADE:,} characters on the way')
+    if n > CHARACTERS or _left.made < 0:
+        _refuse(
+            f'a text of more than {CHARACTERS:,} characters'
+            if n > CHARACTERS
+            else f'more than {MADE:,} characters on the way'
+        )
 
 # %% ../../nbs/core/template_sandbox.ipynb #750b06fe
 def _joined(parts):
     "Texts put together"
     parts = list(parts)
-    if (n := sum(map(len, parts))) > SMALL: _charge(n)
+    if (n := sum(map(len, parts))) > SMALL:
+        _charge(n)
     return ''.join(parts)
+
 
 def _added(a, b):
     "`a + b`"
-    if type(a) is not str or type(b) is not str: _check_operator('+', a, b)
-    elif (n := len(a)+len(b)) > SMALL: _charge(n)
-    return a+b
+    if type(a) is not str or type(b) is not str:
+        _check_operator('+', a, b)
+    elif (n := len(a) + len(b)) > SMALL:
+        _charge(n)
+    return a + b
 
 # %% ../../nbs/core/template_sandbox.ipynb #063ef62b
 def _held(v):
     "The same list or dict, when it does not hold too much"
-    n,todo = 0,[v]
+    n, todo = 0, [v]
     while todo:
         x = todo.pop()
-        if not isinstance(x, (list, tuple, dict)): continue
+        if not isinstance(x, (list, tuple, dict)):
+            continue
         n += len(x)
-        if n > ITEMS: _refuse(f'a list of more than {ITEMS:,} items')
+        if n > ITEMS:
+            _refuse(f'a list of more than {ITEMS:,} items')
         todo.extend(x.values() if isinstance(x, dict) else x)
     return v
 
 # %% ../../nbs/core/template_sandbox.ipynb #736f73ea
 def _size(v):
-    if isinstance(v, bool): return 1
-    return v.bit_length()//8+1 if isinstance(v, int) else len(v) if hasattr(v, '__len__') else 1
+    if isinstance(v, bool):
+        return 1
+    return v.bit_length() // 8 + 1 if isinstance(v, int) else len(v) if hasattr(v, '__len__') else 1
+
 
 def _check_operator(op, a, b):
     "Refuse an operation whose result would be too large"
-    if op == '+': n = _size(a)+_size(b)
-    elif op == '**': n = _size(a)*b if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 else 1
-    elif op == '%': n = CHARACTERS+1 if isinstance(a, str) and re.search(r'%[^%a-zA-Z]*(?:\d{5}|\*)', a) else 1
-    else: n = max(_size(a)*b if isinstance(b, int) and not isinstance(a, int) else 0, _size(b)*a if isinstance(a, int) and not isinstance(b, int) else 0, _size(a)+_size(b))
+    if op == '+':
+        n = _size(a) + _size(b)
+    elif op == '**':
+        n = _size(a) * b if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 else 1
+    elif op == '%':
+        n = CHARACTERS + 1 if isinstance(a, str) and re.search(r'%[^%a-zA-Z]*(?:\d{5}|\*)', a) else 1
+    else:
+        n = max(
+            _size(a) * b if isinstance(b, int) and not isinstance(a, int) else 0,
+            _size(b) * a if isinstance(a, int) and not isinstance(b, int) else 0,
+            _size(a) + _size(b),
+        )
     if isinstance(a, (list, tuple)) or isinstance(b, (list, tuple)):
-        if n > ITEMS: _refuse(f'a list of more than {ITEMS:,} items')
+        if n > ITEMS:
+            _refuse(f'a list of more than {ITEMS:,} items')
     elif isinstance(a, int) and isinstance(b, int):
-        if n > 10**4: _refuse('a number of more than 10,000 bytes')
-    elif n > SMALL: _charge(n)
+        if n > 10**4:
+            _refuse('a number of more than 10,000 bytes')
+    elif n > SMALL:
+        _charge(n)
 
 # %% ../../nbs/core/template_sandbox.ipynb #38921600
 _PADDING = {'center', 'ljust', 'rjust', 'zfill', 'expandtabs', 'translate', 'maketrans'}
-_FILTERS = ('center', 'wordwrap', 'xmlattr', 'urlize', 'pprint', 'batch', 'slice', 'format', 'random', 'filesizeformat') # Not needed to draw a conversation, and able to make much of little
+_FILTERS = (
+    'center',
+    'wordwrap',
+    'xmlattr',
+    'urlize',
+    'pprint',
+    'batch',
+    'slice',
+    'format',
+    'random',
+    'filesizeformat',
+)  # Not needed to draw a conversation, and able to make much of little
+
 
 def _check_method(s, name, args, kw):
     "Refuse a method of a text whose result would be too long"
-    if name in _PADDING: _refuse(f'the method {name}')
-    if name == 'replace' and len(args) > 1 and len(args[1]) > 1: _charge(s.count(args[0])*len(args[1])+len(s))
-    if name == 'join' and args: _charge(sum(len(x)+len(s) for x in _listed(args[0])))
-    if name in ('format', 'format_map') and re.search(r'\d{5}|:[^}]*\{', s): _refuse('a format with a width')
+    if name in _PADDING:
+        _refuse(f'the method {name}')
+    if name == 'replace' and len(args) > 1 and len(args[1]) > 1:
+        _charge(s.count(args[0]) * len(args[1]) + len(s))
+    if name == 'join' and args:
+        _charge(sum(len(x) + len(s) for x in _listed(args[0])))
+    if name in ('format', 'format_map') and re.search(r'\d{5}|:[^}]*\{', s):
+        _refuse('a format with a width')
 
-def _listed(x): return x if isinstance(x, (list, tuple, dict)) else ()
+
+def _listed(x):
+    return x if isinstance(x, (list, tuple, dict)) else ()
+
 
 def _filter(name, f):
     "A filter whose result is counted"
     from functools import wraps
+
     @wraps(f)
     def g(*args, **kw):
         plain = args[1:] if getattr(f, 'jinja_pass_arg', None) else args
-        if any(isinstance(a, int) and a > 100 for a in (*plain[1:], *kw.values())) and name in ('indent', 'tojson'): _refuse(f'the filter {name} with a width above 100')
-        if name == 'indent' and isinstance(w := kw.get('width', (*plain, 4)[1]), str): _charge((str(plain[0]).count('\n')+1)*len(w))
-        if name == 'replace': _check_method(str(plain[0]), name, tuple(map(str, plain[1:])), kw)
-        if name == 'join': _charge(sum(len(str(x))+len(str((*plain, '')[1])) for x in _listed(plain[0])))
+        if any(isinstance(a, int) and a > 100 for a in (*plain[1:], *kw.values())) and name in ('indent', 'tojson'):
+            _refuse(f'the filter {name} with a width above 100')
+        if name == 'indent' and isinstance(w := kw.get('width', (*plain, 4)[1]), str):
+            _charge((str(plain[0]).count('\n') + 1) * len(w))
+        if name == 'replace':
+            _check_method(str(plain[0]), name, tuple(map(str, plain[1:])), kw)
+        if name == 'join':
+            _charge(sum(len(str(x)) + len(str((*plain, '')[1])) for x in _listed(plain[0])))
         r = f(*args, **kw)
-        if isinstance(r, str) and len(r) > SMALL: _charge(len(r))
+        if isinstance(r, str) and len(r) > SMALL:
+            _charge(len(r))
         return r
+
     return g
 
 # %% ../../nbs/core/template_sandbox.ipynb #a5a708f5
 @cache
-def bounded_environment(): # A subclass of `ImmutableSandboxedEnvironment`
+def bounded_environment():  # A subclass of `ImmutableSandboxedEnvironment`
     "The class of Jinja environment that transformers is given"
-    from jinja2 import Template,nodes
+    from jinja2 import Template, nodes
     from jinja2.compiler import CodeGenerator
     from jinja2.runtime import Macro
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
     class Code(CodeGenerator):
-        def _counted(self, node): node.body = [nodes.ExprStmt(nodes.EnvironmentAttribute('step')).set_lineno(node.lineno), *node.body]
+        def _counted(self, node):
+            node.body = [nodes.ExprStmt(nodes.EnvironmentAttribute('step')).set_lineno(node.lineno), *node.body]
+
         def visit_For(self, node, frame):
             self._counted(node)
-            if node.test is not None: node.test = nodes.And(nodes.EnvironmentAttribute('step'), node.test)
+            if node.test is not None:
+                node.test = nodes.And(nodes.EnvironmentAttribute('step'), node.test)
             super().visit_For(node, frame)
-        def macro_body(self, node, frame): self._counted(node); return super().macro_body(node, frame)
-        def _call(self, name, visit, node, frame): self.write(f'environment.{name}('); visit(node, frame); self.write(')')
-        def visit_List(self, node, frame): self._call('held', super().visit_List, node, frame)
-        def visit_Dict(self, node, frame): self._call('held', super().visit_Dict, node, frame)
-        def visit_Tuple(self, node, frame): self._call('held', super().visit_Tuple, node, frame) if node.ctx == 'load' else super().visit_Tuple(node, frame)
-        def visit_Concat(self, node, frame): self._call('strung', super().visit_Tuple, nodes.Tuple(node.nodes, 'load'), frame)
-        def visit_Add(self, node, frame): self._call('added', lambda *_: (self.visit(node.left, frame), self.write(', '), self.visit(node.right, frame)), node, frame)
+
+        def macro_body(self, node, frame):
+            self._counted(node)
+            return super().macro_body(node, frame)
+
+        def _call(self, name, visit, node, frame):
+            self.write(f'environment.{name}(')
+            visit(node, frame)
+            self.write(')')
+
+        def visit_List(self, node, frame):
+            self._call('held', super().visit_List, node, frame)
+
+        def visit_Dict(self, node, frame):
+            self._call('held', super().visit_Dict, node, frame)
+
+        def visit_Tuple(self, node, frame):
+            self._call('held', super().visit_Tuple, node, frame) if node.ctx == 'load' else super().visit_Tuple(
+                node, frame
+            )
+
+        def visit_Concat(self, node, frame):
+            self._call('strung', super().visit_Tuple, nodes.Tuple(node.nodes, 'load'), frame)
+
+        def visit_Add(self, node, frame):
+            self._call(
+                'added',
+                lambda *_: (self.visit(node.left, frame), self.write(', '), self.visit(node.right, frame)),
+                node,
+                frame,
+            )
 
     class Rendering(Template):
-        def new_context(self, *args, **kw): _left.reset(); return super().new_context(*args, **kw)
+        def new_context(self, *args, **kw):
+            _left.reset()
+            return super().new_context(*args, **kw)
 
     class Space(Namespace):
-        def __repr__(self): return '<Namespace>'
+        def __repr__(self):
+            return '<Namespace>'
 
     class Bounded(ImmutableSandboxedEnvironment):
-        code_generator_class,template_class,intercepted_binops = Code,Rendering,frozenset(('*', '**', '%'))
-        concat,strung,added,held = map(staticmethod, (_joined, lambda parts: _joined(map(str, parts)), _added, _held))
+        code_generator_class, template_class, intercepted_binops = Code, Rendering, frozenset(('*', '**', '%'))
+        concat, strung, added, held = map(
+            staticmethod, (_joined, lambda parts: _joined(map(str, parts)), _added, _held)
+        )
         step = property(_step)
 
         def from_string(self, source, *args, **kw):
-            for n in _FILTERS: self.filters.pop(n, None)
-            for n in ('indent', 'tojson', 'join', 'replace'): self.filters[n] = _filter(n, self.filters[n])
+            for n in _FILTERS:
+                self.filters.pop(n, None)
+            for n in ('indent', 'tojson', 'join', 'replace'):
+                self.filters[n] = _filter(n, self.filters[n])
             self.globals.pop('lipsum', None)
             self.globals['namespace'] = Space
             return super().from_string(source, *args, **kw)
+
         def call_binop(self, context, operator, left, right):
             _check_operator(operator, left, right)
             return super().call_binop(context, operator, left, right)
+
         def call(self, context, obj, /, *args, **kw):
-            if isinstance(s := getattr(obj, '__self__', None), str): _check_method(s, obj.__name__, args, kw)
-            elif obj is dict or isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs): _held((*args, *kw.values()))
+            if isinstance(s := getattr(obj, '__self__', None), str):
+                _check_method(s, obj.__name__, args, kw)
+            elif obj is dict or isinstance(obj, Macro) and (obj.catch_varargs or obj.catch_kwargs):
+                _held((*args, *kw.values()))
             return super().call(context, obj, *args, **kw)
+
     return Bounded
 
 # %% ../../nbs/core/template_sandbox.ipynb #eab5296e
 def bound_templates():
     "Give transformers the bounded environment; cheap to call again"
     mod = sys.modules.get('transformers.utils.chat_template_utils')
-    if mod is None or getattr(mod, 'ImmutableSandboxedEnvironment', None) is bounded_environment(): return
+    if mod is None or getattr(mod, 'ImmutableSandboxedEnvironment', None) is bounded_environment():
+        return
     mod.ImmutableSandboxedEnvironment = bounded_environment()
     mod._compile_jinja_template.cache_clear()

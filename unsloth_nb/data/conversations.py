@@ -7,11 +7,13 @@ __all__ = ['FORMATS', 'EXTRA', 'ROLES', 'Conversation', 'detect_format', 'check_
            'replaced', 'check_characters', 'without_control']
 
 # %% ../../nbs/data/conversations.ipynb #7223d8cb
-import difflib,json,re
-from dataclasses import dataclass,field
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
 from fastcore.basics import patch
 
-from ..core.escaping import markdown_code,markdown_text,plain_text
+from ..core.escaping import markdown_code, markdown_text, plain_text
 from ..core.schema import nearest
 from .sources import DataError
 
@@ -19,37 +21,65 @@ from .sources import DataError
 @dataclass(frozen=True)
 class Conversation:
     "One training example as role/content messages, or as plain text"
-    messages:list=field(default_factory=list) # dicts with `role` (system, user, assistant, tool), `content`, perhaps `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, `weight`
-    text:str|None=None # Plain text, instead of messages
-    fields:dict=field(default_factory=dict) # Original columns that a template may want
-    row:int=0 # Row of the source
-    tools:list|None=None # Functions that the model may call, as JSON schemas
-    rejected:list|None=None # Preference data: the messages of the worse answer, which take the place of the last ones
-    label:bool|None=None # Unpaired preference data: was the answer good?
 
-    def to_dict(self)->dict:
-        if self.text is not None: return dict(text=self.text)
-        return dict(messages=self.messages)|{k:v for k in ('tools', 'rejected', 'label') if (v := getattr(self, k)) is not None}
+    messages: list = field(
+        default_factory=list
+    )  # dicts with `role` (system, user, assistant, tool), `content`, perhaps `reasoning_content`, `tool_calls`, `tool_call_id`, `name`, `weight`
+    text: str | None = None  # Plain text, instead of messages
+    fields: dict = field(default_factory=dict)  # Original columns that a template may want
+    row: int = 0  # Row of the source
+    tools: list | None = None  # Functions that the model may call, as JSON schemas
+    rejected: list | None = (
+        None  # Preference data: the messages of the worse answer, which take the place of the last ones
+    )
+    label: bool | None = None  # Unpaired preference data: was the answer good?
+
+    def to_dict(self) -> dict:
+        if self.text is not None:
+            return dict(text=self.text)
+        return dict(messages=self.messages) | {
+            k: v for k in ('tools', 'rejected', 'label') if (v := getattr(self, k)) is not None
+        }
 
 # %% ../../nbs/data/conversations.ipynb #a8c8f127
 def _quoted(s, limit=600):
     "Text as a block of code, which no content can leave"
-    s = plain_text(s if len(s) <= limit else s[:limit]+' …')
-    return '\n'.join('    '+l for l in s.splitlines() or [''])
+    s = plain_text(s if len(s) <= limit else s[:limit] + ' …')
+    return '\n'.join('    ' + l for l in s.splitlines() or [''])
+
 
 def _turn_text(m):
     "A message as text: reasoning, content and calls"
-    calls = [f"{c['function']['name']}({json.dumps(c['function']['arguments'], ensure_ascii=False)})" for c in m.get('tool_calls', [])]
-    return '\n'.join([*([f"({m['reasoning_content']})"] if m.get('reasoning_content') else []), *([m['content']] if m['content'] or not calls else []), *calls])
+    calls = [
+        f"{c['function']['name']}({json.dumps(c['function']['arguments'], ensure_ascii=False)})"
+        for c in m.get('tool_calls', [])
+    ]
+    return '\n'.join(
+        [
+            *([f"({m['reasoning_content']})"] if m.get('reasoning_content') else []),
+            *([m['content']] if m['content'] or not calls else []),
+            *calls,
+        ]
+    )
 
-def _turn_markdown(m, note=''): return f"**{markdown_text(m['role'])}**{note}\n\n{_quoted(_turn_text(m))}"
+
+def _turn_markdown(m, note=''):
+    return f"**{markdown_text(m['role'])}**{note}\n\n{_quoted(_turn_text(m))}"
+
 
 @patch
-def _repr_markdown_(self:Conversation):
-    if self.text is not None: return f"Row {self.row}, text:\n\n{_quoted(self.text)}"
+def _repr_markdown_(self: Conversation):
+    if self.text is not None:
+        return f"Row {self.row}, text:\n\n{_quoted(self.text)}"
     tools = [', '.join(str(t.get('function', t).get('name')) for t in self.tools)] if self.tools else []
-    head = f"Row {self.row}"+''.join(f"; tools: {markdown_code(t)}" for t in tools)+('' if self.label is None else f"; label: {'good' if self.label else 'bad'}")
-    return '\n\n'.join([head, *map(_turn_markdown, self.messages), *(_turn_markdown(m, ', rejected') for m in self.rejected or [])])
+    head = (
+        f"Row {self.row}"
+        + ''.join(f"; tools: {markdown_code(t)}" for t in tools)
+        + ('' if self.label is None else f"; label: {'good' if self.label else 'bad'}")
+    )
+    return '\n\n'.join(
+        [head, *map(_turn_markdown, self.messages), *(_turn_markdown(m, ', rejected') for m in self.rejected or [])]
+    )
 
 # %% ../../nbs/data/conversations.ipynb #3201f8f8
 FORMATS = dict(
@@ -59,55 +89,103 @@ FORMATS = dict(
     prompt_completion=(('prompt', 'completion'), 'a prompt and its completion'),
     text=(('text',), 'plain text for continued pretraining'),
     preference=(('chosen', 'rejected'), 'two answers, of which the first is better'),
-    unpaired_preference=(('label',), 'messages or prompt and completion, and whether the answer is good'))
+    unpaired_preference=(('label',), 'messages or prompt and completion, and whether the answer is good'),
+)
 
-EXTRA = dict(messages={'tools', 'system'}, sharegpt={'tools', 'system'}, alpaca={'input', 'system', 'history'}, prompt_completion={'tools', 'system'}, text=set(),
-    preference={'prompt', 'messages', 'conversations', 'instruction', 'input', 'system', 'tools'}, unpaired_preference={'prompt', 'completion', 'messages', 'conversations', 'tools', 'system'})
-_others = dict(instruction=('question', 'query'), prompt=('question', 'query', 'input', 'instruction', 'problem'), completion=('answer', 'response', 'output', 'target', 'solution'), output=('response', 'answer', 'completion'),
-    messages=('conversation', 'chat', 'dialog', 'dialogue', 'turns'), text=('content', 'document', 'body', 'article'))
+EXTRA = dict(
+    messages={'tools', 'system'},
+    sharegpt={'tools', 'system'},
+    alpaca={'input', 'system', 'history'},
+    prompt_completion={'tools', 'system'},
+    text=set(),
+    preference={'prompt', 'messages', 'conversations', 'instruction', 'input', 'system', 'tools'},
+    unpaired_preference={'prompt', 'completion', 'messages', 'conversations', 'tools', 'system'},
+)
+_others = dict(
+    instruction=('question', 'query'),
+    prompt=('question', 'query', 'input', 'instruction', 'problem'),
+    completion=('answer', 'response', 'output', 'target', 'solution'),
+    output=('response', 'answer', 'completion'),
+    messages=('conversation', 'chat', 'dialog', 'dialogue', 'turns'),
+    text=('content', 'document', 'body', 'article'),
+)
+
 
 def _suggest(cols):
     "A mapping of columns that would fit, for the end of an error message"
-    low = {str(c).lower():c for c in cols}
-    for f in ('messages', *(('alpaca', 'prompt_completion') if 'instruction' in low else ('prompt_completion', 'alpaca')), 'text'):
-        hit = {n:low[m] for n in FORMATS[f][0] for m in [next((o for o in (n, *_others.get(n, ())) if o in low), None)] if m}
-        if len(hit) == len(FORMATS[f][0]): return f"say dataset_columns={','.join(f'{k}:{v}' for k,v in hit.items())}"
+    low = {str(c).lower(): c for c in cols}
+    for f in (
+        'messages',
+        *(('alpaca', 'prompt_completion') if 'instruction' in low else ('prompt_completion', 'alpaca')),
+        'text',
+    ):
+        hit = {
+            n: low[m]
+            for n in FORMATS[f][0]
+            for m in [next((o for o in (n, *_others.get(n, ())) if o in low), None)]
+            if m
+        }
+        if len(hit) == len(FORMATS[f][0]):
+            return f"say dataset_columns={','.join(f'{k}:{v}' for k, v in hit.items())}"
     return 'say which is which with dataset_columns=standard:yours, or rename the columns'
 
 # %% ../../nbs/data/conversations.ipynb #3daf6d94
 def detect_format(
-    columns, # Column names of the rows
-    source:str='the data', # For the message
-)->tuple[str,str]: # (format, reason)
+    columns,  # Column names of the rows
+    source: str = 'the data',  # For the message
+) -> tuple[str, str]:  # (format, reason)
     "The format that these columns show"
     cols = set(columns)
-    hits = [f for f in ('messages', 'sharegpt', 'alpaca', 'prompt_completion', 'text') if cols.issuperset(FORMATS[f][0])]
-    if {'chosen', 'rejected'} <= cols: return 'preference','it has chosen and rejected'
-    if 'label' in cols and len(hits) == 1 and hits[0] in ('messages', 'sharegpt', 'prompt_completion'): return 'unpaired_preference',f"it has {' and '.join(FORMATS[hits[0]][0])}, and a label"
+    hits = [
+        f for f in ('messages', 'sharegpt', 'alpaca', 'prompt_completion', 'text') if cols.issuperset(FORMATS[f][0])
+    ]
+    if {'chosen', 'rejected'} <= cols:
+        return 'preference', 'it has chosen and rejected'
+    if 'label' in cols and len(hits) == 1 and hits[0] in ('messages', 'sharegpt', 'prompt_completion'):
+        return 'unpaired_preference', f"it has {' and '.join(FORMATS[hits[0]][0])}, and a label"
     other = sorted(cols & {'chosen', 'rejected', 'label', *({'tools'} if set(hits) <= {'alpaca', 'text'} else ())})
-    if hits and other: raise DataError(f"dataset: {source} has {' and '.join(FORMATS[hits[0]][0])}, but also {', '.join(other)}, which supervised fine-tuning would ignore; if that is what you mean, say dataset_format={hits[0]!r}")
-    if len(hits) == 1: return hits[0],f"it has {' and '.join(FORMATS[hits[0]][0])}"
+    if hits and other:
+        raise DataError(
+            f"dataset: {source} has {' and '.join(FORMATS[hits[0]][0])}, but also {', '.join(other)}, which supervised fine-tuning would ignore; if that is what you mean, say dataset_format={hits[0]!r}"
+        )
+    if len(hits) == 1:
+        return hits[0], f"it has {' and '.join(FORMATS[hits[0]][0])}"
     have = ', '.join(map(str, sorted(cols, key=str)))
-    if hits: raise DataError(f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: dataset_format={hits[0]!r}")
-    raise DataError(f"dataset: {source} has columns {have}, which fit no known format; {_suggest(cols)}. Known are {'; '.join(f'{f}: {w}' for f,(_,w) in FORMATS.items())}")
+    if hits:
+        raise DataError(
+            f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: dataset_format={hits[0]!r}"
+        )
+    raise DataError(
+        f"dataset: {source} has columns {have}, which fit no known format; {_suggest(cols)}. Known are {'; '.join(f'{f}: {w}' for f, (_, w) in FORMATS.items())}"
+    )
 
 # %% ../../nbs/data/conversations.ipynb #9191b9c4
-def _empty(where): return DataError(f"{where} is empty; fill it or remove the row, or say empty='drop'", 'empty')
+def _empty(where):
+    return DataError(f"{where} is empty; fill it or remove the row, or say empty='drop'", 'empty')
+
 
 def _text(row, col, i, empty=False, optional=False):
     "The text in a column of row `i`"
     v = row.get(col)
-    if v is None and optional: return ''
-    if v is None: raise DataError(f"row {i}: column {col!r} is missing or null; fill it or remove the row")
-    if not isinstance(v, str): raise DataError(f"row {i}: column {col!r} holds a {type(v).__name__}, expected text")
-    if not v.strip() and not (empty or optional): raise _empty(f"row {i}: column {col!r}")
+    if v is None and optional:
+        return ''
+    if v is None:
+        raise DataError(f"row {i}: column {col!r} is missing or null; fill it or remove the row")
+    if not isinstance(v, str):
+        raise DataError(f"row {i}: column {col!r} holds a {type(v).__name__}, expected text")
+    if not v.strip() and not (empty or optional):
+        raise _empty(f"row {i}: column {col!r}")
     return v
+
 
 def _parsed(v, where, what='JSON'):
     "A value that may be written as JSON text"
-    if not isinstance(v, str): return v
-    try: return json.loads(v)
-    except ValueError as e: raise DataError(f"{where} is not {what}: {e}") from None
+    if not isinstance(v, str):
+        return v
+    try:
+        return json.loads(v)
+    except ValueError as e:
+        raise DataError(f"{where} is not {what}: {e}") from None
 
 # %% ../../nbs/data/conversations.ipynb #b05155d2
 def _tools(row, i):
@@ -115,215 +193,380 @@ def _tools(row, i):
     where = f"row {i}: column 'tools'"
     v = row.get('tools')
     v = _parsed(v, where) if v not in (None, '') else None
-    if not v: return None
-    if not isinstance(v, list) or not all(isinstance(t, dict) for t in v): raise DataError(f"{where} must be a list of functions, or a JSON string of one, got {type(v).__name__}")
+    if not v:
+        return None
+    if not isinstance(v, list) or not all(isinstance(t, dict) for t in v):
+        raise DataError(f"{where} must be a list of functions, or a JSON string of one, got {type(v).__name__}")
     res = [t if 'function' in t else dict(type='function', function=t) for t in v]
-    bad = next((n for n,t in enumerate(res, 1) if not isinstance(t['function'], dict) or not isinstance(t['function'].get('name'), str)), None)
-    if bad: raise DataError(f"{where}, function {bad}: has no name")
+    bad = next(
+        (
+            n
+            for n, t in enumerate(res, 1)
+            if not isinstance(t['function'], dict) or not isinstance(t['function'].get('name'), str)
+        ),
+        None,
+    )
+    if bad:
+        raise DataError(f"{where}, function {bad}: has no name")
     return res
+
 
 def _call(v, where):
     "One tool call, from a dict or its JSON"
     v = _parsed(v, where)
     f = v.get('function', v) if isinstance(v, dict) else None
-    if not isinstance(f, dict) or not isinstance(f.get('name'), str): raise DataError(f"{where}: a tool call needs a name and arguments, got {json.dumps(v, ensure_ascii=False, default=str)[:80]}")
+    if not isinstance(f, dict) or not isinstance(f.get('name'), str):
+        raise DataError(
+            f"{where}: a tool call needs a name and arguments, got {json.dumps(v, ensure_ascii=False, default=str)[:80]}"
+        )
     args = _parsed(f.get('arguments') or {}, f"{where}, arguments of {f['name']}")
-    if not isinstance(args, dict): raise DataError(f"{where}, arguments of {f['name']}: expected an object, got a {type(args).__name__}")
-    return {k:v[k] for k in ('id',) if v.get(k)}|dict(type='function', function=dict(name=f['name'], arguments=args))
+    if not isinstance(args, dict):
+        raise DataError(f"{where}, arguments of {f['name']}: expected an object, got a {type(args).__name__}")
+    return {k: v[k] for k in ('id',) if v.get(k)} | dict(type='function', function=dict(name=f['name'], arguments=args))
+
 
 def _calls(v, where):
     v = _parsed(v, where)
-    return [_call(c, f"{where}, call {n}") for n,c in enumerate(v if isinstance(v, list) else [v], 1)]
+    return [_call(c, f"{where}, call {n}") for n, c in enumerate(v if isinstance(v, list) else [v], 1)]
 
 # %% ../../nbs/data/conversations.ipynb #bc95b32e
-_part_text = lambda p: next((p[k] for k in ('text', 'value', 'content', 'reasoning', 'thinking') if isinstance(p.get(k), str)), None)
+_part_text = lambda p: next(
+    (p[k] for k in ('text', 'value', 'content', 'reasoning', 'thinking') if isinstance(p.get(k), str)), None
+)
+
 
 def _parts(v, where):
     "(content, reasoning, tool calls) of a content that is a list of parts"
-    text,reasoning,calls = [],[],[]
-    for n,p in enumerate(v, 1):
+    text, reasoning, calls = [], [], []
+    for n, p in enumerate(v, 1):
         kind = p.get('type') if isinstance(p, dict) else None
-        if kind == 'tool_call': calls += _calls(p.get('value', p), f"{where}, part {n}")
-        elif kind in ('text', 'reasoning', 'thinking') and _part_text(p) is not None: (text if kind == 'text' else reasoning).append(_part_text(p))
-        else: raise DataError(f"{where}, part {n}: expected a part of type text, reasoning or tool_call, got {kind or type(p).__name__!r}; only text can be trained here")
-    return '\n'.join(text),'\n'.join(reasoning),calls
+        if kind == 'tool_call':
+            calls += _calls(p.get('value', p), f"{where}, part {n}")
+        elif kind in ('text', 'reasoning', 'thinking') and _part_text(p) is not None:
+            (text if kind == 'text' else reasoning).append(_part_text(p))
+        else:
+            raise DataError(
+                f"{where}, part {n}: expected a part of type text, reasoning or tool_call, got {kind or type(p).__name__!r}; only text can be trained here"
+            )
+    return '\n'.join(text), '\n'.join(reasoning), calls
+
 
 def _weight(v, where):
-    if v not in (0, 1): raise DataError(f"{where}: weight is {v!r}; expected 0 (not trained) or 1")
+    if v not in (0, 1):
+        raise DataError(f"{where}: weight is {v!r}; expected 0 (not trained) or 1")
     return int(v)
 
 # %% ../../nbs/data/conversations.ipynb #f17b27cf
-ROLES = dict(system='system', developer='system', user='user', human='user', assistant='assistant', gpt='assistant', model='assistant', bot='assistant', chatgpt='assistant',
-    tool='tool', observation='tool', function_response='tool', ipython='tool', function='tool', function_call='assistant', tool_call='assistant')
+ROLES = dict(
+    system='system',
+    developer='system',
+    user='user',
+    human='user',
+    assistant='assistant',
+    gpt='assistant',
+    model='assistant',
+    bot='assistant',
+    chatgpt='assistant',
+    tool='tool',
+    observation='tool',
+    function_response='tool',
+    ipython='tool',
+    function='tool',
+    function_call='assistant',
+    tool_call='assistant',
+)
+
 
 def _message(t, where, names):
     "A message in the standard form, from a turn of any style"
-    role_key,text_key,roles = names
-    given = (t.get('tool_calls') or t.get('function_call')) if isinstance(t, dict) else None # function_call: OpenAI's older form
-    if not isinstance(t, dict) or role_key not in t or (text_key not in t and not given): raise DataError(f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}")
-    role,v = t[role_key],t.get(text_key)
-    if not isinstance(role, str) or role not in roles: raise DataError(f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}")
-    if role in ('function_call', 'tool_call'): return dict(role='assistant', content='', tool_calls=_calls(v, where))
-    if v is None and given: v = ''
-    content,reasoning,calls = _parts(v, where) if isinstance(v, list) else (v, '', [])
-    if not isinstance(content, str): raise DataError(f"{where}: {text_key!r} holds a {type(v).__name__}, expected text")
+    role_key, text_key, roles = names
+    given = (
+        (t.get('tool_calls') or t.get('function_call')) if isinstance(t, dict) else None
+    )  # function_call: OpenAI's older form
+    if not isinstance(t, dict) or role_key not in t or (text_key not in t and not given):
+        raise DataError(
+            f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}"
+        )
+    role, v = t[role_key], t.get(text_key)
+    if not isinstance(role, str) or role not in roles:
+        raise DataError(
+            f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}"
+        )
+    if role in ('function_call', 'tool_call'):
+        return dict(role='assistant', content='', tool_calls=_calls(v, where))
+    if v is None and given:
+        v = ''
+    content, reasoning, calls = _parts(v, where) if isinstance(v, list) else (v, '', [])
+    if not isinstance(content, str):
+        raise DataError(f"{where}: {text_key!r} holds a {type(v).__name__}, expected text")
     reasoning = reasoning or next((t[k] for k in ('reasoning_content', 'reasoning', 'thinking') if t.get(k)), '')
-    if not isinstance(reasoning, str): raise DataError(f"{where}: the reasoning holds a {type(reasoning).__name__}, expected text")
+    if not isinstance(reasoning, str):
+        raise DataError(f"{where}: the reasoning holds a {type(reasoning).__name__}, expected text")
     calls = calls or (_calls(given, f"{where}, tool_calls") if given else [])
-    more = dict(reasoning_content=reasoning, tool_calls=calls, tool_call_id=t.get('tool_call_id'), name=t.get('name'), weight=None if t.get('weight') is None else _weight(t['weight'], where))
-    return dict(role=roles[role], content=content)|{k:v for k,v in more.items() if v not in ('', [], None)}
+    more = dict(
+        reasoning_content=reasoning,
+        tool_calls=calls,
+        tool_call_id=t.get('tool_call_id'),
+        name=t.get('name'),
+        weight=None if t.get('weight') is None else _weight(t['weight'], where),
+    )
+    return dict(role=roles[role], content=content) | {k: v for k, v in more.items() if v not in ('', [], None)}
 
 # %% ../../nbs/data/conversations.ipynb #43199432
 def _under_system(row, i, msgs):
     "Messages below the system message of the row's column `system`, where it has one"
     sys = _text(row, 'system', i, optional=True)
-    if not sys: return msgs
-    if msgs[0]['role'] != 'system': return [dict(role='system', content=sys), *msgs]
-    if msgs[0]['content'] != sys: raise DataError(f"row {i}: the column 'system' and the turns have different system messages; leave one of them out")
+    if not sys:
+        return msgs
+    if msgs[0]['role'] != 'system':
+        return [dict(role='system', content=sys), *msgs]
+    if msgs[0]['content'] != sys:
+        raise DataError(
+            f"row {i}: the column 'system' and the turns have different system messages; leave one of them out"
+        )
     return msgs
+
 
 def _turns(row, col, i, roles=ROLES):
     "Messages from a column with a list of turns"
     turns = row.get(col)
-    if not isinstance(turns, list) or not turns: raise DataError(f"row {i}: column {col!r} must be a list of turns, got {type(turns).__name__ if turns is not None else 'null'}{' with none' if turns == [] else ''}")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(
+            f"row {i}: column {col!r} must be a list of turns, got {type(turns).__name__ if turns is not None else 'null'}{' with none' if turns == [] else ''}"
+        )
     first = turns[0] if isinstance(turns[0], dict) else {}
-    names = ('from', 'value', roles) if 'from' in first or (col == 'conversations' and 'role' not in first) else ('role', 'content', roles)
-    return [_message(t, f"row {i}: column {col!r}, turn {n}", names) for n,t in enumerate(turns, 1)]
+    names = (
+        ('from', 'value', roles)
+        if 'from' in first or (col == 'conversations' and 'role' not in first)
+        else ('role', 'content', roles)
+    )
+    return [_message(t, f"row {i}: column {col!r}, turn {n}", names) for n, t in enumerate(turns, 1)]
 
 # %% ../../nbs/data/conversations.ipynb #45df8aaf
 _after = dict(start={'user'}, user={'assistant'}, assistant={'user'}, call={'tool'}, tool={'tool', 'assistant'})
 
+
 def check_turns(
-    messages, # Standard messages
-    i:int, # Row, for the message
-    keep_empty:bool=False, # Accept empty questions and answers?
+    messages,  # Standard messages
+    i: int,  # Row, for the message
+    keep_empty: bool = False,  # Accept empty questions and answers?
 ):
     "Raise `DataError` for a conversation that cannot be trained on"
-    skip,state = int(messages[0]['role'] == 'system'),'start'
-    for n,m in enumerate(messages[skip:], skip+1):
+    skip, state = int(messages[0]['role'] == 'system'), 'start'
+    for n, m in enumerate(messages[skip:], skip + 1):
         if m['role'] not in _after[state]:
             want = ' or '.join(sorted(_after[state]))
-            raise DataError(f"row {i}, turn {n}: got {'an' if m['role'][0] == 'a' else 'a'} {m['role']} turn, expected {want}; "+('a tool call must be followed by what the tool answered' if state == 'call' else 'turns must alternate, starting with user'))
+            raise DataError(
+                f"row {i}, turn {n}: got {'an' if m['role'][0] == 'a' else 'a'} {m['role']} turn, expected {want}; "
+                + (
+                    'a tool call must be followed by what the tool answered'
+                    if state == 'call'
+                    else 'turns must alternate, starting with user'
+                )
+            )
         state = 'call' if m.get('tool_calls') else m['role']
-    if state not in ('assistant', 'call'): raise DataError(f"row {i}: ends without an answer; the last turn must be the assistant's")
-    for n,m in enumerate(messages[skip:], skip+1):
-        if not keep_empty and m['role'] in ('user', 'assistant') and not m['content'].strip() and not m.get('tool_calls'): raise _empty(f"row {i}, turn {n}: the {'answer' if m['role'] == 'assistant' else 'question'}")
+    if state not in ('assistant', 'call'):
+        raise DataError(f"row {i}: ends without an answer; the last turn must be the assistant's")
+    for n, m in enumerate(messages[skip:], skip + 1):
+        if (
+            not keep_empty
+            and m['role'] in ('user', 'assistant')
+            and not m['content'].strip()
+            and not m.get('tool_calls')
+        ):
+            raise _empty(f"row {i}, turn {n}: the {'answer' if m['role'] == 'assistant' else 'question'}")
     return messages
 
 # %% ../../nbs/data/conversations.ipynb #b02929ad
 @dataclass(frozen=True)
 class Reading:
     "How rows are read"
-    format:str # As in `FORMATS`
-    columns:dict=field(default_factory=dict) # Standard name to the data's own
-    roles:dict=field(default_factory=dict) # The data's own role to a standard one
-    keep_empty:bool=False # Accept empty questions and answers?
+
+    format: str  # As in `FORMATS`
+    columns: dict = field(default_factory=dict)  # Standard name to the data's own
+    roles: dict = field(default_factory=dict)  # The data's own role to a standard one
+    keep_empty: bool = False  # Accept empty questions and answers?
 
     @property
-    def all_roles(self): return ROLES|self.roles
+    def all_roles(self):
+        return ROLES | self.roles
+
 
 @patch
-def _side(self:Reading, row, col, i, role):
+def _side(self: Reading, row, col, i, role):
     "Messages from a column that holds text, a message or a list of messages"
     v = row.get(col)
-    if isinstance(v, dict): v = [v]
-    if isinstance(v, list): return _turns({col:v}, col, i, self.all_roles)
+    if isinstance(v, dict):
+        v = [v]
+    if isinstance(v, list):
+        return _turns({col: v}, col, i, self.all_roles)
     return [dict(role=role, content=_text(row, col, i, self.keep_empty))]
 
+
 @patch
-def _start(self:Reading, row, i):
+def _start(self: Reading, row, i):
     "The messages before the answers of preference data; None when there are none"
     col = next((c for c in ('prompt', 'messages', 'conversations') if row.get(c) is not None), None)
-    if col: return _under_system(row, i, self._side(row, col, i, 'user'))
-    return _under_system(row, i, [dict(role='user', content=_instruction(row, i, self.keep_empty))]) if row.get('instruction') is not None else None
+    if col:
+        return _under_system(row, i, self._side(row, col, i, 'user'))
+    return (
+        _under_system(row, i, [dict(role='user', content=_instruction(row, i, self.keep_empty))])
+        if row.get('instruction') is not None
+        else None
+    )
 
 # %% ../../nbs/data/conversations.ipynb #2fcdba01
 def _instruction(row, i, keep_empty=False):
-    ins,inp = _text(row, 'instruction', i, keep_empty),_text(row, 'input', i, optional=True)
+    ins, inp = _text(row, 'instruction', i, keep_empty), _text(row, 'input', i, optional=True)
     return f'{ins}\n\n{inp}' if inp.strip() else ins
 
+
 @patch
-def _preference(self:Reading, row, i):
+def _preference(self: Reading, row, i):
     "Conversation and rejected messages"
-    start,good,bad = self._start(row, i),self._side(row, 'chosen', i, 'assistant'),self._side(row, 'rejected', i, 'assistant')
-    same = next((n for n,(a,b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
-    if start is None: start,good,bad = good[:same],good[same:],bad[same:]
-    elif good[:len(start)] == start == bad[:len(start)]: good,bad = good[len(start):],bad[len(start):]
-    if good == bad: raise DataError(f"row {i}: chosen and rejected are the same; one of them must be another answer")
-    if not start: raise DataError(f"row {i}: chosen and rejected do not begin with the same question; give it in a column 'prompt'")
-    for side in (good, bad): check_turns(start+side, i, self.keep_empty)
-    return Conversation(start+good, rejected=bad, tools=_tools(row, i), row=i)
+    start, good, bad = (
+        self._start(row, i),
+        self._side(row, 'chosen', i, 'assistant'),
+        self._side(row, 'rejected', i, 'assistant'),
+    )
+    same = next((n for n, (a, b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
+    if start is None:
+        start, good, bad = good[:same], good[same:], bad[same:]
+    elif good[: len(start)] == start == bad[: len(start)]:
+        good, bad = good[len(start) :], bad[len(start) :]
+    if good == bad:
+        raise DataError(f"row {i}: chosen and rejected are the same; one of them must be another answer")
+    if not start:
+        raise DataError(
+            f"row {i}: chosen and rejected do not begin with the same question; give it in a column 'prompt'"
+        )
+    for side in (good, bad):
+        check_turns(start + side, i, self.keep_empty)
+    return Conversation(start + good, rejected=bad, tools=_tools(row, i), row=i)
 
-_yes = {True:True, False:False, 1:True, 0:False, 'true':True, 'false':False, '1':True, '0':False}
+
+_yes = {True: True, False: False, 1: True, 0: False, 'true': True, 'false': False, '1': True, '0': False}
+
 
 @patch
-def _unpaired(self:Reading, row, i):
+def _unpaired(self: Reading, row, i):
     "The label, and the format of the rest of the row"
     v = row.get('label')
     v = v.strip().lower() if isinstance(v, str) else v
-    if isinstance(v, float) or not isinstance(v, (bool, int, str)) or v not in _yes: raise DataError(f"row {i}: column 'label' holds {v!r}, expected true (good) or false (bad)")
-    inner = next((f for f in ('messages', 'sharegpt', 'prompt_completion') if row.get(FORMATS[f][0][0]) is not None), None)
-    if inner is None: raise DataError(f"row {i}: has neither messages, conversations nor a prompt; fill one of these columns or remove the row")
-    return _yes[v],inner
+    if isinstance(v, float) or not isinstance(v, (bool, int, str)) or v not in _yes:
+        raise DataError(f"row {i}: column 'label' holds {v!r}, expected true (good) or false (bad)")
+    inner = next(
+        (f for f in ('messages', 'sharegpt', 'prompt_completion') if row.get(FORMATS[f][0][0]) is not None), None
+    )
+    if inner is None:
+        raise DataError(
+            f"row {i}: has neither messages, conversations nor a prompt; fill one of these columns or remove the row"
+        )
+    return _yes[v], inner
 
 # %% ../../nbs/data/conversations.ipynb #fad7d1a5
 @patch
-def _alpaca(self:Reading, row, i):
-    ins,inp,out = _text(row, 'instruction', i, self.keep_empty),_text(row, 'input', i, optional=True),_text(row, 'output', i, self.keep_empty)
+def _alpaca(self: Reading, row, i):
+    ins, inp, out = (
+        _text(row, 'instruction', i, self.keep_empty),
+        _text(row, 'input', i, optional=True),
+        _text(row, 'output', i, self.keep_empty),
+    )
     past = row.get('history') or []
-    if not isinstance(past, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past): raise DataError(f"row {i}: column 'history' must be a list of pairs, question and answer")
-    turns = [dict(role=r, content=c) for p in past for r,c in zip(('user', 'assistant'), p)]
-    msgs = _under_system(row, i, [*turns, dict(role='user', content=_instruction(row, i, self.keep_empty)), dict(role='assistant', content=out)])
-    return Conversation(check_turns(msgs, i, self.keep_empty), fields=dict(instruction=ins, input=inp if inp.strip() else ''), row=i)
+    if not isinstance(past, (list, tuple)) or not all(
+        isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past
+    ):
+        raise DataError(f"row {i}: column 'history' must be a list of pairs, question and answer")
+    turns = [dict(role=r, content=c) for p in past for r, c in zip(('user', 'assistant'), p)]
+    msgs = _under_system(
+        row,
+        i,
+        [*turns, dict(role='user', content=_instruction(row, i, self.keep_empty)), dict(role='assistant', content=out)],
+    )
+    return Conversation(
+        check_turns(msgs, i, self.keep_empty), fields=dict(instruction=ins, input=inp if inp.strip() else ''), row=i
+    )
 
 # %% ../../nbs/data/conversations.ipynb #f7574f2c
 @patch
-def conversation(self:Reading, row:dict, i:int=0)->Conversation:
+def conversation(self: Reading, row: dict, i: int = 0) -> Conversation:
     "One row as a conversation; raises `DataError` with the row, the place and the mend"
-    if self.columns: row = {k:v for k,v in row.items() if k not in self.columns.values()}|{k:row.get(v) for k,v in self.columns.items()}
-    f,label = self.format,None
-    if f == 'text': return Conversation(text=_text(row, 'text', i, self.keep_empty), row=i)
-    if f == 'alpaca': return self._alpaca(row, i)
-    if f == 'preference': return self._preference(row, i)
-    if f == 'unpaired_preference': label,f = self._unpaired(row, i)
-    if f == 'prompt_completion': msgs = self._side(row, 'prompt', i, 'user')+self._side(row, 'completion', i, 'assistant')
-    else: msgs = _turns(row, FORMATS[f][0][0], i, self.all_roles)
-    return Conversation(check_turns(_under_system(row, i, msgs), i, self.keep_empty), tools=_tools(row, i), label=label, row=i)
+    if self.columns:
+        row = {k: v for k, v in row.items() if k not in self.columns.values()} | {
+            k: row.get(v) for k, v in self.columns.items()
+        }
+    f, label = self.format, None
+    if f == 'text':
+        return Conversation(text=_text(row, 'text', i, self.keep_empty), row=i)
+    if f == 'alpaca':
+        return self._alpaca(row, i)
+    if f == 'preference':
+        return self._preference(row, i)
+    if f == 'unpaired_preference':
+        label, f = self._unpaired(row, i)
+    if f == 'prompt_completion':
+        msgs = self._side(row, 'prompt', i, 'user') + self._side(row, 'completion', i, 'assistant')
+    else:
+        msgs = _turns(row, FORMATS[f][0][0], i, self.all_roles)
+    return Conversation(
+        check_turns(_under_system(row, i, msgs), i, self.keep_empty), tools=_tools(row, i), label=label, row=i
+    )
+
 
 def to_conversation(
-    row:dict, # Columns of one row
-    format:str, # As `detect_format` says
-    i:int=0, # Its number
-)->Conversation:
+    row: dict,  # Columns of one row
+    format: str,  # As `detect_format` says
+    i: int = 0,  # Its number
+) -> Conversation:
     "One row as a conversation"
     return Reading(format).conversation(row, i)
 
 # %% ../../nbs/data/conversations.ipynb #8e70ada0
-_control,_surrogate = re.compile('[\x00-\x08\x0e-\x1f\x7f]'),re.compile('[\ud800-\udfff]')
+_control, _surrogate = re.compile('[\x00-\x08\x0e-\x1f\x7f]'), re.compile('[\ud800-\udfff]')
+
 
 def strings(v):
     "Every string in a value of dicts and lists"
-    if isinstance(v, str): yield v
-    elif isinstance(v, dict): yield from (s for k,x in v.items() for y in (k, x) for s in strings(y))
-    elif isinstance(v, list): yield from (s for x in v for s in strings(x))
+    if isinstance(v, str):
+        yield v
+    elif isinstance(v, dict):
+        yield from (s for k, x in v.items() for y in (k, x) for s in strings(y))
+    elif isinstance(v, list):
+        yield from (s for x in v for s in strings(x))
+
 
 def replaced(v, f):
     "The same value with `f` on every string"
-    if isinstance(v, str): return f(v)
-    if isinstance(v, dict): return {replaced(k, f):replaced(x, f) for k,x in v.items()}
+    if isinstance(v, str):
+        return f(v)
+    if isinstance(v, dict):
+        return {replaced(k, f): replaced(x, f) for k, x in v.items()}
     return [replaced(x, f) for x in v] if isinstance(v, list) else v
 
-def check_characters(conv:Conversation):
+
+def check_characters(conv: Conversation):
     "Raise `DataError` for lone surrogates and control characters"
-    parts = [('', conv.text)] if conv.text is not None else [*((f', turn {n}', m) for n,m in enumerate(conv.messages+(conv.rejected or []), 1)), (', tools', conv.tools)]
-    for place,part in parts:
+    parts = (
+        [('', conv.text)]
+        if conv.text is not None
+        else [
+            *((f', turn {n}', m) for n, m in enumerate(conv.messages + (conv.rejected or []), 1)),
+            (', tools', conv.tools),
+        ]
+    )
+    for place, part in parts:
         for s in strings(part):
             bad = _surrogate.search(s) or _control.search(s)
-            if bad is None: continue
+            if bad is None:
+                continue
             where = f"row {conv.row}{place}: character {bad.start()} is U+{ord(bad[0]):04X}, "
-            if bad[0] >= '\ud800': raise DataError(where+'half a surrogate pair, which is no text; write the data again as UTF-8')
-            raise DataError(where+"a control character; remove it, or say control_characters='remove'", 'control_characters')
+            if bad[0] >= '\ud800':
+                raise DataError(where + 'half a surrogate pair, which is no text; write the data again as UTF-8')
+            raise DataError(
+                where + "a control character; remove it, or say control_characters='remove'", 'control_characters'
+            )
+
 
 def without_control(conv):
     "The conversation without control characters"
-    return Conversation(**{k:replaced(v, lambda s: _control.sub('', s)) for k,v in vars(conv).items()})
+    return Conversation(**{k: replaced(v, lambda s: _control.sub('', s)) for k, v in vars(conv).items()})

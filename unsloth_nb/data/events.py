@@ -6,12 +6,17 @@
 __all__ = ['KEYS', 'SYSTEM', 'make_events']
 
 # %% ../../nbs/data/events.ipynb #0f5be877
-import json,random,re
+import json
+import random
+import re
 
 # %% ../../nbs/data/events.ipynb #65dc2020
-def _w(s): return s.split()
+def _w(s):
+    return s.split()
 
-_first = dict(train=_w('''
+
+_first = dict(
+    train=_w('''
     Aaron Abigail Adam Adele Adrian Agnes Ahmed Aidan Aisha Alan Albert Alejandro Alex Alfred Ali Alice Alma Alvaro Amara Amelia Amir Ana Andrea Andres Andrew Angela Anita
     Anna Annika Antonia Ari Ariel Arjun Arlo Arthur Asha Astrid Audrey Axel Barbara Beatrice Bella Ben Benedict Benjamin Bernadette Bernard Bianca Bjorn Blanca Boris Brenda
     Brian Bridget Bruno Bryan Camille Carlos Caroline Cassandra Catherine Cecilia Cesar Charles Chiara Chloe Christian Cindy Claire Clara Claudia Colin Connor Corinne Craig
@@ -28,10 +33,12 @@ _first = dict(train=_w('''
     Ricardo Richard Rita Robert Robin Rodrigo Roger Roland Ronald Rosa Rosalind Rupert Ruth Ryan Sabrina Sally Samuel Sandra Santiago Sara Sebastian Selma Sergio Shirley
     Silvia Simon Sofia Sonia Stefan Stella Stephen Susan Sven Sylvia Tamara Tara Tatiana Terence Teresa Thea Theresa Thiago Thomas Timothy Tina Tom Tracy Trevor Umar Ursula
     Valeria Vanessa Vanya Vera Veronica Victor Viktor Vincent Viola Virginia Vivian Walter Wendy Wilhelm William Xavier Ximena Yara Yasmin Yuki Yuri Yusuf Yvonne Zara Zoe'''),
-    test=_w('Nora Theo Wanda Rashid Freya Anton Mila Diego Sunniva Edgar Petra Caleb Ludmila Tobias Noemi Kwame'))
+    test=_w('Nora Theo Wanda Rashid Freya Anton Mila Diego Sunniva Edgar Petra Caleb Ludmila Tobias Noemi Kwame'),
+)
 
 # %% ../../nbs/data/events.ipynb #25f6f985
-_last = dict(train=_w('''
+_last = dict(
+    train=_w('''
     Abbott Acosta Adams Aguilar Akhtar Allen Alvarez Amin Andersen Anderson Aoki Arnold Aziz Bailey Baker Balogh Banerjee Barnes Barrett Bauer Becker Bell Beltran Bennett
     Benson Berg Bianchi Bishop Black Blake Boyd Bradley Braun Brooks Brown Bruno Bryant Burke Burns Butler Byrne Calderon Caldwell Campbell Cannon Carlson Carpenter Carroll
     Carter Castillo Castro Chavez Chen Christensen Clark Cohen Collins Conti Contreras Cook Cooper Costa Craig Crawford Cruz Cunningham Dalton Daniels Davidson Davies Dawson
@@ -49,10 +56,14 @@ _last = dict(train=_w('''
     Silverman Simmons Singh Smith Sokolov Soto Spencer Stein Stevens Stewart Stone Strand Stuart Sullivan Sutton Suzuki Svensson Tanaka Tang Taylor Thomas Thompson Torres
     Tran Tucker Turner Valdez Vargas Vasquez Vega Vidal Vincent Vogel Wagner Walker Wallace Walsh Walter Wang Ward Warren Watkins Watson Webb Weber Weiss Wells West Wheeler
     White Williams Wilson Winkler Wolff Wood Woods Wright Wu Yamamoto Yang Yilmaz Young Zhang Zhao Zhou Ziegler Zimmermann'''),
-    test=_w('Quist Abara Thorne Zielinski Marchetti Oyelaran Brandt Castellan Ferreira Hollis Ivanova Jensen Katz Lombardi Nakamura Pereira'))
+    test=_w(
+        'Quist Abara Thorne Zielinski Marchetti Oyelaran Brandt Castellan Ferreira Hollis Ivanova Jensen Katz Lombardi Nakamura Pereira'
+    ),
+)
 
 # %% ../../nbs/data/events.ipynb #c1eb710f
-_place = dict(train=_w('''
+_place = dict(
+    train=_w('''
     Abbey Acorn Agate Alder Almond Alpine Amber Anchor Angel Antler Apollo Apple Arbor Arcade Archer Arena Argyle Arrow Ashwood Aspen Atlas Aurora Autumn Avenue Badger
     Balance Bamboo Banner Barley Baron Barrel Basil Bay Beacon Bear Beaver Bell Berry Bishop Blossom Bluebell Bluff Bolton Boulder Bramble Breeze Brick Bridge Bright Bristol
     Broad Bronze Brook Buffalo Butterfly Button Cactus Cambridge Camden Canal Candle Canyon Captain Caramel Cardinal Carnation Cascade Castle Cathedral Cave Cedar Central
@@ -71,84 +82,189 @@ _place = dict(train=_w('''
     Sparkle Sparrow Spirit Spring Spruce Squirrel Stanley Star Starling Station Sterling Stone Storm Strand Sugar Summit Sun Sunrise Sunset Swan Sycamore Tango Tempest Temple
     Terrace Thorn Thunder Tiger Timber Topaz Tower Trafalgar Trinity Triton Turquoise Turtle Unicorn Union Upper Valley Velvet Venus Verde Victoria Village Vine Violet Violin
     Vista Volcano Walnut Water Wellington West Western Wheat White Wild Willow Windmill Windsor Winter Wolf Wolverine Woodland Wren Yellow Zenith Zephyr'''),
-    test=_w('Birch Compass Falcon Linden Heron Sapphire Thistle Wharf Saffron Magnolia Kestrel Lantern Pebble Tulip Crescent Foxglove'))
+    test=_w(
+        'Birch Compass Falcon Linden Heron Sapphire Thistle Wharf Saffron Magnolia Kestrel Lantern Pebble Tulip Crescent Foxglove'
+    ),
+)
 
 # %% ../../nbs/data/events.ipynb #13518e13
 _kinds = _w('Court Hall Café Library Clinic Street Hotel Gym Studio Theatre House Museum Lane Office Square Centre')
 _rooms = _w('Room Suite Studio Hall Office')
-_what = ['dentist appointment', 'team meeting', 'piano lesson', 'lunch', 'dinner', 'budget review', 'yoga class', 'job interview', 'coffee', 'book club', 'project kickoff', 'haircut', 'tennis match', 'guitar lesson', 'birthday party', 'eye exam', 'board meeting', 'breakfast', 'design workshop', 'physio session', 'parents evening', 'chess game', 'sales call', 'cooking class', 'choir practice', 'car inspection', 'photo shoot', 'contract signing', 'language exchange', 'running group', 'house viewing', 'training session', 'press briefing', 'swimming lesson', 'tax consultation', 'film night', 'planning session', 'vaccination', 'science fair', 'wine tasting']
+_what = [
+    'dentist appointment',
+    'team meeting',
+    'piano lesson',
+    'lunch',
+    'dinner',
+    'budget review',
+    'yoga class',
+    'job interview',
+    'coffee',
+    'book club',
+    'project kickoff',
+    'haircut',
+    'tennis match',
+    'guitar lesson',
+    'birthday party',
+    'eye exam',
+    'board meeting',
+    'breakfast',
+    'design workshop',
+    'physio session',
+    'parents evening',
+    'chess game',
+    'sales call',
+    'cooking class',
+    'choir practice',
+    'car inspection',
+    'photo shoot',
+    'contract signing',
+    'language exchange',
+    'running group',
+    'house viewing',
+    'training session',
+    'press briefing',
+    'swimming lesson',
+    'tax consultation',
+    'film night',
+    'planning session',
+    'vaccination',
+    'science fair',
+    'wine tasting',
+]
 _days = _w('Monday Tuesday Wednesday Thursday Friday Saturday Sunday')
 _months = _w('January February March April May June July August September October November December')
 
 # %% ../../nbs/data/events.ipynb #8ffabc0d
 def _who(r, split):
     "A person: first name, full name, or title and last name"
-    f,l = r.choice(_first[split]),r.choice(_last[split])
+    f, l = r.choice(_first[split]), r.choice(_last[split])
     return r.choice([f, f'{f} {l}', f'{f} {l}', f'Dr {l}', f'Professor {l}'])
+
 
 def _where(r, split):
     "A place: named, a numbered room in one, or an address"
-    p,k = r.choice(_place[split]),r.choice(_kinds)
+    p, k = r.choice(_place[split]), r.choice(_kinds)
     room = f'{r.choice(_rooms)} {r.randint(1, 499)}, {p} {k}'
     return r.choice([f'{p} {k}', f'{p} {k}', f'{p} {k}', room, room, f'{r.randint(1, 199)} {p} Street', f'Café {p}'])
 
+
 def _date(r):
     "A date in one of five forms"
-    d,m,w = r.randint(1, 28),r.choice(_months),r.choice(_days)
-    return r.choice([w, f'{d} {m}', f'{m} {d}', f'{w} {d} {m}', f'2027-{_months.index(m)+1:02}-{d:02}'])
+    d, m, w = r.randint(1, 28), r.choice(_months), r.choice(_days)
+    return r.choice([w, f'{d} {m}', f'{m} {d}', f'{w} {d} {m}', f'2027-{_months.index(m) + 1:02}-{d:02}'])
+
 
 def _time(r):
     "A time in one of three forms"
-    h,m = r.randint(7, 21),r.choice([0, 5, 10, 15, 20, 30, 40, 45, 50])
-    half = f'{(h-1)%12+1}'
-    return r.choice([f'{h}:{m:02}', f'{h}:{m:02}', f"{half} {'am' if h < 12 else 'pm'}", f"{half}:{m:02} {'am' if h < 12 else 'pm'}"])
+    h, m = r.randint(7, 21), r.choice([0, 5, 10, 15, 20, 30, 40, 45, 50])
+    half = f'{(h - 1) % 12 + 1}'
+    return r.choice(
+        [
+            f'{h}:{m:02}',
+            f'{h}:{m:02}',
+            f"{half} {'am' if h < 12 else 'pm'}",
+            f"{half}:{m:02} {'am' if h < 12 else 'pm'}",
+        ]
+    )
 
 # %% ../../nbs/data/events.ipynb #f1bd9920
-_phrasings = dict(train=[
-    '{what} with {who} at {where} on {date} at {time}', '{what} with {who}, {where}, {date}, {time}', '{date} {time}: {what} with {who} at {where}',
-    'Meet {who} for {what} at {where}, {date} at {time}.', 'Please book {what} with {who} on {date} at {time} in {where}.', 'Reminder: {what}, {who}, {where}, {date}, {time}',
-    'On {date} at {time} I have {what} with {who} at {where}.', '{who} invited me to {what} at {where} on {date}, {time}.', 'Can you add {what} with {who}? {where}, {date}, {time}.',
-    'We agreed on {date}, {time}, for {what} with {who} at {where}.', '{where}, {date}, {time}: {what} with {who}', 'Do not forget {what} with {who} at {time} on {date} at {where}!',
-    'At {time} on {date}, {what} with {who} in {where}', '{who} and I have {what} on {date} at {time}. Place: {where}.', 'New appointment - {what}; with {who}; where: {where}; when: {date}, {time}',
-    'Calendar: {date} | {time} | {what} | {who} | {where}', "I'm seeing {who} at {where} for {what} on {date} at {time}", 'Let us plan {what} at {where} with {who}, say {date} around {time}.',
-    '{who} will be at {where} on {date} at {time} for {what}.', 'Put {what} in my diary: {date}, {time}, {where}, with {who}.', 'Confirmed: {what} on {date} at {time} with {who}, location {where}',
-    'Heading to {where} for {what} with {who}, {date} {time}', 'Schedule {what} ({who}) for {date} at {time}, {where}.', 'Got a message from {who}: {what}, {where}, {time} on {date}.',
-    'Is {date} at {time} fine for {what} with {who} at {where}?', 'My {what} with {who} was moved to {date}, {time}, at {where}.', 'when: {date} {time} / what: {what} / who: {who} / where: {where}',
-    'For {what} I will join {who} at {where} on {date} from {time}.', '{time}, {date}. {what}. {who}. {where}.', 'See you at {where}, {date}, {time}, for {what}! Yours, {who}',
-    'There is {what} at {where} with {who} this {date} at {time}', 'Save the date {date}: {what} with {who}, {time}, {where}', 'In {where} on {date} there will be {what} with {who} from {time}',
-    'Memo: {what} with {who} in {where}, {time}, {date}', 'To do: {time} on {date}, {what}, {where}, {who}', 'I promised {who} that we would have {what} at {where}, {time}, {date}.',
-    'At {where} I meet {who} for {what}; {date}, {time}', '{who} confirmed {what}, {date}, {time}; the address is {where}.', 'It is settled: {what} together with {who} at {time}, {date}, {where}.',
-    'From {time} on {date}: {what} / {who} / {where}', 'Could you move {what} with {who} to {date}, {time}, at {where}?', '{where} is where {who} and I have {what} on {date}, {time}.',
-    'Hi, {who} here: is {what} still on for {date} at {time}, {where}?', '{what} ({who}, {where}) starts at {time} on {date}.'],
-    test=['{who} asked for {what} at {where}; it is on {date} at {time}.', 'Note to self: {date}, {time}, {what} at {where} with {who}', 'I will have {what} with {who} in {where} at {time} on {date}.',
-    'Booked! {what}, {date} at {time}, {where}, with {who}', 'Could we do {what} with {who} on {date} at {time}? Meeting point: {where}', '{what} - {who} - {where} - {date} - {time}',
-    'Join me and {who} for {what}, {date} {time}, at {where}.', 'At {where} on {date}: {what} with {who}, starting {time}'])
+_phrasings = dict(
+    train=[
+        '{what} with {who} at {where} on {date} at {time}',
+        '{what} with {who}, {where}, {date}, {time}',
+        '{date} {time}: {what} with {who} at {where}',
+        'Meet {who} for {what} at {where}, {date} at {time}.',
+        'Please book {what} with {who} on {date} at {time} in {where}.',
+        'Reminder: {what}, {who}, {where}, {date}, {time}',
+        'On {date} at {time} I have {what} with {who} at {where}.',
+        '{who} invited me to {what} at {where} on {date}, {time}.',
+        'Can you add {what} with {who}? {where}, {date}, {time}.',
+        'We agreed on {date}, {time}, for {what} with {who} at {where}.',
+        '{where}, {date}, {time}: {what} with {who}',
+        'Do not forget {what} with {who} at {time} on {date} at {where}!',
+        'At {time} on {date}, {what} with {who} in {where}',
+        '{who} and I have {what} on {date} at {time}. Place: {where}.',
+        'New appointment - {what}; with {who}; where: {where}; when: {date}, {time}',
+        'Calendar: {date} | {time} | {what} | {who} | {where}',
+        "I'm seeing {who} at {where} for {what} on {date} at {time}",
+        'Let us plan {what} at {where} with {who}, say {date} around {time}.',
+        '{who} will be at {where} on {date} at {time} for {what}.',
+        'Put {what} in my diary: {date}, {time}, {where}, with {who}.',
+        'Confirmed: {what} on {date} at {time} with {who}, location {where}',
+        'Heading to {where} for {what} with {who}, {date} {time}',
+        'Schedule {what} ({who}) for {date} at {time}, {where}.',
+        'Got a message from {who}: {what}, {where}, {time} on {date}.',
+        'Is {date} at {time} fine for {what} with {who} at {where}?',
+        'My {what} with {who} was moved to {date}, {time}, at {where}.',
+        'when: {date} {time} / what: {what} / who: {who} / where: {where}',
+        'For {what} I will join {who} at {where} on {date} from {time}.',
+        '{time}, {date}. {what}. {who}. {where}.',
+        'See you at {where}, {date}, {time}, for {what}! Yours, {who}',
+        'There is {what} at {where} with {who} this {date} at {time}',
+        'Save the date {date}: {what} with {who}, {time}, {where}',
+        'In {where} on {date} there will be {what} with {who} from {time}',
+        'Memo: {what} with {who} in {where}, {time}, {date}',
+        'To do: {time} on {date}, {what}, {where}, {who}',
+        'I promised {who} that we would have {what} at {where}, {time}, {date}.',
+        'At {where} I meet {who} for {what}; {date}, {time}',
+        '{who} confirmed {what}, {date}, {time}; the address is {where}.',
+        'It is settled: {what} together with {who} at {time}, {date}, {where}.',
+        'From {time} on {date}: {what} / {who} / {where}',
+        'Could you move {what} with {who} to {date}, {time}, at {where}?',
+        '{where} is where {who} and I have {what} on {date}, {time}.',
+        'Hi, {who} here: is {what} still on for {date} at {time}, {where}?',
+        '{what} ({who}, {where}) starts at {time} on {date}.',
+    ],
+    test=[
+        '{who} asked for {what} at {where}; it is on {date} at {time}.',
+        'Note to self: {date}, {time}, {what} at {where} with {who}',
+        'I will have {what} with {who} in {where} at {time} on {date}.',
+        'Booked! {what}, {date} at {time}, {where}, with {who}',
+        'Could we do {what} with {who} on {date} at {time}? Meeting point: {where}',
+        '{what} - {who} - {where} - {date} - {time}',
+        'Join me and {who} for {what}, {date} {time}, at {where}.',
+        'At {where} on {date}: {what} with {who}, starting {time}',
+    ],
+)
 
 # %% ../../nbs/data/events.ipynb #4fa94652
 KEYS = ('what', 'who', 'where', 'date', 'time')
 SYSTEM = 'Write the event as JSON: what, who, where, date, time.'
 
+
 def _once(text, values):
     "Does every value stand in the text exactly once, as whole words?"
     return all(len(re.findall(rf'(?<!\w){re.escape(v)}(?!\w)', text)) == 1 for v in values)
 
+
 def _draw(r, split):
     "One draft: the note and its event"
     event = dict(zip(KEYS, (r.choice(_what), _who(r, split), _where(r, split), _date(r), _time(r))))
-    return r.choice(_phrasings[split]).format(**event),event
+    return r.choice(_phrasings[split]).format(**event), event
 
 # %% ../../nbs/data/events.ipynb #6daae21b
 def make_events(
-    n:int, # Rows
-    seed:int=3407, # Same seed, same rows; a longer set begins with the shorter one
-    split:str='train', # `train`, or `test` with names, places and phrasings that training never sees
-)->list[dict]: # Rows with `messages`: system, user, assistant
+    n: int,  # Rows
+    seed: int = 3407,  # Same seed, same rows; a longer set begins with the shorter one
+    split: str = 'train',  # `train`, or `test` with names, places and phrasings that training never sees
+) -> list[dict]:  # Rows with `messages`: system, user, assistant
     "Notes about appointments, and their JSON"
-    if split not in _phrasings: raise ValueError(f"split: got {split!r}; expected 'train' or 'test'")
-    r,rows,seen = random.Random(f'events-{split}-{seed}'),[],set()
+    if split not in _phrasings:
+        raise ValueError(f"split: got {split!r}; expected 'train' or 'test'")
+    r, rows, seen = random.Random(f'events-{split}-{seed}'), [], set()
     while len(rows) < n:
-        text,event = _draw(r, split)
-        if text in seen or not _once(text, event.values()): continue
+        text, event = _draw(r, split)
+        if text in seen or not _once(text, event.values()):
+            continue
         seen.add(text)
-        rows.append(dict(messages=[dict(role='system', content=SYSTEM), dict(role='user', content=text), dict(role='assistant', content=json.dumps(event, ensure_ascii=False))]))
+        rows.append(
+            dict(
+                messages=[
+                    dict(role='system', content=SYSTEM),
+                    dict(role='user', content=text),
+                    dict(role='assistant', content=json.dumps(event, ensure_ascii=False)),
+                ]
+            )
+        )
     return rows

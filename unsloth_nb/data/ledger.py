@@ -7,7 +7,7 @@ __all__ = ['Ledger', 'count_rows', 'Faults']
 
 # %% ../../nbs/data/ledger.ipynb #7b88541f
 from collections import Counter
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from .sources import DataError
@@ -16,63 +16,103 @@ from .sources import DataError
 @dataclass(frozen=True)
 class Ledger:
     "What came into a stage and what became of it; raises `AssertionError` when the numbers do not add up"
-    unit:str # `rows`, `examples` or `tokens`
-    came:int # How many came in
-    kept:dict # Name to number: what goes on
-    left_out:dict # Reason to number: what does not
-    noted:dict=field(default_factory=dict) # Facts about what was kept: duplicates, changed rows
+
+    unit: str  # `rows`, `examples` or `tokens`
+    came: int  # How many came in
+    kept: dict  # Name to number: what goes on
+    left_out: dict  # Reason to number: what does not
+    noted: dict = field(default_factory=dict)  # Facts about what was kept: duplicates, changed rows
 
     def __post_init__(self):
-        gone = sum(self.kept.values())+sum(self.left_out.values())
-        if self.came != gone: raise AssertionError(f"{self.unit}: {self.came} came in, {gone} are accounted for ({self.kept}, {self.left_out})")
+        gone = sum(self.kept.values()) + sum(self.left_out.values())
+        if self.came != gone:
+            raise AssertionError(
+                f"{self.unit}: {self.came} came in, {gone} are accounted for ({self.kept}, {self.left_out})"
+            )
+
     @property
-    def kept_total(self)->int: return sum(self.kept.values())
-    def to_dict(self): return dict(unit=self.unit, came=self.came, kept=dict(self.kept), left_out=dict(self.left_out), noted=dict(self.noted))
+    def kept_total(self) -> int:
+        return sum(self.kept.values())
+
+    def to_dict(self):
+        return dict(
+            unit=self.unit, came=self.came, kept=dict(self.kept), left_out=dict(self.left_out), noted=dict(self.noted)
+        )
 
 # %% ../../nbs/data/ledger.ipynb #6a818479
 @patch
-def lines(self:Ledger): # (name, number)
+def lines(self: Ledger):  # (name, number)
     "What is worth showing: what came, what was kept, and every other number that is not zero"
     name = lambda k: k.replace('_', ' ')
-    yield f'{self.unit} in',self.came
-    yield from ((name(k), v) for k,v in self.kept.items() if v)
-    yield from ((f'left out: {name(k)}', v) for k,v in self.left_out.items() if v)
-    yield from ((name(k), v) for k,v in self.noted.items() if v)
+    yield f'{self.unit} in', self.came
+    yield from ((name(k), v) for k, v in self.kept.items() if v)
+    yield from ((f'left out: {name(k)}', v) for k, v in self.left_out.items() if v)
+    yield from ((name(k), v) for k, v in self.noted.items() if v)
+
 
 @patch
-def _repr_markdown_(self:Ledger): return '| | |\n|---|---:|\n'+'\n'.join(f'| {k} | {v:,} |' for k,v in self.lines())
+def _repr_markdown_(self: Ledger):
+    return '| | |\n|---|---:|\n' + '\n'.join(f'| {k} | {v:,} |' for k, v in self.lines())
+
 
 @patch
-def __str__(self:Ledger):
-    rows = [(k, f'{v:,}') for k,v in self.lines()]
-    w,n = max(len(k) for k,_ in rows),max(len(v) for _,v in rows)
-    return '\n'.join(f'{k:{w}}  {v:>{n}}' for k,v in rows)
+def __str__(self: Ledger):
+    rows = [(k, f'{v:,}') for k, v in self.lines()]
+    w, n = max(len(k) for k, _ in rows), max(len(v) for _, v in rows)
+    return '\n'.join(f'{k:{w}}  {v:>{n}}' for k, v in rows)
 
 # %% ../../nbs/data/ledger.ipynb #b3753bef
-def count_rows(n:int)->str: return f"{n:,} row{'s' if n != 1 else ''}"
+def count_rows(n: int) -> str:
+    return f"{n:,} row{'s' if n != 1 else ''}"
+
 
 class Faults:
     "Rows that were not as they should be: counted by reason, the first ones with their message"
-    def __init__(self, limit=5): self.limit,self.counts,self.messages,self.rows = limit,Counter(),{},{}
-    def add(self, e:DataError, i):
+
+    def __init__(self, limit=5):
+        self.limit, self.counts, self.messages, self.rows = limit, Counter(), {}, {}
+
+    def add(self, e: DataError, i):
         self.counts[e.reason] += 1
-        if self.counts[e.reason] == 1: self.messages[e.reason] = str(e)
-        if self.counts[e.reason] <= self.limit: self.rows.setdefault(e.reason, []).append(i)
-    def lines(self): return [self.line(r) for r in self.counts]
-    def notes(self): # For rows that were left out as the job wanted it
-        for r,n in self.counts.items(): yield f"{count_rows(n)} left out, {r.replace('_', ' ')}: {', '.join(map(str, self.rows[r]))}{', …' if n > len(self.rows[r]) else ''}; the first: {self.messages[r].split('; ')[0]}"
+        if self.counts[e.reason] == 1:
+            self.messages[e.reason] = str(e)
+        if self.counts[e.reason] <= self.limit:
+            self.rows.setdefault(e.reason, []).append(i)
+
+    def lines(self):
+        return [self.line(r) for r in self.counts]
+
+    def notes(self):  # For rows that were left out as the job wanted it
+        for r, n in self.counts.items():
+            yield f"{count_rows(n)} left out, {r.replace('_', ' ')}: {', '.join(map(str, self.rows[r]))}{', …' if n > len(self.rows[r]) else ''}; the first: {self.messages[r].split('; ')[0]}"
+
 
 @patch
-def line(self:Faults, reason):
+def line(self: Faults, reason):
     "The first fault of a kind, and which other rows have it"
-    n,rows = self.counts[reason],self.rows[reason][1:]
-    more = '' if n == 1 else f"; and {n-1:,} more: rows {', '.join(map(str, rows))}"+(', …' if n-1 > len(rows) else '')
-    return self.messages[reason]+more
+    n, rows = self.counts[reason], self.rows[reason][1:]
+    more = (
+        ''
+        if n == 1
+        else f"; and {n - 1:,} more: rows {', '.join(map(str, rows))}" + (', …' if n - 1 > len(rows) else '')
+    )
+    return self.messages[reason] + more
+
 
 @patch
-def check(self:Faults, policy, rows, max_dropped, error=DataError):
+def check(self: Faults, policy, rows, max_dropped, error=DataError):
     "Raise for faults whose policy is error, and when more rows would be dropped than the job allows"
     bad = [r for r in self.counts if policy(r) == 'error']
-    if bad: raise error('\n'.join(map(self.line, bad)), bad[0])
-    gone = sum(n for r,n in self.counts.items() if policy(r) == 'drop')
-    if gone > max_dropped*rows: raise error('\n'.join([f"max_dropped: {gone:,} of {rows:,} rows ({gone/rows:.0%}) would be dropped, more than {max_dropped:.0%}; mend the data, or raise max_dropped", *self.lines()]), 'over_filtered')
+    if bad:
+        raise error('\n'.join(map(self.line, bad)), bad[0])
+    gone = sum(n for r, n in self.counts.items() if policy(r) == 'drop')
+    if gone > max_dropped * rows:
+        raise error(
+            '\n'.join(
+                [
+                    f"max_dropped: {gone:,} of {rows:,} rows ({gone / rows:.0%}) would be dropped, more than {max_dropped:.0%}; mend the data, or raise max_dropped",
+                    *self.lines(),
+                ]
+            ),
+            'over_filtered',
+        )

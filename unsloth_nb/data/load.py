@@ -7,366 +7,615 @@ __all__ = ['LEFT_OUT', 'Store', 'Conversations', 'fingerprint_rows', 'collect', 
            'split_rows', 'read_mix', 'mix_rows', 'Data', 'load_data', 'held_out']
 
 # %% ../../nbs/data/load.ipynb #c1917a25
-import hashlib,json,os,random
+import hashlib
+import json
+import os
+import random
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 import numpy as np
 import yaml
 
-from .conversations import EXTRA,FORMATS,Conversation,Reading,check_characters,detect_format,strings,without_control
-from ..core.escaping import markdown_text,plain_text
+from unsloth_nb.data.conversations import (
+    EXTRA,
+    FORMATS,
+    Conversation,
+    Reading,
+    check_characters,
+    detect_format,
+    strings,
+    without_control,
+)
+from ..core.escaping import markdown_text, plain_text
 from .events import make_events
-from .ledger import Faults,Ledger,count_rows
+from .ledger import Faults, Ledger, count_rows
 from ..core.schema import nearest
-from .sources import DataError,Source,Spool,find_source
+from .sources import DataError, Source, Spool, find_source
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/data/load.ipynb #617e6776
-def _key(conv)->bytes: return json.dumps(conv.to_dict(), ensure_ascii=False).encode()
+def _key(conv) -> bytes:
+    return json.dumps(conv.to_dict(), ensure_ascii=False).encode()
 
-def _hash(b)->int: return int.from_bytes(hashlib.blake2b(b, digest_size=8).digest(), 'little')
 
-def _question(conv)->bytes:
+def _hash(b) -> int:
+    return int.from_bytes(hashlib.blake2b(b, digest_size=8).digest(), 'little')
+
+
+def _question(conv) -> bytes:
     "What is asked, for finding the same question with another answer"
     return _key(conv) if conv.text is not None else json.dumps(conv.messages[:-1], ensure_ascii=False).encode()
 
-def _system(conv): return conv.messages[0]['content'] if conv.messages and conv.messages[0]['role'] == 'system' else None
 
-def _characters(conv): return len(conv.text) if conv.text is not None else sum(len(m['content']) for m in conv.messages)
+def _system(conv):
+    return conv.messages[0]['content'] if conv.messages and conv.messages[0]['role'] == 'system' else None
+
+
+def _characters(conv):
+    return len(conv.text) if conv.text is not None else sum(len(m['content']) for m in conv.messages)
+
 
 class Store:
     "Conversations in a spool, with hashes to compare them by"
-    def __init__(self): self.spool,self.ends,self.columns = Spool(),array('Q', [0]),{k:array('Q') for k in ('key', 'question', 'system', 'characters')}
+
+    def __init__(self):
+        self.spool, self.ends, self.columns = (
+            Spool(),
+            array('Q', [0]),
+            {k: array('Q') for k in ('key', 'question', 'system', 'characters')},
+        )
+
     def add(self, conv):
         key = _key(conv)
-        self.spool.write(key+b'\n'+json.dumps([conv.row, conv.fields], ensure_ascii=False).encode())
+        self.spool.write(key + b'\n' + json.dumps([conv.row, conv.fields], ensure_ascii=False).encode())
         self.ends.append(self.spool.size)
-        vals = dict(key=_hash(key), question=_hash(_question(conv)), system=_hash(repr(_system(conv)).encode()), characters=_characters(conv))
-        for k,v in vals.items(): self.columns[k].append(v)
-    def raw(self, i): return self.spool.read(self.ends[i], self.ends[i+1]-self.ends[i]).split(b'\n')
-    def __len__(self): return len(self.ends)-1
+        vals = dict(
+            key=_hash(key),
+            question=_hash(_question(conv)),
+            system=_hash(repr(_system(conv)).encode()),
+            characters=_characters(conv),
+        )
+        for k, v in vals.items():
+            self.columns[k].append(v)
+
+    def raw(self, i):
+        return self.spool.read(self.ends[i], self.ends[i + 1] - self.ends[i]).split(b'\n')
+
+    def __len__(self):
+        return len(self.ends) - 1
 
 # %% ../../nbs/data/load.ipynb #a8e70124
 class Conversations(Sequence):
     "Conversations by position, each made when it is asked for"
-    def __init__(self, store, index): self.store,self.index = store,np.asarray(index, np.int64)
-    def __len__(self): return len(self.index)
-    def __getitem__(self, i):
-        if isinstance(i, slice): return Conversations(self.store, self.index[i])
-        key,more = self.store.raw(int(self.index[i]))
-        row,fields = json.loads(more)
-        return Conversation(**json.loads(key), row=row, fields=fields)
-    def __repr__(self): return f"{len(self):,} conversations"
-    def column(self, name): return np.frombuffer(self.store.columns[name], np.uint64)[self.index] # `key`, `question` and `system` are hashes, `characters` a length
 
-def fingerprint_rows(*parts)->str: # SHA-256
+    def __init__(self, store, index):
+        self.store, self.index = store, np.asarray(index, np.int64)
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return Conversations(self.store, self.index[i])
+        key, more = self.store.raw(int(self.index[i]))
+        row, fields = json.loads(more)
+        return Conversation(**json.loads(key), row=row, fields=fields)
+
+    def __repr__(self):
+        return f"{len(self):,} conversations"
+
+    def column(self, name):
+        return np.frombuffer(self.store.columns[name], np.uint64)[
+            self.index
+        ]  # `key`, `question` and `system` are hashes, `characters` a length
+
+
+def fingerprint_rows(*parts) -> str:  # SHA-256
     "A hash of all conversations in their order"
     h = hashlib.sha256()
     for convs in parts:
-        for i in convs.index: h.update(convs.store.raw(int(i))[0]+b'\n')
+        for i in convs.index:
+            h.update(convs.store.raw(int(i))[0] + b'\n')
     return h.hexdigest()
 
 # %% ../../nbs/data/load.ipynb #33e4812c
 def _peek(rows, n=1000):
     "The columns of the first rows, whether there are any, and all rows again"
-    from itertools import chain,islice
+    from itertools import chain, islice
+
     head = list(islice(rows, n))
-    return list(dict.fromkeys(k for r,_,_ in head if isinstance(r, dict) for k in r)),bool(head),chain(head, rows)
+    return list(dict.fromkeys(k for r, _, _ in head if isinstance(r, dict) for k in r)), bool(head), chain(head, rows)
+
 
 def _reading(job, cols, name):
     "How to read rows with these columns, why, and which columns stay unused"
-    own,std = set(job.dataset_columns.values()),set(job.dataset_columns)
-    missing = sorted(own-set(cols))
-    if missing: raise DataError(f"dataset_columns: {name} has no column {missing[0]!r}{nearest(missing[0], map(str, cols))}")
-    clash = sorted((std & set(cols))-own)
-    if clash: raise DataError(f"dataset_columns: {name} has a column {clash[0]!r} already, besides {job.dataset_columns[clash[0]]!r}; remove or rename one of them")
+    own, std = set(job.dataset_columns.values()), set(job.dataset_columns)
+    missing = sorted(own - set(cols))
+    if missing:
+        raise DataError(f"dataset_columns: {name} has no column {missing[0]!r}{nearest(missing[0], map(str, cols))}")
+    clash = sorted((std & set(cols)) - own)
+    if clash:
+        raise DataError(
+            f"dataset_columns: {name} has a column {clash[0]!r} already, besides {job.dataset_columns[clash[0]]!r}; remove or rename one of them"
+        )
     wrong = next((v for v in job.dataset_roles.values() if v not in ('system', 'user', 'assistant', 'tool')), None)
-    if wrong: raise DataError(f"dataset_roles: {wrong!r} is no role; expected yours:standard, where the standard ones are system, user, assistant, tool")
-    known = [c for c in cols if c not in own]+list(std)
-    f,why = detect_format(known, name) if job.dataset_format == 'auto' else (job.dataset_format, 'asked for')
+    if wrong:
+        raise DataError(
+            f"dataset_roles: {wrong!r} is no role; expected yours:standard, where the standard ones are system, user, assistant, tool"
+        )
+    known = [c for c in cols if c not in own] + list(std)
+    f, why = detect_format(known, name) if job.dataset_format == 'auto' else (job.dataset_format, 'asked for')
     unused = sorted(str(c) for c in known if c not in {*FORMATS[f][0], *EXTRA[f]})
-    return Reading(f, job.dataset_columns, job.dataset_roles, job.empty == 'keep'),why,unused
+    return Reading(f, job.dataset_columns, job.dataset_roles, job.empty == 'keep'), why, unused
 
 # %% ../../nbs/data/load.ipynb #19020527
 def _convert(reading, row, i, job):
     "A row as a checked conversation"
-    if isinstance(row, DataError): raise DataError(f"row {i}: {row}")
+    if isinstance(row, DataError):
+        raise DataError(f"row {i}: {row}")
     conv = reading.conversation(row, i)
-    try: check_characters(conv)
+    try:
+        check_characters(conv)
     except DataError as e:
-        if e.reason != 'control_characters' or job.control_characters in ('error', 'drop'): raise
-        return (conv, 'control_characters_kept') if job.control_characters == 'keep' else (without_control(conv), 'control_characters_removed')
-    return conv,None
+        if e.reason != 'control_characters' or job.control_characters in ('error', 'drop'):
+            raise
+        return (
+            (conv, 'control_characters_kept')
+            if job.control_characters == 'keep'
+            else (without_control(conv), 'control_characters_removed')
+        )
+    return conv, None
 
 # %% ../../nbs/data/load.ipynb #4fa013eb
-def collect(src:Source, job, store:Store, where=None)->dict: # rows, index, faults, left, noted, format, reason, unused
+def collect(
+    src: Source, job, store: Store, where=None
+) -> dict:  # rows, index, faults, left, noted, format, reason, unused
     "Read a source into the store under the job's policies"
-    cols,some,rows = _peek(src.rows())
-    if not some: raise DataError(f"dataset: {src.name} holds no rows")
-    faults,left,noted,first = Faults(),Counter(),Counter(),len(store)
-    reading,why,unused = _reading(job, cols, src.name) if cols else (Reading('text'), 'no row could be read', [])
-    n,seen = -1,set(cols)
-    for n,(row,f,at) in enumerate(rows):
-        if isinstance(row, dict) and not row.keys() <= seen: unused += sorted(map(str, row.keys()-seen)); seen |= row.keys()
-        try: conv,note = _convert(reading, row, n, job)
+    cols, some, rows = _peek(src.rows())
+    if not some:
+        raise DataError(f"dataset: {src.name} holds no rows")
+    faults, left, noted, first = Faults(), Counter(), Counter(), len(store)
+    reading, why, unused = _reading(job, cols, src.name) if cols else (Reading('text'), 'no row could be read', [])
+    n, seen = -1, set(cols)
+    for n, (row, f, at) in enumerate(rows):
+        if isinstance(row, dict) and not row.keys() <= seen:
+            unused += sorted(map(str, row.keys() - seen))
+            seen |= row.keys()
+        try:
+            conv, note = _convert(reading, row, n, job)
         except DataError as e:
-            faults.add(DataError(f"dataset: {src.name}, {e}"+(f" ({f.name}, its row {at})" if f else ''), e.reason), n)
+            faults.add(
+                DataError(f"dataset: {src.name}, {e}" + (f" ({f.name}, its row {at})" if f else ''), e.reason), n
+            )
             continue
-        if job.train_on_preferred and conv.label is False: left['not_preferred'] += 1
-        elif where is not None and not where(conv): left['filtered'] += 1
+        if job.train_on_preferred and conv.label is False:
+            left['not_preferred'] += 1
+        elif where is not None and not where(conv):
+            left['filtered'] += 1
         else:
             noted.update([note] if note else [])
-            store.add(Conversation(conv.messages, conv.text, conv.fields, conv.row, conv.tools) if job.train_on_preferred else conv)
-    faults.check(lambda r: getattr(job, r), n+1, job.max_dropped)
-    return dict(rows=n+1, index=np.arange(first, len(store)), faults=faults, left=left, noted=noted, format=reading.format, name=src.name, reason=why+(f"; left out of the folder: {', '.join(src.left_out)}" if src.left_out else ''), unused=unused)
+            store.add(
+                Conversation(conv.messages, conv.text, conv.fields, conv.row, conv.tools)
+                if job.train_on_preferred
+                else conv
+            )
+    faults.check(lambda r: getattr(job, r), n + 1, job.max_dropped)
+    return dict(
+        rows=n + 1,
+        index=np.arange(first, len(store)),
+        faults=faults,
+        left=left,
+        noted=noted,
+        format=reading.format,
+        name=src.name,
+        reason=why + (f"; left out of the folder: {', '.join(src.left_out)}" if src.left_out else ''),
+        unused=unused,
+    )
 
 # %% ../../nbs/data/load.ipynb #10e26006
-def duplicate_rows(keys)->np.ndarray: # True where an equal row came before
+def duplicate_rows(keys) -> np.ndarray:  # True where an equal row came before
     "Which rows are copies of an earlier one"
-    _,first = np.unique(keys, return_index=True)
+    _, first = np.unique(keys, return_index=True)
     res = np.ones(len(keys), bool)
     res[first] = False
     return res
 
-def near_duplicate_rows(convs, threshold:float)->np.ndarray: # True where a similar row came before
+
+def near_duplicate_rows(convs, threshold: float) -> np.ndarray:  # True where a similar row came before
     "Which rows have a Jaccard similarity of at least about `threshold` with an earlier one"
-    try: from datasketch import MinHash,MinHashLSH
-    except ImportError: raise DataError("near_duplicates needs the package datasketch; install it with: pip install 'unsloth_nb[dedup]'") from None
-    lsh,res = MinHashLSH(threshold=threshold, num_perm=128),np.zeros(len(convs), bool)
-    for i,c in enumerate(convs):
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        raise DataError(
+            "near_duplicates needs the package datasketch; install it with: pip install 'unsloth_nb[dedup]'"
+        ) from None
+    lsh, res = MinHashLSH(threshold=threshold, num_perm=128), np.zeros(len(convs), bool)
+    for i, c in enumerate(convs):
         words = ' '.join(strings(c.to_dict().get('messages') or c.text)).split()
         m = MinHash(num_perm=128, seed=1)
-        m.update_batch([' '.join(words[k:k+5]).encode() for k in range(max(1, len(words)-4))])
+        m.update_batch([' '.join(words[k : k + 5]).encode() for k in range(max(1, len(words) - 4))])
         res[i] = bool(lsh.query(m))
-        if not res[i]: lsh.insert(i, m)
+        if not res[i]:
+            lsh.insert(i, m)
     return res
 
 # %% ../../nbs/data/load.ipynb #a0dbf0d1
 def split_rows(
-    keys, # A hash for each row
-    test_size:int, # How many to hold out
-    seed:int, # Same seed, same split
-)->tuple[np.ndarray,np.ndarray]: # Positions of (train, held out), each in order
+    keys,  # A hash for each row
+    test_size: int,  # How many to hold out
+    seed: int,  # Same seed, same split
+) -> tuple[np.ndarray, np.ndarray]:  # Positions of (train, held out), each in order
     "Hold out rows at random, among those that occur once"
     keys = np.asarray(keys, np.uint64)
-    vals,n = np.unique(keys, return_counts=True)
+    vals, n = np.unique(keys, return_counts=True)
     single = np.flatnonzero(np.isin(keys, vals[n == 1])).tolist()
-    if test_size >= len(keys): raise DataError(f"test_size: {test_size} rows cannot be held out of {len(keys)}; at most {len(keys)-1}")
-    if test_size > len(single): raise DataError(f"test_size: {test_size} rows cannot be held out, for only {len(single)} of {len(keys)} rows occur once; say duplicates='drop', or hold out fewer")
+    if test_size >= len(keys):
+        raise DataError(f"test_size: {test_size} rows cannot be held out of {len(keys)}; at most {len(keys) - 1}")
+    if test_size > len(single):
+        raise DataError(
+            f"test_size: {test_size} rows cannot be held out, for only {len(single)} of {len(keys)} rows occur once; say duplicates='drop', or hold out fewer"
+        )
     out = np.zeros(len(keys), bool)
     out[random.Random(seed).sample(single, test_size)] = True
-    return np.flatnonzero(~out),np.flatnonzero(out)
+    return np.flatnonzero(~out), np.flatnonzero(out)
 
 # %% ../../nbs/data/load.ipynb #a33db1b3
 _own = ('dataset', 'dataset_format', 'dataset_columns', 'dataset_roles', 'dataset_split', 'dataset_revision')
 
-def read_mix(path, job)->list[tuple]: # (job for one source, weight or None)
+
+def read_mix(path, job) -> list[tuple]:  # (job for one source, weight or None)
     "The entries of a mix; paths in it are relative to its folder"
-    try: entries = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as e: raise DataError(f"dataset: the mix {path} is not YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and 'dataset' in e for e in entries): raise DataError(f"dataset: the mix {path} must be a list of entries with a dataset, as in '- dataset: rows.jsonl'")
+    try:
+        entries = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as e:
+        raise DataError(f"dataset: the mix {path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and 'dataset' in e for e in entries):
+        raise DataError(
+            f"dataset: the mix {path} must be a list of entries with a dataset, as in '- dataset: rows.jsonl'"
+        )
     res = []
-    for n,e in enumerate(entries, 1):
-        bad,w = next((k for k in e if k not in (*_own, 'weight')), None),e.get('weight')
-        if bad: raise DataError(f"dataset: the mix {path}, entry {n}: unknown name {bad!r}{nearest(str(bad), (*_own, 'weight'))}")
-        if w is not None and (isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0): raise DataError(f"dataset: the mix {path}, entry {n}: weight is {w!r}; expected a number above 0")
-        near = Path(path).parent/str(e['dataset'])
-        res.append((job.replace(**{k:v for k,v in e.items() if k != 'weight'}|dict(dataset=str(near if os.path.exists(near) else e['dataset']))), w))
-    if len({w is None for _,w in res}) > 1: raise DataError(f"dataset: the mix {path} gives a weight to some entries only; give one to all, or to none")
+    for n, e in enumerate(entries, 1):
+        bad, w = next((k for k in e if k not in (*_own, 'weight')), None), e.get('weight')
+        if bad:
+            raise DataError(
+                f"dataset: the mix {path}, entry {n}: unknown name {bad!r}{nearest(str(bad), (*_own, 'weight'))}"
+            )
+        if w is not None and (isinstance(w, bool) or not isinstance(w, (int, float)) or not w > 0):
+            raise DataError(f"dataset: the mix {path}, entry {n}: weight is {w!r}; expected a number above 0")
+        near = Path(path).parent / str(e['dataset'])
+        res.append(
+            (
+                job.replace(
+                    **{k: v for k, v in e.items() if k != 'weight'}
+                    | dict(dataset=str(near if os.path.exists(near) else e['dataset']))
+                ),
+                w,
+            )
+        )
+    if len({w is None for _, w in res}) > 1:
+        raise DataError(f"dataset: the mix {path} gives a weight to some entries only; give one to all, or to none")
     return res
 
 # %% ../../nbs/data/load.ipynb #bf15e039
 def mix_rows(
-    parts, # Positions of each source's rows
-    weights, # A share for each, or None for the shares that they have
-    seed:int, # Same seed, same rows
-    limit:int|None=None, # Rows wanted in all
-)->list[np.ndarray]: # Positions taken of each source
+    parts,  # Positions of each source's rows
+    weights,  # A share for each, or None for the shares that they have
+    seed: int,  # Same seed, same rows
+    limit: int | None = None,  # Rows wanted in all
+) -> list[np.ndarray]:  # Positions taken of each source
     "The largest mix with these shares in which no row occurs twice"
-    if len(parts) == 1: return parts
+    if len(parts) == 1:
+        return parts
     weights = [len(p) for p in parts] if weights[0] is None else weights
-    share = np.asarray(weights, float)/max(sum(weights), 1e-9)
-    total = min([len(p)/s for p,s in zip(parts, share) if s], default=0)
-    total,rng = min(total, limit or total),random.Random(seed)
-    return [np.sort(rng.sample(p.tolist(), min(len(p), int(total*s+1e-9)))) for p,s in zip(parts, share)]
+    share = np.asarray(weights, float) / max(sum(weights), 1e-9)
+    total = min([len(p) / s for p, s in zip(parts, share) if s], default=0)
+    total, rng = min(total, limit or total), random.Random(seed)
+    return [np.sort(rng.sample(p.tolist(), min(len(p), int(total * s + 1e-9)))) for p, s in zip(parts, share)]
 
 # %% ../../nbs/data/load.ipynb #17a2f6ff
 @dataclass(frozen=True, repr=False)
 class Data:
     "What a job trains on and what it holds out"
-    train:Conversations # Conversations to train on
-    test:Conversations # Held-out conversations
-    source:str # As in the job
-    format:str # How rows were read
-    reason:str # Why that format
-    ledger:Ledger # Rows by what became of them
-    fingerprint:str # SHA-256 of all conversations, in order
-    revision:str|None=None # Of a Hub dataset
-    unused:list=field(default_factory=list) # Columns that are not used
-    warnings:list=field(default_factory=list) # What a careful reader would want to know
 
-    def __repr__(self): return plain_text(f"Data({self.source}, {self.format}: {len(self.train)} rows to train on, {len(self.test)} held out)")
+    train: Conversations  # Conversations to train on
+    test: Conversations  # Held-out conversations
+    source: str  # As in the job
+    format: str  # How rows were read
+    reason: str  # Why that format
+    ledger: Ledger  # Rows by what became of them
+    fingerprint: str  # SHA-256 of all conversations, in order
+    revision: str | None = None  # Of a Hub dataset
+    unused: list = field(default_factory=list)  # Columns that are not used
+    warnings: list = field(default_factory=list)  # What a careful reader would want to know
+
+    def __repr__(self):
+        return plain_text(
+            f"Data({self.source}, {self.format}: {len(self.train)} rows to train on, {len(self.test)} held out)"
+        )
+
     @property
     def system(self):
         "The system message that all rows share, or None"
         return _system(self.train[0]) if len(np.unique(self.train.column('system'))) == 1 else None
+
     @property
-    def supervised(self)->bool:
+    def supervised(self) -> bool:
         "One answer a row, none of them marked as bad?"
-        return self.format not in ('preference', 'unpaired_preference') or (self.train[0].rejected is None and self.train[0].label is None)
-    def to_dict(self): return {k:getattr(self, k) for k in ('source', 'revision', 'format', 'reason', 'fingerprint', 'system', 'unused', 'warnings')}|dict(ledger=self.ledger.to_dict(), characters=self.profile(), spool=self.storage())
+        return self.format not in ('preference', 'unpaired_preference') or (
+            self.train[0].rejected is None and self.train[0].label is None
+        )
+
+    def to_dict(self):
+        return {
+            k: getattr(self, k)
+            for k in ('source', 'revision', 'format', 'reason', 'fingerprint', 'system', 'unused', 'warnings')
+        } | dict(ledger=self.ledger.to_dict(), characters=self.profile(), spool=self.storage())
 
 # %% ../../nbs/data/load.ipynb #3eb3ef5f
 @patch
-def profile(self:Data)->dict: # Characters per conversation: min, median, p95, max
+def profile(self: Data) -> dict:  # Characters per conversation: min, median, p95, max
     "How long the training rows are"
     n = np.sort(self.train.column('characters')).tolist()
-    return dict(min=n[0], median=n[len(n)//2], p95=n[int(len(n)*0.95)], max=n[-1])
+    return dict(min=n[0], median=n[len(n) // 2], p95=n[int(len(n) * 0.95)], max=n[-1])
+
 
 @patch
-def storage(self:Data)->dict: # [bytes] in_memory, on_disk
+def storage(self: Data) -> dict:  # [bytes] in_memory, on_disk
     "Where the conversations are kept"
-    spools = {id(c.store):c.store.spool for c in (self.train, self.test)}.values()
-    return dict(in_memory=sum(len(s.buf) for s in spools), on_disk=sum(s.size-len(s.buf) for s in spools))
+    spools = {id(c.store): c.store.spool for c in (self.train, self.test)}.values()
+    return dict(in_memory=sum(len(s.buf) for s in spools), on_disk=sum(s.size - len(s.buf) for s in spools))
+
 
 @patch
-def check_supervised(self:Data):
+def check_supervised(self: Data):
     "Raise `DataError` for preference data, which a finetune job would not use as it was meant"
-    if not self.supervised: raise DataError(f"dataset: {self.source} is preference data ({self.reason}), and supervised fine-tuning trains on one answer a row; say train_on_preferred=true to train on the {'chosen' if self.format == 'preference' else 'good'} answers, or give dataset_format another value")
+    if not self.supervised:
+        raise DataError(
+            f"dataset: {self.source} is preference data ({self.reason}), and supervised fine-tuning trains on one answer a row; say train_on_preferred=true to train on the {'chosen' if self.format == 'preference' else 'good'} answers, or give dataset_format another value"
+        )
 
 # %% ../../nbs/data/load.ipynb #9c017bc1
 @patch
-def facts(self:Data)->list[str]:
+def facts(self: Data) -> list[str]:
     "Lines about the data beside the ledger"
-    p,s = self.profile(),self.storage()
-    where = f"{s['in_memory']/2**20:.1f} MiB in memory"+(f", {s['on_disk']/2**20:.0f} MiB on disk" if s['on_disk'] else '')
+    p, s = self.profile(), self.storage()
+    where = f"{s['in_memory'] / 2**20:.1f} MiB in memory" + (
+        f", {s['on_disk'] / 2**20:.0f} MiB on disk" if s['on_disk'] else ''
+    )
     unused = [f"columns that are not used: {', '.join(self.unused)}"] if self.unused else []
-    return [f"characters per row: {p['min']:,} to {p['max']:,}, median {p['median']:,}", f"kept as conversations: {where}", *unused, *(f'warning: {w}' for w in self.warnings)]
+    return [
+        f"characters per row: {p['min']:,} to {p['max']:,}, median {p['median']:,}",
+        f"kept as conversations: {where}",
+        *unused,
+        *(f'warning: {w}' for w in self.warnings),
+    ]
+
 
 @patch
-def _repr_markdown_(self:Data):
-    return '\n\n'.join([f"**{markdown_text(self.source)}**, read as {self.format}: {markdown_text(self.reason)}", self.ledger._repr_markdown_(), '\n'.join(f'- {markdown_text(f)}' for f in self.facts()), self.train[0]._repr_markdown_()])
+def _repr_markdown_(self: Data):
+    return '\n\n'.join(
+        [
+            f"**{markdown_text(self.source)}**, read as {self.format}: {markdown_text(self.reason)}",
+            self.ledger._repr_markdown_(),
+            '\n'.join(f'- {markdown_text(f)}' for f in self.facts()),
+            self.train[0]._repr_markdown_(),
+        ]
+    )
+
 
 @patch
-def __str__(self:Data): return plain_text('\n'.join([f"{self.source}, read as {self.format}: {self.reason}", '', str(self.ledger), '', *self.facts()]))
+def __str__(self: Data):
+    return plain_text(
+        '\n'.join([f"{self.source}, read as {self.format}: {self.reason}", '', str(self.ledger), '', *self.facts()])
+    )
 
 # %% ../../nbs/data/load.ipynb #573df145
-LEFT_OUT = ('malformed', 'empty', 'control_characters', 'filtered', 'not_preferred', 'not_in_mix', 'duplicates', 'near_duplicates', 'overlap', 'not_used') # Reasons
+LEFT_OUT = (
+    'malformed',
+    'empty',
+    'control_characters',
+    'filtered',
+    'not_preferred',
+    'not_in_mix',
+    'duplicates',
+    'near_duplicates',
+    'overlap',
+    'not_used',
+)  # Reasons
+
 
 def _source(job, test=False):
     "The one source that a job's dataset is"
     src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
-    if src.kind == 'mix': raise DataError(f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; name its sources")
-    if src.kind == 'events': return Source('events', 'python', object=make_events(*((job.test_size, job.seed, 'test') if test else (job.max_rows or 1000, job.seed))))
+    if src.kind == 'mix':
+        raise DataError(
+            f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; name its sources"
+        )
+    if src.kind == 'events':
+        return Source(
+            'events',
+            'python',
+            object=make_events(*((job.test_size, job.seed, 'test') if test else (job.max_rows or 1000, job.seed))),
+        )
     return src
+
 
 def _parts(job, rows):
     "The sources of a job, each with the job that reads it and its weight"
-    if rows is not None: return [(Source(f'a {type(rows).__name__} in memory', 'python', object=rows), job, None)]
+    if rows is not None:
+        return [(Source(f'a {type(rows).__name__} in memory', 'python', object=rows), job, None)]
     src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
-    return [(_source(j), j, w) for j,w in read_mix(src.files[0], job)] if src.kind == 'mix' else [(_source(job), job, None)]
+    return (
+        [(_source(j), j, w) for j, w in read_mix(src.files[0], job)]
+        if src.kind == 'mix'
+        else [(_source(job), job, None)]
+    )
+
 
 def _test_rows(job, rows, where):
     "Held-out rows from a source of their own; None when they come out of the training rows"
     name = job.test_dataset or ('events' if rows is None and job.dataset == 'events' else None)
-    if name is None: return None
-    j,store = job.replace(dataset=name),Store()
+    if name is None:
+        return None
+    j, store = job.replace(dataset=name), Store()
     got = collect(_source(j, test=True), j, store, where)
-    return Conversations(store, got['index'][:job.test_size]),got
+    return Conversations(store, got['index'][: job.test_size]), got
 
 # %% ../../nbs/data/load.ipynb #4885b40d
 def _rows(convs, mask, n=5):
     "The numbers of the first rows of a mask, as text"
     at = np.flatnonzero(mask)
-    return ', '.join(str(convs[int(i)].row) for i in at[:n])+(', …' if len(at) > n else '')
+    return ', '.join(str(convs[int(i)].row) for i in at[:n]) + (', …' if len(at) > n else '')
+
 
 def _without_duplicates(convs, job, books):
     "Apply the policy for rows that are equal, or nearly"
-    for name,find in dict(duplicates=lambda c: duplicate_rows(c.column('key')), near_duplicates=lambda c: near_duplicate_rows(c, job.near_duplicates) if job.near_duplicates else np.zeros(len(c), bool)).items():
+    for name, find in dict(
+        duplicates=lambda c: duplicate_rows(c.column('key')),
+        near_duplicates=lambda c: (
+            near_duplicate_rows(c, job.near_duplicates) if job.near_duplicates else np.zeros(len(c), bool)
+        ),
+    ).items():
         copy = find(convs)
-        if not copy.any(): continue
+        if not copy.any():
+            continue
         like = 'equal to' if name == 'duplicates' else 'much like'
-        if job.duplicates == 'error': raise DataError(f"duplicates: {count_rows(copy.sum())} {like} an earlier one: {_rows(convs, copy)}; say duplicates='drop' or 'keep'", 'duplicates')
-        if job.duplicates == 'drop': books['left'][name] += int(copy.sum()); convs = Conversations(convs.store, convs.index[~copy])
-        else: books['noted'][name] += int(copy.sum()); books['warnings'].append(f'{count_rows(copy.sum())} {like} an earlier one, kept: {_rows(convs, copy)}')
+        if job.duplicates == 'error':
+            raise DataError(
+                f"duplicates: {count_rows(copy.sum())} {like} an earlier one: {_rows(convs, copy)}; say duplicates='drop' or 'keep'",
+                'duplicates',
+            )
+        if job.duplicates == 'drop':
+            books['left'][name] += int(copy.sum())
+            convs = Conversations(convs.store, convs.index[~copy])
+        else:
+            books['noted'][name] += int(copy.sum())
+            books['warnings'].append(f'{count_rows(copy.sum())} {like} an earlier one, kept: {_rows(convs, copy)}')
     return convs
+
 
 def _without_overlap(train, test, job, books):
     "Apply the policy for training rows that are held out as well"
     both = np.isin(train.column('key'), test.column('key'))
     asked = np.isin(train.column('question'), test.column('question'))
     books['noted']['questions_held_out_as_well'] += int(asked.sum())
-    if asked.any(): books['warnings'].append(f'{count_rows(asked.sum())} to train on with a question that is held out as well: {_rows(train, asked)}')
-    if not both.any(): return train
-    if job.overlap == 'error': raise DataError(f"overlap: {count_rows(both.sum())} to train on held out as well, so the comparison would flatter the model: {_rows(train, both)}; say overlap='drop' to leave them out of training", 'overlap')
-    if job.overlap == 'keep': books['noted']['overlap'] += int(both.sum()); return train
+    if asked.any():
+        books['warnings'].append(
+            f'{count_rows(asked.sum())} to train on with a question that is held out as well: {_rows(train, asked)}'
+        )
+    if not both.any():
+        return train
+    if job.overlap == 'error':
+        raise DataError(
+            f"overlap: {count_rows(both.sum())} to train on held out as well, so the comparison would flatter the model: {_rows(train, both)}; say overlap='drop' to leave them out of training",
+            'overlap',
+        )
+    if job.overlap == 'keep':
+        books['noted']['overlap'] += int(both.sum())
+        return train
     books['left']['overlap'] += int(both.sum())
     return Conversations(train.store, train.index[~both])
 
 # %% ../../nbs/data/load.ipynb #259bc824
 def _read_parts(job, rows, where, wanted, books):
     "All sources of a job, mixed: conversations and the books of each"
-    store,parts = Store(),_parts(job, rows)
-    got = [collect(s, j, store, where) for s,j,_ in parts]
+    store, parts = Store(), _parts(job, rows)
+    got = [collect(s, j, store, where) for s, j, _ in parts]
     formats = list(dict.fromkeys(g['format'] for g in got))
     kinds = {f if f == 'text' or ('preference' in f and not job.train_on_preferred) else 'messages' for f in formats}
-    if len(kinds) > 1: raise DataError(f"dataset: the mix holds {' and '.join(formats)}, which cannot be trained together; take one kind of data")
+    if len(kinds) > 1:
+        raise DataError(
+            f"dataset: the mix holds {' and '.join(formats)}, which cannot be trained together; take one kind of data"
+        )
     kept = _without_duplicates(Conversations(store, np.concatenate([g['index'] for g in got])), job, books).index
     own = [g['index'][np.isin(g['index'], kept)] for g in got]
-    taken = mix_rows(own, [w for _,_,w in parts], job.seed, wanted)
-    books['left']['not_in_mix'] += len(kept)-sum(map(len, taken))
-    return Conversations(store, np.concatenate(taken)),got,formats
+    taken = mix_rows(own, [w for _, _, w in parts], job.seed, wanted)
+    books['left']['not_in_mix'] += len(kept) - sum(map(len, taken))
+    return Conversations(store, np.concatenate(taken)), got, formats
+
 
 def _reason(got, formats):
     "How the sources were read, in a line"
-    return (formats[0],got[0]['reason']) if len(got) == 1 else ('+'.join(formats),'; '.join(f"{g['name']}: {g['reason']}" for g in got))
+    return (
+        (formats[0], got[0]['reason'])
+        if len(got) == 1
+        else ('+'.join(formats), '; '.join(f"{g['name']}: {g['reason']}" for g in got))
+    )
 
 # %% ../../nbs/data/load.ipynb #f432ab60
 def load_data(
-    job:FinetuneJob, # What to read, and what to do about rows that are not as they should be
-    rows=None, # Rows in memory instead of `job.dataset`: a datasets.Dataset, a DataFrame, an Arrow table, a list of dicts
-    where=None, # A function of a Conversation; rows for which it is false are left out as filtered
-    split:bool=True, # Hold out rows? False: all of them are in `train`
-)->Data:
+    job: FinetuneJob,  # What to read, and what to do about rows that are not as they should be
+    rows=None,  # Rows in memory instead of `job.dataset`: a datasets.Dataset, a DataFrame, an Arrow table, a list of dicts
+    where=None,  # A function of a Conversation; rows for which it is false are left out as filtered
+    split: bool = True,  # Hold out rows? False: all of them are in `train`
+) -> Data:
     "The job's rows as conversations, checked, compared, split and counted; raises `DataError`"
     other = _test_rows(job, rows, where) if split else None
-    wanted = job.max_rows and job.max_rows+(job.test_size if split and not other else 0)
+    wanted = job.max_rows and job.max_rows + (job.test_size if split and not other else 0)
     books = dict(left=Counter(dict.fromkeys(LEFT_OUT, 0)), noted=Counter(), warnings=[])
-    train,got,formats = _read_parts(job, rows, where, wanted, books)
+    train, got, formats = _read_parts(job, rows, where, wanted, books)
     for g in [*got, *([other[1]] if other else [])]:
-        books['left'].update(g['faults'].counts); books['left'].update(g['left']); books['noted'].update(g['noted']); books['warnings'] += g['faults'].notes()
+        books['left'].update(g['faults'].counts)
+        books['left'].update(g['left'])
+        books['noted'].update(g['noted'])
+        books['warnings'] += g['faults'].notes()
     _check_left(train, got, books)
-    if other: test = other[0]
-    elif split: train,test = (Conversations(train.store, train.index[i]) for i in split_rows(train.column('key'), job.test_size, job.seed))
-    else: test = train[:0]
+    if other:
+        test = other[0]
+    elif split:
+        train, test = (
+            Conversations(train.store, train.index[i]) for i in split_rows(train.column('key'), job.test_size, job.seed)
+        )
+    else:
+        test = train[:0]
     train = _without_overlap(train, test, job, books)
-    used = train[:job.max_rows]
-    books['left']['not_used'] += len(train)-len(used)+(len(other[1]['index'])-len(test) if other else 0)
+    used = train[: job.max_rows]
+    books['left']['not_used'] += len(train) - len(used) + (len(other[1]['index']) - len(test) if other else 0)
     _check_left(used, got, books)
     return _data(job, used, test, got, formats, books, sum(g['rows'] for g in [*got, *([other[1]] if other else [])]))
 
 # %% ../../nbs/data/load.ipynb #bdc2ab98
 def _check_left(train, got, books):
-    if not len(train): raise DataError(f"dataset: no row of {got[0]['name']} is left to train on ({', '.join(f'{k}: {v}' for k,v in books['left'].items() if v)})")
+    if not len(train):
+        raise DataError(
+            f"dataset: no row of {got[0]['name']} is left to train on ({', '.join(f'{k}: {v}' for k, v in books['left'].items() if v)})"
+        )
+
 
 def _data(job, train, test, got, formats, books, came):
-    fmt,why = _reason(got, formats)
+    fmt, why = _reason(got, formats)
     ledger = Ledger('rows', came, dict(train=len(train), held_out=len(test)), dict(books['left']), dict(books['noted']))
     name = got[0]['name'] if len(got) == 1 else job.dataset
-    return Data(train, test, name, fmt, why, ledger, fingerprint_rows(train, test), job.dataset_revision, sorted({u for g in got for u in g['unused']}), books['warnings'])
+    return Data(
+        train,
+        test,
+        name,
+        fmt,
+        why,
+        ledger,
+        fingerprint_rows(train, test),
+        job.dataset_revision,
+        sorted({u for g in got for u in g['unused']}),
+        books['warnings'],
+    )
 
 # %% ../../nbs/data/load.ipynb #27fc41d7
 def held_out(
-    job:FinetuneJob, # The job that trained
-    dataset:str|None=None, # Another dataset to score on; None: the job's own held-out rows
-    n:int|None=None, # How many rows; None: as many as the job held out
-)->Conversations:
+    job: FinetuneJob,  # The job that trained
+    dataset: str | None = None,  # Another dataset to score on; None: the job's own held-out rows
+    n: int | None = None,  # How many rows; None: as many as the job held out
+) -> Conversations:
     "Rows to score a trained model on; of another dataset the first ones, in order"
     n = n or job.test_size
-    if dataset == 'events' or (dataset is None and job.dataset == 'events' and not job.test_dataset): return load_data(job.replace(dataset='events', test_dataset=None, test_size=n)).test
-    if dataset is None: return load_data(job).test[:n]
-    return load_data(job.replace(dataset=dataset, dataset_format='auto', dataset_revision=None, test_dataset=None, max_rows=None), split=False).train[:n]
+    if dataset == 'events' or (dataset is None and job.dataset == 'events' and not job.test_dataset):
+        return load_data(job.replace(dataset='events', test_dataset=None, test_size=n)).test
+    if dataset is None:
+        return load_data(job).test[:n]
+    return load_data(
+        job.replace(dataset=dataset, dataset_format='auto', dataset_revision=None, test_dataset=None, max_rows=None),
+        split=False,
+    ).train[:n]

@@ -6,9 +6,16 @@
 __all__ = ['KINDS', 'DataError', 'file_kind', 'plain', 'read_file', 'Source', 'find_source', 'rows_of', 'Spool']
 
 # %% ../../nbs/data/sources.ipynb #7529d0ad
-import csv,difflib,gzip,io,json,os,re,tempfile
+import csv
+import difflib
+import gzip
+import io
+import json
+import os
+import re
+import tempfile
 from collections import Counter
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 
@@ -19,71 +26,99 @@ from ..core.schema import SpecError
 # %% ../../nbs/data/sources.ipynb #d3244393
 class DataError(SpecError):
     "Rows that are not what they should be; names the source, the row, the column and the mend"
-    def __init__(self, message, reason='malformed'): super().__init__(message); self.reason = reason
+
+    def __init__(self, message, reason='malformed'):
+        super().__init__(message)
+        self.reason = reason
 
 # %% ../../nbs/data/sources.ipynb #4bfe542f
 KINDS = ('.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.parquet', '.arrow', '.txt')
 _packed = ('.gz', '.zst')
 
-def file_kind(f:Path)->str: # One of `KINDS`, or whatever suffix there is
+
+def file_kind(f: Path) -> str:  # One of `KINDS`, or whatever suffix there is
     "The suffix that says how a file is read, compression aside"
     return Path(f.stem).suffix.lower() if f.suffix.lower() in _packed else f.suffix.lower()
 
+
 def _open(f):
     "A file's bytes, unpacked"
-    if f.suffix.lower() == '.gz': return gzip.open(f, 'rb')
-    if f.suffix.lower() != '.zst': return f.open('rb')
+    if f.suffix.lower() == '.gz':
+        return gzip.open(f, 'rb')
+    if f.suffix.lower() != '.zst':
+        return f.open('rb')
     import pyarrow as pa
+
     return io.BufferedReader(pa.input_stream(str(f), compression='zstd'), 2**20)
 
-def _text(f, **kw): return io.TextIOWrapper(_open(f), encoding='utf-8-sig', **kw)
+
+def _text(f, **kw):
+    return io.TextIOWrapper(_open(f), encoding='utf-8-sig', **kw)
 
 # %% ../../nbs/data/sources.ipynb #1b9f61fa
 def _json_line(l, n):
     "The value of a line, or an error in its place"
-    try: return json.loads(l.decode('utf-8-sig' if n == 1 else 'utf-8'))
-    except UnicodeDecodeError as e: return DataError(f"line {n} is not UTF-8 text (byte {e.start}); save the file as UTF-8")
-    except json.JSONDecodeError as e: return DataError(f"line {n} is not JSON: {e.msg} (column {e.colno})")
-    except (ValueError, RecursionError) as e: return DataError(f"line {n} is not JSON: {e}")
+    try:
+        return json.loads(l.decode('utf-8-sig' if n == 1 else 'utf-8'))
+    except UnicodeDecodeError as e:
+        return DataError(f"line {n} is not UTF-8 text (byte {e.start}); save the file as UTF-8")
+    except json.JSONDecodeError as e:
+        return DataError(f"line {n} is not JSON: {e.msg} (column {e.colno})")
+    except (ValueError, RecursionError) as e:
+        return DataError(f"line {n} is not JSON: {e}")
+
 
 def _read_jsonl(f):
     with _open(f) as h:
-        for n,l in enumerate(h, 1):
-            if l.strip(): yield _json_line(l, n)
+        for n, l in enumerate(h, 1):
+            if l.strip():
+                yield _json_line(l, n)
 
 # %% ../../nbs/data/sources.ipynb #df68c623
 class _Json:
     "JSON values out of a text that is read in blocks"
-    parse,blanks = json.JSONDecoder().raw_decode,re.compile(r'[ \t\r\n]*')
-    def __init__(self, h, size=2**20): self.h,self.size,self.buf,self.at = h,size,'',0 # Characters in a block
+
+    parse, blanks = json.JSONDecoder().raw_decode, re.compile(r'[ \t\r\n]*')
+
+    def __init__(self, h, size=2**20):
+        self.h, self.size, self.buf, self.at = h, size, '', 0  # Characters in a block
+
     def more(self, size):
         block = self.h.read(size)
-        self.buf,self.at = self.buf[self.at:]+block,0
+        self.buf, self.at = self.buf[self.at :] + block, 0
         return bool(block)
-    def peek(self)->str: # '' at the end
+
+    def peek(self) -> str:  # '' at the end
         "The next character that is not blank"
         while (at := self.blanks.match(self.buf, self.at).end()) == len(self.buf):
             self.at = at
-            if not self.more(self.size): return ''
+            if not self.more(self.size):
+                return ''
         self.at = at
         return self.buf[at]
-    def fail(self, what): raise json.JSONDecodeError(what, self.buf, self.at)
+
+    def fail(self, what):
+        raise json.JSONDecodeError(what, self.buf, self.at)
 
 # %% ../../nbs/data/sources.ipynb #ad4ec883
 @patch
-def value(self:_Json):
+def value(self: _Json):
     "The next value; raises `JSONDecodeError`"
-    size,self.at = self.size,self.blanks.match(self.buf, self.at).end()
+    size, self.at = self.size, self.blanks.match(self.buf, self.at).end()
     while True:
         try:
-            v,end = self.parse(self.buf, self.at)
-            if end < len(self.buf) and self.buf[end] not in '.eE': self.at = end; return v # A number may go on
+            v, end = self.parse(self.buf, self.at)
+            if end < len(self.buf) and self.buf[end] not in '.eE':
+                self.at = end
+                return v  # A number may go on
             problem = None
         except json.JSONDecodeError as e:
-            if e.pos < len(self.buf)-64 and not e.msg.startswith('Unterminated string'): raise
+            if e.pos < len(self.buf) - 64 and not e.msg.startswith('Unterminated string'):
+                raise
             problem = e
         if not self.more(size):
-            if problem: raise problem
+            if problem:
+                raise problem
             self.at = end
             return v
         size *= 2
@@ -93,203 +128,314 @@ def _is_lines(f):
     "Does a file begin with two JSON objects, one behind the other?"
     with _text(f) as h:
         j = _Json(h)
-        if j.peek() != '{': return False
-        try: j.value()
-        except ValueError: return False
+        if j.peek() != '{':
+            return False
+        try:
+            j.value()
+        except ValueError:
+            return False
         return j.peek() == '{'
 
+
 def _read_json(f):
-    if _is_lines(f): yield from _read_jsonl(f); return
+    if _is_lines(f):
+        yield from _read_jsonl(f)
+        return
     with _text(f) as h:
         j = _Json(h)
-        if (first := j.peek()) != '[': raise DataError(f"dataset: {f} must hold a JSON list of rows, got a {'dict' if first == '{' else 'single value' if first else 'file that is empty'}; put the rows into a list at the top")
+        if (first := j.peek()) != '[':
+            raise DataError(
+                f"dataset: {f} must hold a JSON list of rows, got a {'dict' if first == '{' else 'single value' if first else 'file that is empty'}; put the rows into a list at the top"
+            )
         j.at += 1
-        n,more = 0,j.peek() != ']'
+        n, more = 0, j.peek() != ']'
         try:
             while more:
                 j.peek()
                 yield j.value()
-                if j.peek() not in (',', ']') or not j.buf: j.fail("Expecting ',' or ']'")
-                more,n = j.buf[j.at] == ',',n+1
-                if more: j.at += 1
-            if j.peek() != ']': j.fail("Expecting ']'")
+                if j.peek() not in (',', ']') or not j.buf:
+                    j.fail("Expecting ',' or ']'")
+                more, n = j.buf[j.at] == ',', n + 1
+                if more:
+                    j.at += 1
+            if j.peek() != ']':
+                j.fail("Expecting ']'")
             j.at += 1
-            if j.peek(): j.fail('Extra data')
-        except json.JSONDecodeError as e: raise DataError(f"dataset: {f} cannot be read as json: row {n}, at {e.doc[e.pos:e.pos+40]!r}: {e.msg}") from None
+            if j.peek():
+                j.fail('Extra data')
+        except json.JSONDecodeError as e:
+            raise DataError(
+                f"dataset: {f} cannot be read as json: row {n}, at {e.doc[e.pos : e.pos + 40]!r}: {e.msg}"
+            ) from None
 
 # %% ../../nbs/data/sources.ipynb #ec8d7f1b
 def _read_csv(f):
-    csv.field_size_limit(2**31-1)
+    csv.field_size_limit(2**31 - 1)
     with _text(f, newline='') as h:
         t = csv.DictReader(h, strict=True, delimiter='\t' if file_kind(f) == '.tsv' else ',')
-        twice = next((n for n,k in Counter(t.fieldnames or ()).items() if k > 1), None)
-        if twice is not None: raise DataError(f"dataset: {f} has two columns {twice!r}; rename one of them")
-        for i,r in enumerate(t):
-            yield DataError(f"row {i} has more or fewer cells than the header") if None in r or None in r.values() else r
+        twice = next((n for n, k in Counter(t.fieldnames or ()).items() if k > 1), None)
+        if twice is not None:
+            raise DataError(f"dataset: {f} has two columns {twice!r}; rename one of them")
+        for i, r in enumerate(t):
+            yield (
+                DataError(f"row {i} has more or fewer cells than the header") if None in r or None in r.values() else r
+            )
 
 # %% ../../nbs/data/sources.ipynb #32a2891d
 def plain(v):
     "A cell of a table as plain Python: arrays as lists, missing values as null, and no entries that a table only added to make its structs alike"
-    if hasattr(v, 'tolist'): v = v.tolist()
-    if isinstance(v, dict): return {k:plain(x) for k,x in v.items() if x is not None}
-    if isinstance(v, (list, tuple)): return [plain(x) for x in v]
+    if hasattr(v, 'tolist'):
+        v = v.tolist()
+    if isinstance(v, dict):
+        return {k: plain(x) for k, x in v.items() if x is not None}
+    if isinstance(v, (list, tuple)):
+        return [plain(x) for x in v]
     return None if type(v).__name__ in ('NAType', 'NaTType') or v != v else v
 
-def _of_batch(b): return ({k:plain(x) for k,x in r.items()} for r in b.to_pylist())
+
+def _of_batch(b):
+    return ({k: plain(x) for k, x in r.items()} for r in b.to_pylist())
+
 
 def _read_parquet(f):
     import pyarrow.parquet as pq
+
     with pq.ParquetFile(f) as t:
-        for b in t.iter_batches(1024): yield from _of_batch(b)
+        for b in t.iter_batches(1024):
+            yield from _of_batch(b)
+
 
 def _read_arrow(f):
     import pyarrow as pa
+
     with pa.memory_map(str(f)) as m:
-        try: batches = iter(pa.ipc.open_stream(m))
-        except pa.ArrowInvalid: t = pa.ipc.open_file(m); batches = (t.get_batch(i) for i in range(t.num_record_batches))
-        for b in batches: yield from _of_batch(b)
+        try:
+            batches = iter(pa.ipc.open_stream(m))
+        except pa.ArrowInvalid:
+            t = pa.ipc.open_file(m)
+            batches = (t.get_batch(i) for i in range(t.num_record_batches))
+        for b in batches:
+            yield from _of_batch(b)
 
 # %% ../../nbs/data/sources.ipynb #4b097813
 def _read_txt(f):
-    with _text(f) as h: yield from (dict(text=l.rstrip('\r\n')) for l in h if l.strip())
+    with _text(f) as h:
+        yield from (dict(text=l.rstrip('\r\n')) for l in h if l.strip())
 
-_readers = {'.json':_read_json, '.jsonl':_read_jsonl, '.ndjson':_read_jsonl, '.csv':_read_csv, '.tsv':_read_csv, '.parquet':_read_parquet, '.arrow':_read_arrow, '.txt':_read_txt}
+
+_readers = {
+    '.json': _read_json,
+    '.jsonl': _read_jsonl,
+    '.ndjson': _read_jsonl,
+    '.csv': _read_csv,
+    '.tsv': _read_csv,
+    '.parquet': _read_parquet,
+    '.arrow': _read_arrow,
+    '.txt': _read_txt,
+}
 
 # %% ../../nbs/data/sources.ipynb #e733c77a
-def read_file(f:Path): # Yields a dict a row, or a DataError in its place
+def read_file(f: Path):  # Yields a dict a row, or a DataError in its place
     "Rows of one file; what cannot be read at all is told with the file's name"
     import zlib
+
     broken = (csv.Error, OSError, EOFError, ValueError, RecursionError, zlib.error)
-    try: yield from _readers[file_kind(f)](f)
-    except DataError: raise
-    except UnicodeDecodeError as e: raise DataError(f"dataset: {f} is not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    try:
+        yield from _readers[file_kind(f)](f)
+    except DataError:
+        raise
+    except UnicodeDecodeError as e:
+        raise DataError(f"dataset: {f} is not UTF-8 text (byte {e.start}); save it as UTF-8") from None
     except Exception as e:
-        if not isinstance(e, broken) and type(e).__module__.split('.')[0] != 'pyarrow': raise
+        if not isinstance(e, broken) and type(e).__module__.split('.')[0] != 'pyarrow':
+            raise
         raise DataError(f"dataset: {f} cannot be read as {file_kind(f)[1:]}: {e}") from None
 
 # %% ../../nbs/data/sources.ipynb #48dfc29c
 @dataclass
 class Source:
     "Rows that can be read again and again, one at a time"
-    name:str # As it was asked for
-    kind:str # `events`, `files`, `hub`, `mix` or `python`
-    files:list=field(default_factory=list) # Paths
-    split:str='train' # Of a Hub dataset, or of a folder with files for several
-    revision:str|None=None # Of a Hub dataset
-    object:object=None # Rows in memory
-    left_out:list=field(default_factory=list) # Files of a folder that belong to other splits
 
-    def __repr__(self): return f"Source({self.name!r}, {self.kind}"+(f", {len(self.files)} files" if len(self.files) > 1 else '')+')'
+    name: str  # As it was asked for
+    kind: str  # `events`, `files`, `hub`, `mix` or `python`
+    files: list = field(default_factory=list)  # Paths
+    split: str = 'train'  # Of a Hub dataset, or of a folder with files for several
+    revision: str | None = None  # Of a Hub dataset
+    object: object = None  # Rows in memory
+    left_out: list = field(default_factory=list)  # Files of a folder that belong to other splits
+
+    def __repr__(self):
+        return (
+            f"Source({self.name!r}, {self.kind}" + (f", {len(self.files)} files" if len(self.files) > 1 else '') + ')'
+        )
 
 # %% ../../nbs/data/sources.ipynb #3a405c96
 _splits = ('train', 'test', 'validation', 'valid', 'val', 'dev', 'eval')
 
-def _split_of(f): return next((s for s in _splits if f.name.lower().startswith(s)), None)
+
+def _split_of(f):
+    return next((s for s in _splits if f.name.lower().startswith(s)), None)
+
 
 def _saved(p, split):
     "The files of a folder that `save_to_disk` wrote; None when it is not one"
-    if (p/'dataset_dict.json').exists():
-        names = json.loads((p/'dataset_dict.json').read_text())['splits']
-        if split not in names: raise DataError(f"dataset: folder {p} has no split {split!r}; set dataset_split to one of {', '.join(names)}")
-        p = p/split
-    if not (p/'state.json').exists(): return None
-    names = [d['filename'] for d in json.loads((p/'state.json').read_text())['_data_files']]
+    if (p / 'dataset_dict.json').exists():
+        names = json.loads((p / 'dataset_dict.json').read_text())['splits']
+        if split not in names:
+            raise DataError(
+                f"dataset: folder {p} has no split {split!r}; set dataset_split to one of {', '.join(names)}"
+            )
+        p = p / split
+    if not (p / 'state.json').exists():
+        return None
+    names = [d['filename'] for d in json.loads((p / 'state.json').read_text())['_data_files']]
     out = next((n for n in names if Path(n).name != n), None)
-    if out is not None: raise DataError(f"dataset: {p/'state.json'} names a file outside its folder, {out!r}; save the dataset again")
-    return [p/n for n in names]
+    if out is not None:
+        raise DataError(f"dataset: {p / 'state.json'} names a file outside its folder, {out!r}; save the dataset again")
+    return [p / n for n in names]
+
 
 def _folder(p, name, split):
-    if (files := _saved(p, split)) is not None: return Source(name, 'files', files, split)
+    if (files := _saved(p, split)) is not None:
+        return Source(name, 'files', files, split)
     files = sorted(f for f in p.iterdir() if file_kind(f) in _readers and f.is_file() and not f.name.startswith('.'))
     parts = {_split_of(f) for f in files}
     mine = [f for f in files if _split_of(f) == split] if len(parts) > 1 and split in parts else files
     kinds = sorted({file_kind(f) for f in mine})
-    if len(kinds) != 1: raise DataError(f"dataset: folder {name} holds {'files of several kinds ('+', '.join(kinds)+')' if kinds else 'no '+', '.join(KINDS)+' file'}; expected files of one kind")
+    if len(kinds) != 1:
+        raise DataError(
+            f"dataset: folder {name} holds {'files of several kinds (' + ', '.join(kinds) + ')' if kinds else 'no ' + ', '.join(KINDS) + ' file'}; expected files of one kind"
+        )
     return Source(name, 'files', mine, split, left_out=[f.name for f in files if f not in mine])
 
 # %% ../../nbs/data/sources.ipynb #3d45515b
 def find_source(
-    dataset:str, # As in a job
-    split:str='train', # Of a Hub dataset, or of a folder
-    revision:str|None=None, # Of a Hub dataset
-)->Source:
+    dataset: str,  # As in a job
+    split: str = 'train',  # Of a Hub dataset, or of a folder
+    revision: str | None = None,  # Of a Hub dataset
+) -> Source:
     "What a job's `dataset` stands for; raises `DataError` when it stands for nothing"
-    if dataset == 'events': return Source(dataset, 'events')
+    if dataset == 'events':
+        return Source(dataset, 'events')
     p = Path(os.path.expanduser(dataset))
-    if os.path.isdir(p): return _folder(p, dataset, split)
+    if os.path.isdir(p):
+        return _folder(p, dataset, split)
     if os.path.isfile(p):
-        if p.suffix in ('.yaml', '.yml'): return Source(dataset, 'mix', [p])
-        if file_kind(p) not in _readers: raise DataError(f"dataset: {dataset} is a {p.suffix or 'nameless'} file; expected one of {', '.join(KINDS)}, also with .gz or .zst, or a mix (.yaml)")
+        if p.suffix in ('.yaml', '.yml'):
+            return Source(dataset, 'mix', [p])
+        if file_kind(p) not in _readers:
+            raise DataError(
+                f"dataset: {dataset} is a {p.suffix or 'nameless'} file; expected one of {', '.join(KINDS)}, also with .gz or .zst, or a mix (.yaml)"
+            )
         return Source(dataset, 'files', [p], split)
     if dataset.count('/') == 1 and file_kind(p) not in _readers and not dataset.startswith(('.', '/', '~')):
         check_hub(f"dataset {dataset!r}")
         return Source(dataset, 'hub', [], split, revision)
     near = [f.name for f in p.parent.iterdir()] if os.path.isdir(p.parent) else []
     hit = difflib.get_close_matches(p.name, [*near, 'events'], 1, 0.5)
-    raise DataError(f"dataset: {dataset!r} is not 'events', a file, a folder or a Hub id (owner/name)"+(f"; did you mean {hit[0]!r}?" if hit else ''))
+    raise DataError(
+        f"dataset: {dataset!r} is not 'events', a file, a folder or a Hub id (owner/name)"
+        + (f"; did you mean {hit[0]!r}?" if hit else '')
+    )
 
 # %% ../../nbs/data/sources.ipynb #e8f796ef
 def _of_pandas(df):
     for at in range(0, len(df), 1024):
-        yield from ({k:plain(x) for k,x in r.items()} for r in df.iloc[at:at+1024].to_dict('records'))
+        yield from ({k: plain(x) for k, x in r.items()} for r in df.iloc[at : at + 1024].to_dict('records'))
+
 
 def _of_dataset(ds):
     for b in ds.iter(1024):
-        yield from ({k:plain(x) for k,x in zip(b, vals)} for vals in zip(*b.values()))
+        yield from ({k: plain(x) for k, x in zip(b, vals)} for vals in zip(*b.values()))
 
-def rows_of(obj): # Yields a dict a row
+
+def rows_of(obj):  # Yields a dict a row
     "Rows of an object in memory"
     name = type(obj).__name__
-    if name in ('DatasetDict', 'IterableDatasetDict'): raise DataError(f"dataset: got a {name} with the splits {', '.join(obj)}; give one of them, as in dataset['train']")
-    if name == 'DataFrame' and hasattr(obj, 'iloc'): return _of_pandas(obj)
-    if hasattr(obj, 'iter') and hasattr(obj, 'features'): return _of_dataset(obj)
-    if hasattr(obj, 'to_batches'): return (r for b in obj.to_batches(1024) for r in _of_batch(b))
-    if isinstance(obj, (list, tuple)): return iter(obj)
-    raise DataError(f"dataset: rows are a {name}; expected a datasets.Dataset, a pandas DataFrame, an Arrow table or a list of dicts")
+    if name in ('DatasetDict', 'IterableDatasetDict'):
+        raise DataError(
+            f"dataset: got a {name} with the splits {', '.join(obj)}; give one of them, as in dataset['train']"
+        )
+    if name == 'DataFrame' and hasattr(obj, 'iloc'):
+        return _of_pandas(obj)
+    if hasattr(obj, 'iter') and hasattr(obj, 'features'):
+        return _of_dataset(obj)
+    if hasattr(obj, 'to_batches'):
+        return (r for b in obj.to_batches(1024) for r in _of_batch(b))
+    if isinstance(obj, (list, tuple)):
+        return iter(obj)
+    raise DataError(
+        f"dataset: rows are a {name}; expected a datasets.Dataset, a pandas DataFrame, an Arrow table or a list of dicts"
+    )
 
 # %% ../../nbs/data/sources.ipynb #f0bd8dcd
 def _hub_rows(src):
     "Rows of a Hub dataset, from Arrow files on disk"
     from datasets import load_dataset
-    try: return _of_dataset(load_dataset(src.name, split=src.split, revision=src.revision))
-    except Exception as e: raise DataError(f"dataset: {src.name!r} (split {src.split!r}, revision {src.revision or 'main'}) cannot be loaded from the Hub: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+
+    try:
+        return _of_dataset(load_dataset(src.name, split=src.split, revision=src.revision))
+    except Exception as e:
+        raise DataError(
+            f"dataset: {src.name!r} (split {src.split!r}, revision {src.revision or 'main'}) cannot be loaded from the Hub: {type(e).__name__}: {str(e).splitlines()[0]}"
+        ) from e
+
 
 @patch
-def rows(self:Source): # Yields (row or DataError, file or None, row of that file)
+def rows(self: Source):  # Yields (row or DataError, file or None, row of that file)
     "Every row, with the place where it stands"
-    if self.kind == 'files': parts = [(read_file(f), f if len(self.files) > 1 else None) for f in self.files]
-    elif self.kind == 'python': parts = [(rows_of(self.object), None)]
-    else: parts = [(_hub_rows(self), None)]
-    for rs,f in parts:
-        for n,r in enumerate(rs): yield r if isinstance(r, (dict, DataError)) else DataError(f"expected columns, got a {type(r).__name__}"),f,n
+    if self.kind == 'files':
+        parts = [(read_file(f), f if len(self.files) > 1 else None) for f in self.files]
+    elif self.kind == 'python':
+        parts = [(rows_of(self.object), None)]
+    else:
+        parts = [(_hub_rows(self), None)]
+    for rs, f in parts:
+        for n, r in enumerate(rs):
+            yield (
+                r if isinstance(r, (dict, DataError)) else DataError(f"expected columns, got a {type(r).__name__}"),
+                f,
+                n,
+            )
 
 # %% ../../nbs/data/sources.ipynb #ef061e22
 class Spool:
     "Bytes that are appended and read back, in memory up to a limit and on disk beyond"
-    def __init__(self, limit:int=64*2**20): # [bytes] kept in memory
-        self.limit,self.size,self.buf,self.file = limit,0,bytearray(),None
+
+    def __init__(self, limit: int = 64 * 2**20):  # [bytes] kept in memory
+        self.limit, self.size, self.buf, self.file = limit, 0, bytearray(), None
+
     def write(self, b):
-        if self.file is None and self.size+len(b) > self.limit:
+        if self.file is None and self.size + len(b) > self.limit:
             settings().cache_dir.mkdir(parents=True, exist_ok=True)
             self.file = tempfile.TemporaryFile(dir=settings().cache_dir, buffering=2**20)
             self.file.write(self.buf)
             self.buf = bytearray()
-        if self.file is None: self.buf += b
-        else: self.file.write(b)
+        if self.file is None:
+            self.buf += b
+        else:
+            self.file.write(b)
         self.size += len(b)
-    def __repr__(self): return f"Spool({self.size:,} bytes {'in memory' if self.file is None else 'on disk'})"
+
+    def __repr__(self):
+        return f"Spool({self.size:,} bytes {'in memory' if self.file is None else 'on disk'})"
+
 
 @patch
-def read(self:Spool, at:int, n:int)->bytes:
+def read(self: Spool, at: int, n: int) -> bytes:
     "`n` bytes from `at` on"
-    if self.file is None: return bytes(memoryview(self.buf)[at:at+n])
+    if self.file is None:
+        return bytes(memoryview(self.buf)[at : at + n])
     self.file.flush()
     return os.pread(self.file.fileno(), n, at)
 
+
 @patch
-def array(self:Spool, dtype):
+def array(self: Spool, dtype):
     "All of it as a numpy array, memory-mapped where it is on disk"
     import numpy as np
-    if self.file is None: return np.frombuffer(self.buf, dtype)
+
+    if self.file is None:
+        return np.frombuffer(self.buf, dtype)
     self.file.flush()
     return np.memmap(self.file, dtype, 'r')

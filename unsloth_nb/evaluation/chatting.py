@@ -9,95 +9,147 @@ __all__ = ['Turn', 'Chat', 'chat']
 from dataclasses import dataclass
 from fastcore.basics import patch
 
-from ..core.escaping import html_text,plain_text
-from .generation import Sampling,check_fits,context_length,generate,load_run,show_pieces,stream
+from ..core.escaping import html_text, plain_text
+from unsloth_nb.evaluation.generation import (
+    Sampling,
+    check_fits,
+    context_length,
+    generate,
+    load_run,
+    show_pieces,
+    stream,
+)
 from ..training.loading import LoadedModel
-from ..runs.run import open_run,read_json
+from ..runs.run import open_run, read_json
 from ..core.schema import SpecError
 
 # %% ../../nbs/evaluation/chatting.ipynb #01f6d342
 @dataclass
 class Turn:
     "One question and its answers"
-    question:str # What was asked
-    answers:dict # `tuned` and perhaps `base` to Answer
+
+    question: str  # What was asked
+    answers: dict  # `tuned` and perhaps `base` to Answer
 
     def _repr_html_(self):
         cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
         head = ''.join(f'<th style="text-align:left">{html_text(k)}</th>' for k in self.answers)
         return f'<div><b>{html_text(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
-    def __repr__(self): return plain_text('\n'.join([f'> {self.question}', *(f'{k+":":7}{a.text}' for k,a in self.answers.items())]))
+
+    def __repr__(self):
+        return plain_text('\n'.join([f'> {self.question}', *(f'{k + ":":7}{a.text}' for k, a in self.answers.items())]))
 
 # %% ../../nbs/evaluation/chatting.ipynb #815aef46
 class Chat:
     "A conversation with the tuned model and, beside it, the base model"
-    def __init__(self,
-        model:LoadedModel, # Model
-        system:str|None=None, # System message
-        sampling:Sampling|None=None, # Default: greedy
-        compare:bool=True, # Ask the base model as well
+
+    def __init__(
+        self,
+        model: LoadedModel,  # Model
+        system: str | None = None,  # System message
+        sampling: Sampling | None = None,  # Default: greedy
+        compare: bool = True,  # Ask the base model as well
     ):
-        self.model,self.system,self.sampling,self.sides = model,system,sampling or Sampling(),('base', 'tuned') if compare else ('tuned',)
+        self.model, self.system, self.sampling, self.sides = (
+            model,
+            system,
+            sampling or Sampling(),
+            ('base', 'tuned') if compare else ('tuned',),
+        )
         self.reset()
+
     def reset(self):
         "Forget all turns"
-        self.turns,self.histories = [],{k:[dict(role='system', content=self.system)] if self.system else [] for k in self.sides}
-    def stream(self, question:str):
+        self.turns, self.histories = (
+            [],
+            {k: [dict(role='system', content=self.system)] if self.system else [] for k in self.sides},
+        )
+
+    def stream(self, question: str):
         "Yield (side, piece) as the answers are written; returns the Turn"
-        answers,asked = {},self._asked(question)
-        for k,msgs in asked.items(): answers[k] = yield from _tagged(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
+        answers, asked = {}, self._asked(question)
+        for k, msgs in asked.items():
+            answers[k] = yield from _tagged(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
         return self._told(question, asked, answers)
-    def __repr__(self): return plain_text(f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question")
+
+    def __repr__(self):
+        return plain_text(
+            f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question"
+        )
+
 
 def _tagged(k, pieces):
     "The pieces, each with a tag; returns what they return"
     try:
-        while True: yield k,next(pieces)
-    except StopIteration as e: return e.value
-    finally: pieces.close()
+        while True:
+            yield k, next(pieces)
+    except StopIteration as e:
+        return e.value
+    finally:
+        pieces.close()
 
 # %% ../../nbs/evaluation/chatting.ipynb #0e147c4b
 @patch
-def _asked(self:Chat, question):
+def _asked(self: Chat, question):
     "The messages of each side with a new question, which must fit"
-    if not isinstance(question, str) or not question.strip(): raise SpecError(f"chat: expected a question, got {question!r}")
-    asked = {k:[*h, dict(role='user', content=question)] for k,h in self.histories.items()}
-    for k,msgs in asked.items(): check_fits(len(self.model.formatter.prompt_ids(msgs)), self.sampling, context_length(self.model.model.config), f"chat: the history of {k} with this question", 'begin anew with chat.reset(), use a shorter system message, or')
+    if not isinstance(question, str) or not question.strip():
+        raise SpecError(f"chat: expected a question, got {question!r}")
+    asked = {k: [*h, dict(role='user', content=question)] for k, h in self.histories.items()}
+    for k, msgs in asked.items():
+        check_fits(
+            len(self.model.formatter.prompt_ids(msgs)),
+            self.sampling,
+            context_length(self.model.model.config),
+            f"chat: the history of {k} with this question",
+            'begin anew with chat.reset(), use a shorter system message, or',
+        )
     return asked
 
 # %% ../../nbs/evaluation/chatting.ipynb #70b531ae
 @patch
-def _told(self:Chat, question, asked, answers):
+def _told(self: Chat, question, asked, answers):
     "The answers join the history"
-    for k,a in answers.items(): self.histories[k] = [*asked[k], dict(role='assistant', content=a.text)]
+    for k, a in answers.items():
+        self.histories[k] = [*asked[k], dict(role='assistant', content=a.text)]
     self.turns.append(Turn(question, answers))
     return self.turns[-1]
 
+
 @patch
-def __call__(self:Chat, question:str)->Turn:
+def __call__(self: Chat, question: str) -> Turn:
     "Ask; the answers join the history"
     asked = self._asked(question)
-    return self._told(question, asked, {k:generate(self.model, [msgs], self.sampling, tuned=k == 'tuned')[0] for k,msgs in asked.items()})
+    return self._told(
+        question,
+        asked,
+        {k: generate(self.model, [msgs], self.sampling, tuned=k == 'tuned')[0] for k, msgs in asked.items()},
+    )
 
 # %% ../../nbs/evaluation/chatting.ipynb #09f5e64f
 @patch
-def show(self:Chat, question:str)->Turn:
+def show(self: Chat, question: str) -> Turn:
     "Ask, and show the answers as they are written"
+
     def pieces(side=None):
         got = self.stream(question)
         while True:
-            try: k,p = next(got)
-            except StopIteration as e: return e.value
-            if k != side: yield f"{chr(10) if side else ''}{k}: "; side = k
+            try:
+                k, p = next(got)
+            except StopIteration as e:
+                return e.value
+            if k != side:
+                yield f"{chr(10) if side else ''}{k}: "
+                side = k
             yield p
+
     return show_pieces(pieces())
 
 # %% ../../nbs/evaluation/chatting.ipynb #862814b9
 def chat(
-    run='latest', # Run, its name or directory
-    sampling:Sampling|None=None, # Default: greedy
-    compare:bool=True, # Ask the base model as well
-)->Chat:
+    run='latest',  # Run, its name or directory
+    sampling: Sampling | None = None,  # Default: greedy
+    compare: bool = True,  # Ask the base model as well
+) -> Chat:
     "Talk to a run's model, beside its base"
     run = open_run(run, kind='finetune')
-    return Chat(load_run(run), (read_json(run.path/'data.json') or {}).get('system'), sampling, compare)
+    return Chat(load_run(run), (read_json(run.path / 'data.json') or {}).get('system'), sampling, compare)

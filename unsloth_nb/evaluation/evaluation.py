@@ -8,268 +8,424 @@ __all__ = ['LOGITS', 'MOST', 'row_losses', 'response_loss', 'Choice', 'choose', 
 
 # %% ../../nbs/evaluation/evaluation.ipynb #5fb9699e
 import math
-from dataclasses import asdict,dataclass,field
+from dataclasses import asdict, dataclass, field
 from fastcore.basics import patch
 
 from ..core.engine import quiet
-from ..core.escaping import html_text,plain_text
+from ..core.escaping import html_text, plain_text
 from ..tokens.examples import make_examples
 from ..tokens.formatting import encode_pieces
-from .generation import Answer,Sampling,answering,generate
+from .generation import Answer, Sampling, answering, generate
 from ..training.loading import LoadedModel
-from ..training.resuming import code_hashes,rows_sha256,weights_sha256
-from ..runs.run import Run,before_after
+from ..training.resuming import code_hashes, rows_sha256, weights_sha256
+from ..runs.run import Run, before_after
 from ..core.schema import SpecError
-from ..core.scoring import ScorerError,default_scorers,named_scorers,score_rows
-from .significance import CONFIDENCE,SAMPLES,Difference,Estimate,caution,difference,estimate,interval,number
+from ..core.scoring import ScorerError, default_scorers, named_scorers, score_rows
+from unsloth_nb.evaluation.significance import (
+    CONFIDENCE,
+    SAMPLES,
+    Difference,
+    Estimate,
+    caution,
+    difference,
+    estimate,
+    interval,
+    number,
+)
 
 # %% ../../nbs/evaluation/evaluation.ipynb #3f125051
-LOGITS = 2**29 # Logits of one pass [numbers]: 1 GiB in 16 bits
+LOGITS = 2**29  # Logits of one pass [numbers]: 1 GiB in 16 bits
+
 
 def _passes(lengths, batch_size, vocabulary):
     "Positions of rows of like length, in passes whose logits fit"
     part = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if part and (len(part) == batch_size or (len(part)+1)*lengths[i]*vocabulary > LOGITS): yield part; part = []
+        if part and (len(part) == batch_size or (len(part) + 1) * lengths[i] * vocabulary > LOGITS):
+            yield part
+            part = []
         part.append(i)
-    if part: yield part
+    if part:
+        yield part
 
 # %% ../../nbs/evaluation/evaluation.ipynb #3de38912
 def row_losses(
-    model:LoadedModel, # Model
-    examples, # Examples
-    tuned:bool=True, # False: the base model
-    batch_size:int=16, # Rows at once
-)->list[tuple[float,int]]: # For each example the summed loss [nats] and the tokens it is summed over
+    model: LoadedModel,  # Model
+    examples,  # Examples
+    tuned: bool = True,  # False: the base model
+    batch_size: int = 16,  # Rows at once
+) -> list[tuple[float, int]]:  # For each example the summed loss [nats] and the tokens it is summed over
     "Negative log-likelihood of each example's trained tokens"
     import torch
     from transformers import DataCollatorForSeq2Seq
-    collate,out = DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100),{}
+
+    collate, out = DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100), {}
     with answering(model, tuned) as net, quiet():
         model.tok.padding_side = 'right'
         for part in _passes([len(e) for e in examples], batch_size, len(model.tok)):
-            x = collate([dict(input_ids=e.input_ids, labels=e.labels, attention_mask=[1]*len(e)) for e in map(examples.__getitem__, part)]).to(net.device)
-            labels = x.pop('labels')[:,1:]
+            x = collate(
+                [
+                    dict(input_ids=e.input_ids, labels=e.labels, attention_mask=[1] * len(e))
+                    for e in map(examples.__getitem__, part)
+                ]
+            ).to(net.device)
+            labels = x.pop('labels')[:, 1:]
             at = labels != -100
-            nll = torch.nn.functional.cross_entropy(net(**x, use_cache=False).logits[:,:-1][at].float(), labels[at], reduction='none').cpu().double()
-            sums = torch.zeros(len(part), dtype=torch.double).index_add(0, at.nonzero()[:,0].cpu(), nll)
-            out |= {i:(float(v), int(n)) for i,v,n in zip(part, sums, at.sum(1))}
+            nll = (
+                torch.nn.functional.cross_entropy(
+                    net(**x, use_cache=False).logits[:, :-1][at].float(), labels[at], reduction='none'
+                )
+                .cpu()
+                .double()
+            )
+            sums = torch.zeros(len(part), dtype=torch.double).index_add(0, at.nonzero()[:, 0].cpu(), nll)
+            out |= {i: (float(v), int(n)) for i, v, n in zip(part, sums, at.sum(1))}
     return [out[i] for i in range(len(examples))]
 
 # %% ../../nbs/evaluation/evaluation.ipynb #8dd99633
 def response_loss(
-    model:LoadedModel, # Model
-    examples, # Examples
-    tuned:bool=True, # False: the base model
-    batch_size:int=16, # Rows at once
-)->dict: # loss [nats per token], perplexity, tokens
+    model: LoadedModel,  # Model
+    examples,  # Examples
+    tuned: bool = True,  # False: the base model
+    batch_size: int = 16,  # Rows at once
+) -> dict:  # loss [nats per token], perplexity, tokens
     "Mean loss over the trained tokens of held-out examples"
     return _mean_loss(row_losses(model, examples, tuned, batch_size))
 
+
 def _mean_loss(losses):
-    total,count = (sum(c) for c in zip(*losses))
-    return dict(loss=total/count, perplexity=math.exp(min(total/count, 700)), tokens=count)
+    total, count = (sum(c) for c in zip(*losses))
+    return dict(loss=total / count, perplexity=math.exp(min(total / count, 700)), tokens=count)
 
 # %% ../../nbs/evaluation/evaluation.ipynb #0362cec4
 @dataclass(frozen=True)
 class Choice:
     "How likely each option is as the answer"
-    options:list[str]
-    logprobs:list[float] # Sum over the tokens of each option [nats]
+
+    options: list[str]
+    logprobs: list[float]  # Sum over the tokens of each option [nats]
+
     @property
-    def likeliest(self)->str: return max(zip(self.logprobs, self.options))[1]
+    def likeliest(self) -> str:
+        return max(zip(self.logprobs, self.options))[1]
+
     @property
-    def likeliest_by_length(self)->str: return max(zip((v/max(1, len(o)) for v,o in zip(self.logprobs, self.options)), self.options))[1]
+    def likeliest_by_length(self) -> str:
+        return max(zip((v / max(1, len(o)) for v, o in zip(self.logprobs, self.options)), self.options))[1]
+
 
 def _option_logprobs(model, net, pairs):
     "Summed log-probability of each option behind its prompt; pairs of token ids"
     import torch
-    keep = max(len(o) for _,o in pairs)+1
-    x = model.tok.pad([dict(input_ids=p+o, attention_mask=[1]*len(p+o)) for p,o in pairs], return_tensors='pt').to(net.device)
-    at = (x['attention_mask'].cumsum(-1)-1).clamp(min=0) # Padded on the left, so that the options end together
-    logits = net(**x, position_ids=at, use_cache=False, logits_to_keep=keep).logits[:,-keep:-1]
-    got = torch.log_softmax(logits.float(), -1).gather(-1, x['input_ids'][:,-keep+1:,None])[...,0]
-    return [float(g[-len(o):].sum()) for g,(_,o) in zip(got, pairs)]
+
+    keep = max(len(o) for _, o in pairs) + 1
+    x = model.tok.pad(
+        [dict(input_ids=p + o, attention_mask=[1] * len(p + o)) for p, o in pairs], return_tensors='pt'
+    ).to(net.device)
+    at = (x['attention_mask'].cumsum(-1) - 1).clamp(min=0)  # Padded on the left, so that the options end together
+    logits = net(**x, position_ids=at, use_cache=False, logits_to_keep=keep).logits[:, -keep:-1]
+    got = torch.log_softmax(logits.float(), -1).gather(-1, x['input_ids'][:, -keep + 1 :, None])[..., 0]
+    return [float(g[-len(o) :].sum()) for g, (_, o) in zip(got, pairs)]
 
 # %% ../../nbs/evaluation/evaluation.ipynb #269b4a50
 def choose(
-    model:LoadedModel, # Model
-    prompts, # Conversations, lists of messages, or texts
-    options:list[str], # The answers to choose from
-    tuned:bool=True, # False: the base model
-    batch_size:int=16, # Prompts with an option at once
-)->list[Choice]:
+    model: LoadedModel,  # Model
+    prompts,  # Conversations, lists of messages, or texts
+    options: list[str],  # The answers to choose from
+    tuned: bool = True,  # False: the base model
+    batch_size: int = 16,  # Prompts with an option at once
+) -> list[Choice]:
     "The log-probability of each option as the answer to each prompt"
-    ids = [[i for i,of_option in zip(*piece) if of_option] for piece in encode_pieces(model.tok, [[('x', False), (o, True)] for o in options])] # As inside a text
-    if len(options) < 2 or not all(ids): raise SpecError(f"options: got {options!r}; at least two are needed, none of them empty")
+    ids = [
+        [i for i, of_option in zip(*piece) if of_option]
+        for piece in encode_pieces(model.tok, [[('x', False), (o, True)] for o in options])
+    ]  # As inside a text
+    if len(options) < 2 or not all(ids):
+        raise SpecError(f"options: got {options!r}; at least two are needed, none of them empty")
     asked = [model.formatter.prompt_ids([dict(role='user', content=p)] if isinstance(p, str) else p) for p in prompts]
-    pairs,out = [(p, o) for p in asked for o in ids],{}
+    pairs, out = [(p, o) for p in asked for o in ids], {}
     with answering(model, tuned) as net, quiet():
-        for part in _passes([len(p)+len(o) for p,o in pairs], batch_size, 1):
+        for part in _passes([len(p) + len(o) for p, o in pairs], batch_size, 1):
             out |= dict(zip(part, _option_logprobs(model, net, [pairs[i] for i in part])))
     k = len(options)
-    return [Choice(list(options), [out[i*k+j] for j in range(k)]) for i in range(len(asked))]
+    return [Choice(list(options), [out[i * k + j] for j in range(k)]) for i in range(len(asked))]
 
 # %% ../../nbs/evaluation/evaluation.ipynb #82332f17
 class Evaluation(tuple):
     "(metrics, answers), and beside them what each row got"
-    def __new__(cls, metrics:dict, answers:list=(), scores:dict|None=None, weights:dict|None=None):
+
+    def __new__(cls, metrics: dict, answers: list = (), scores: dict | None = None, weights: dict | None = None):
         self = super().__new__(cls, (metrics, answers))
-        self.metrics,self.answers,self.scores,self.weights = metrics,answers,scores or {},weights or {} # `scores`: name to a number for each row; `weights`: of the rows, where they are not all the same
+        self.metrics, self.answers, self.scores, self.weights = (
+            metrics,
+            answers,
+            scores or {},
+            weights or {},
+        )  # `scores`: name to a number for each row; `weights`: of the rows, where they are not all the same
         return self
 
-MOST = 64 # Options of a choice
+
+MOST = 64  # Options of a choice
+
 
 def _choice_scores(model, convs, expected, tuned, batch_size):
     "acc and acc_norm of each row, with all expected answers as the options"
     options = sorted(set(expected))
-    if not 2 <= len(options) <= MOST: raise ScorerError(f"scorer choice: the rows have {len(options)} different answers, and choosing needs 2 to {MOST}; use exact_match")
+    if not 2 <= len(options) <= MOST:
+        raise ScorerError(
+            f"scorer choice: the rows have {len(options)} different answers, and choosing needs 2 to {MOST}; use exact_match"
+        )
     got = choose(model, convs, options, tuned, batch_size)
-    return dict(acc=[float(c.likeliest == e) for c,e in zip(got, expected)], acc_norm=[float(c.likeliest_by_length == e) for c,e in zip(got, expected)])
+    return dict(
+        acc=[float(c.likeliest == e) for c, e in zip(got, expected)],
+        acc_norm=[float(c.likeliest_by_length == e) for c, e in zip(got, expected)],
+    )
+
 
 def _checked(scorers, fmt, convs):
     "Scorers as functions, tried on the right answers; the expected answers; choose as well?"
     if fmt.template == 'raw':
-        if scorers: raise SpecError(f"scorers: {', '.join(scorers)} compare answers, and the rows are plain text, which has none; leave scorers out to measure the loss")
-        return {},[],False
+        if scorers:
+            raise SpecError(
+                f"scorers: {', '.join(scorers)} compare answers, and the rows are plain text, which has none; leave scorers out to measure the loss"
+            )
+        return {}, [], False
     expected = [fmt.answer(c) for c in convs]
     found = scorers if isinstance(scorers, dict) else named_scorers(scorers) if scorers else default_scorers(expected)
     score_rows(found, expected, expected, [c.row for c in convs])
-    return found,expected,not isinstance(scorers, dict) and 'choice' in (scorers or ())
+    return found, expected, not isinstance(scorers, dict) and 'choice' in (scorers or ())
 
 # %% ../../nbs/evaluation/evaluation.ipynb #c6e2f3c4
 def evaluate(
-    model:LoadedModel, # Model
-    convs, # Held-out conversations
-    scorers=None, # Names as in `scoring`, or a dict of name to function (expected, answer) to number; default: what suits the rows
-    tuned:bool=True, # False: the base model
-    max_new_tokens:int=96, # [tokens]
-    batch_size:int=16, # Rows at once
-    run:Run|None=None, # Keeps what was found, and gives it again when nothing has changed
-)->Evaluation: # (metrics, answers), with `scores` of each row
+    model: LoadedModel,  # Model
+    convs,  # Held-out conversations
+    scorers=None,  # Names as in `scoring`, or a dict of name to function (expected, answer) to number; default: what suits the rows
+    tuned: bool = True,  # False: the base model
+    max_new_tokens: int = 96,  # [tokens]
+    batch_size: int = 16,  # Rows at once
+    run: Run | None = None,  # Keeps what was found, and gives it again when nothing has changed
+) -> Evaluation:  # (metrics, answers), with `scores` of each row
     "Held-out loss, perplexity and the mean of each score"
-    if run is not None and not isinstance(scorers, dict): return _kept(model, convs, run, dict(scorers=list(scorers or ()), tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size))
+    if run is not None and not isinstance(scorers, dict):
+        return _kept(
+            model,
+            convs,
+            run,
+            dict(scorers=list(scorers or ()), tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size),
+        )
     fmt = model.formatter_for(convs)
-    found,expected,choice = _checked(scorers, fmt, convs)
+    found, expected, choice = _checked(scorers, fmt, convs)
     exs = make_examples(convs, fmt, model.plan.max_seq_length, 'truncate')
     losses = row_losses(model, exs, tuned, batch_size)
-    metrics = _mean_loss(losses)|dict(loss_rows_cut=exs.rows.noted.get('examples_truncated', 0)+exs.rows.left_out['nothing_trained'], rows=len(convs))
-    per_row,weights = dict(loss=[s/max(1, n) for s,n in losses]),dict(loss=[n for _,n in losses])
-    if fmt.template == 'raw': return Evaluation(metrics, [], per_row, weights)
+    metrics = _mean_loss(losses) | dict(
+        loss_rows_cut=exs.rows.noted.get('examples_truncated', 0) + exs.rows.left_out['nothing_trained'],
+        rows=len(convs),
+    )
+    per_row, weights = dict(loss=[s / max(1, n) for s, n in losses]), dict(loss=[n for _, n in losses])
+    if fmt.template == 'raw':
+        return Evaluation(metrics, [], per_row, weights)
     answers = generate(model, convs, Sampling(max_new_tokens=max_new_tokens), tuned, batch_size) if found else []
     scores = score_rows(found, expected, [a.text for a in answers], [c.row for c in convs]) if found else {}
-    if choice: scores |= _choice_scores(model, convs, expected, tuned, batch_size)
-    means = {k:sum(v)/len(v) for k,v in scores.items()}
-    return Evaluation(means|metrics|(dict(cut_off=sum(not a.stopped for a in answers)) if found else {}), answers, scores|per_row, weights)
+    if choice:
+        scores |= _choice_scores(model, convs, expected, tuned, batch_size)
+    means = {k: sum(v) / len(v) for k, v in scores.items()}
+    return Evaluation(
+        means | metrics | (dict(cut_off=sum(not a.stopped for a in answers)) if found else {}),
+        answers,
+        scores | per_row,
+        weights,
+    )
 
 # %% ../../nbs/evaluation/evaluation.ipynb #610507ce
 def _kept(model, convs, run, how):
     "What `evaluate` found, from the run where it is there"
-    inputs = how|dict(base=model.base, trained=weights_sha256(model.model) if how['tuned'] else None, rows=rows_sha256(convs), plan={k:getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')}, template=model.formatter_for(convs).template, code=code_hashes(('evaluation/evaluation', 'tokens/formatting', 'evaluation/generation', 'training/loading', 'core/scoring', 'tokens/tool_calls')))
+    inputs = how | dict(
+        base=model.base,
+        trained=weights_sha256(model.model) if how['tuned'] else None,
+        rows=rows_sha256(convs),
+        plan={k: getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')},
+        template=model.formatter_for(convs).template,
+        code=code_hashes(
+            (
+                'evaluation/evaluation',
+                'tokens/formatting',
+                'evaluation/generation',
+                'training/loading',
+                'core/scoring',
+                'tokens/tool_calls',
+            )
+        ),
+    )
+
     def make():
         e = evaluate(model, convs, **how)
         return dict(metrics=e.metrics, answers=[asdict(a) for a in e.answers], scores=e.scores, weights=e.weights)
+
     got = run.keep('tuned_evaluation' if how['tuned'] else 'base_evaluation', inputs, make)
     return Evaluation(got['metrics'], [Answer(**a) for a in got['answers']], got['scores'], got['weights'])
 
 # %% ../../nbs/evaluation/evaluation.ipynb #e3870748
 def contrast(
-    sides:dict, # `base` and `tuned`, or one of them, to Evaluation
-    confidence:float=CONFIDENCE, # Of the intervals
-    bootstrap_samples:int=SAMPLES, # Of the bootstrap and of permutation tests
-    seed:int=0,
-)->dict: # confidence, bootstrap_samples, seed, scores, values, weights
+    sides: dict,  # `base` and `tuned`, or one of them, to Evaluation
+    confidence: float = CONFIDENCE,  # Of the intervals
+    bootstrap_samples: int = SAMPLES,  # Of the bootstrap and of permutation tests
+    seed: int = 0,
+) -> dict:  # confidence, bootstrap_samples, seed, scores, values, weights
     "Intervals of each side's scores, and of their difference with the p-value of a paired test"
-    how,names = dict(confidence=confidence, samples=bootstrap_samples, seed=seed),list(dict.fromkeys(n for e in sides.values() for n in e.scores))
-    res = {n:{s:asdict(estimate(e.scores[n], e.weights.get(n), **how)) for s,e in sides.items() if n in e.scores} for n in names}
+    how, names = (
+        dict(confidence=confidence, samples=bootstrap_samples, seed=seed),
+        list(dict.fromkeys(n for e in sides.values() for n in e.scores)),
+    )
+    res = {
+        n: {s: asdict(estimate(e.scores[n], e.weights.get(n), **how)) for s, e in sides.items() if n in e.scores}
+        for n in names
+    }
     if len(sides) == 2:
-        a,b = sides.values()
+        a, b = sides.values()
         for n in names:
-            if n in a.scores and n in b.scores: res[n]['difference'] = asdict(difference(a.scores[n], b.scores[n], a.weights.get(n), **how))
-    return dict(confidence=confidence, bootstrap_samples=bootstrap_samples, seed=seed, scores=res, values={s:e.scores for s,e in sides.items()}, weights={n:w for e in sides.values() for n,w in e.weights.items()})
+            if n in a.scores and n in b.scores:
+                res[n]['difference'] = asdict(difference(a.scores[n], b.scores[n], a.weights.get(n), **how))
+    return dict(
+        confidence=confidence,
+        bootstrap_samples=bootstrap_samples,
+        seed=seed,
+        scores=res,
+        values={s: e.scores for s, e in sides.items()},
+        weights={n: w for e in sides.values() for n, w in e.weights.items()},
+    )
 
 # %% ../../nbs/evaluation/evaluation.ipynb #92510e0e
 @dataclass
 class Comparison:
     "Base and tuned model on the same held-out rows"
-    metrics:dict # `base` and `tuned` to metrics
-    samples:list=field(default_factory=list) # dicts with row, prompt, expected, base, tuned, scores
-    statistics:dict=field(default_factory=dict) # As `contrast` gives them
+
+    metrics: dict  # `base` and `tuned` to metrics
+    samples: list = field(default_factory=list)  # dicts with row, prompt, expected, base, tuned, scores
+    statistics: dict = field(default_factory=dict)  # As `contrast` gives them
+
 
 @patch
-def _score_rows(self:Comparison):
+def _score_rows(self: Comparison):
     "The statistics as rows of cells, a head first"
     st = self.statistics
-    pct = f"{100*st['confidence']:g}% interval"
+    pct = f"{100 * st['confidence']:g}% interval"
     both = any('difference' in v for v in st['scores'].values())
     yield ['score', *self.metrics, *(['difference', pct, 'p', 'higher / lower'] if both else []), 'rows']
-    for name,v in st['scores'].items():
+    for name, v in st['scores'].items():
         sides = [Estimate(**v[s]) if s in v else None for s in self.metrics]
         d = Difference(**v['difference']) if 'difference' in v else None
-        yield [name, *(f'{number(e.mean)} {interval(e)}' if e else '' for e in sides), *(([number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}'] if d else ['']*4) if both else []), str(max(e.n for e in sides if e))]
+        yield [
+            name,
+            *(f'{number(e.mean)} {interval(e)}' if e else '' for e in sides),
+            *(
+                (
+                    [number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}']
+                    if d
+                    else [''] * 4
+                )
+                if both
+                else []
+            ),
+            str(max(e.n for e in sides if e)),
+        ]
 
 # %% ../../nbs/evaluation/evaluation.ipynb #5615a30e
 @patch
-def notes(self:Comparison)->list[str]:
+def notes(self: Comparison) -> list[str]:
     "What must be known to read the statistics"
-    if not (st := self.statistics).get('scores'): return []
+    if not (st := self.statistics).get('scores'):
+        return []
     few = min(v[s]['n'] for v in st['scores'].values() for s in self.metrics if s in v)
-    ds = {n:v['difference'] for n,v in st['scores'].items() if 'difference' in v}
-    chance = [n for n,d in ds.items() if d['p'] > 1-st['confidence']]
+    ds = {n: v['difference'] for n, v in st['scores'].items() if 'difference' in v}
+    chance = [n for n, d in ds.items() if d['p'] > 1 - st['confidence']]
     tests = dict.fromkeys(d['test'] for d in ds.values())
     lines = [caution(few, st['confidence'])]
-    if chance: lines.append(f"not told apart from chance: {', '.join(chance)}")
-    if tests: lines.append('; '.join(f"{t}: {', '.join(n for n,d in ds.items() if d['test'] == t)}" for t in tests)+'; each score is tested alone')
-    return [*filter(None, lines), f"intervals: Wilson's and Newcombe's for yes or no, else bootstrap (BCa, {st['bootstrap_samples']:,} samples, seed {st['seed']}); –: there is no spread to resample"]
+    if chance:
+        lines.append(f"not told apart from chance: {', '.join(chance)}")
+    if tests:
+        lines.append(
+            '; '.join(f"{t}: {', '.join(n for n, d in ds.items() if d['test'] == t)}" for t in tests)
+            + '; each score is tested alone'
+        )
+    return [
+        *filter(None, lines),
+        f"intervals: Wilson's and Newcombe's for yes or no, else bootstrap (BCa, {st['bootstrap_samples']:,} samples, seed {st['seed']}); –: there is no spread to resample",
+    ]
 
 # %% ../../nbs/evaluation/evaluation.ipynb #a6faace1
 def _html_table(rows, left=False):
     style = ' style="text-align:left;vertical-align:top;white-space:pre-wrap"' if left else ''
-    cells = lambda r,tag,style='': '<tr>'+''.join(f'<{tag}{style}>{html_text(c)}</{tag}>' for c in r)+'</tr>'
-    return '<table>'+cells(rows[0], 'th')+''.join(cells(r, 'td', style) for r in rows[1:])+'</table>' if rows else ''
+    cells = lambda r, tag, style='': '<tr>' + ''.join(f'<{tag}{style}>{html_text(c)}</{tag}>' for c in r) + '</tr>'
+    return (
+        '<table>' + cells(rows[0], 'th') + ''.join(cells(r, 'td', style) for r in rows[1:]) + '</table>' if rows else ''
+    )
+
 
 @patch
-def _repr_html_(self:Comparison):
+def _repr_html_(self: Comparison):
     cols = [k for k in ('prompt', 'expected', 'base', 'tuned') if self.samples and k in self.samples[0]]
     names = list(dict.fromkeys(n for m in self.metrics.values() for n in m))
     shown = lambda v: '' if v is None else f'{v:.4g}'
-    table = _html_table([['', *self.metrics], *([n.replace('_', ' '), *(shown(m.get(n)) for m in self.metrics.values())] for n in names)])
+    table = _html_table(
+        [
+            ['', *self.metrics],
+            *([n.replace('_', ' '), *(shown(m.get(n)) for m in self.metrics.values())] for n in names),
+        ]
+    )
     stats = _html_table([*self._score_rows()]) if self.statistics.get('scores') else ''
     notes = ''.join(f'<li>{html_text(n)}</li>' for n in self.notes())
-    return table+stats+(f'<ul>{notes}</ul>' if notes else '')+_html_table([cols, *([str(r[c]) for c in cols] for r in self.samples[:5])] if cols else [], True)
+    return (
+        table
+        + stats
+        + (f'<ul>{notes}</ul>' if notes else '')
+        + _html_table([cols, *([str(r[c]) for c in cols] for r in self.samples[:5])] if cols else [], True)
+    )
+
 
 @patch
-def __repr__(self:Comparison):
+def __repr__(self: Comparison):
     lines = [before_after(self.metrics)]
     if self.statistics.get('scores'):
         rows = [*self._score_rows()]
         wide = [max(map(len, c)) for c in zip(*rows)]
-        lines += ['', *('  '.join(c.ljust(n) for c,n in zip(r, wide)).rstrip() for r in rows), *self.notes()]
-    for r in self.samples[:3]: lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
+        lines += ['', *('  '.join(c.ljust(n) for c, n in zip(r, wide)).rstrip() for r in rows), *self.notes()]
+    for r in self.samples[:3]:
+        lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
     return plain_text('\n'.join(lines))
 
 # %% ../../nbs/evaluation/evaluation.ipynb #00a82644
 def _sample_rows(model, convs, sides):
     "Question, expected answer, answers and scores of each row"
-    of = lambda e,i: {k:v[i] for k,v in e.scores.items() if k not in e.weights}
-    row = lambda i,c: dict(row=c.row, prompt=c.messages[-2]['content'], expected=model.formatter_for(convs).answer(c), **{s:e.answers[i].text for s,e in sides.items() if e.answers}, scores={s:of(e, i) for s,e in sides.items()})
-    return [row(i, c) for i,c in enumerate(convs) if c.messages]
+    of = lambda e, i: {k: v[i] for k, v in e.scores.items() if k not in e.weights}
+    row = lambda i, c: dict(
+        row=c.row,
+        prompt=c.messages[-2]['content'],
+        expected=model.formatter_for(convs).answer(c),
+        **{s: e.answers[i].text for s, e in sides.items() if e.answers},
+        scores={s: of(e, i) for s, e in sides.items()},
+    )
+    return [row(i, c) for i, c in enumerate(convs) if c.messages]
+
 
 def compare(
-    model:LoadedModel, # Model with its trained adapter
-    convs, # Held-out conversations
-    run:Run|None=None, # Gets `samples.jsonl` and `statistics.json`, and keeps what was found
-    base:Evaluation|None=None, # What `evaluate` said of the base model, when it was asked before training
-    sides=('base', 'tuned'), # Which to ask
-    confidence:float=CONFIDENCE, # Of the intervals
-    bootstrap_samples:int=SAMPLES, # Of the bootstrap and of permutation tests
-    seed:int=0, # Of both
-    **kw, # As in `evaluate`
-)->Comparison:
+    model: LoadedModel,  # Model with its trained adapter
+    convs,  # Held-out conversations
+    run: Run | None = None,  # Gets `samples.jsonl` and `statistics.json`, and keeps what was found
+    base: Evaluation | None = None,  # What `evaluate` said of the base model, when it was asked before training
+    sides=('base', 'tuned'),  # Which to ask
+    confidence: float = CONFIDENCE,  # Of the intervals
+    bootstrap_samples: int = SAMPLES,  # Of the bootstrap and of permutation tests
+    seed: int = 0,  # Of both
+    **kw,  # As in `evaluate`
+) -> Comparison:
     "Base and tuned model on the same rows"
-    sides = {s:base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', run=run, **kw) for s in sides}
-    stats = contrast(sides, confidence, bootstrap_samples, seed)|dict(rows_sha256=rows_sha256(convs))
-    res = Comparison({s:e.metrics for s,e in sides.items()}, _sample_rows(model, convs, sides), stats)
-    if run is not None: run.save('statistics', stats)
-    if run is not None and res.samples: run.save_samples(res.samples)
+    sides = {
+        s: base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', run=run, **kw) for s in sides
+    }
+    stats = contrast(sides, confidence, bootstrap_samples, seed) | dict(rows_sha256=rows_sha256(convs))
+    res = Comparison({s: e.metrics for s, e in sides.items()}, _sample_rows(model, convs, sides), stats)
+    if run is not None:
+        run.save('statistics', stats)
+    if run is not None and res.samples:
+        run.save_samples(res.samples)
     return res

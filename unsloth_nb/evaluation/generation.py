@@ -7,212 +7,361 @@ __all__ = ['Sampling', 'row_seed', 'answering', 'Answer', 'Answers', 'as_message
            'stream', 'show_pieces', 'show_stream', 'load_run']
 
 # %% ../../nbs/evaluation/generation.ipynb #dcbe1563
-import bisect,math,queue,secrets,sys,threading,time
-from contextlib import contextmanager,nullcontext
-from dataclasses import dataclass,field,replace
+import bisect
+import math
+import queue
+import secrets
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from numbers import Real
 import numpy as np
 
 from ..data.conversations import Conversation
-from ..planning.devices import peak_memory,reset_peak
+from ..planning.devices import peak_memory, reset_peak
 from ..core.engine import quiet
-from ..core.escaping import html_text,plain_text
-from ..training.loading import LoadedModel,load_adapter
+from ..core.escaping import html_text, plain_text
+from ..training.loading import LoadedModel, load_adapter
 from ..planning.plan import run_plan
 from ..runs.run import open_run
-from ..core.schema import SpecError,nearest
-from ..tokens.tool_calls import as_tools,parse_calls
+from ..core.schema import SpecError, nearest
+from ..tokens.tool_calls import as_tools, parse_calls
 
 # %% ../../nbs/evaluation/generation.ipynb #43ae27a1
-_whole,_positive = (lambda v: isinstance(v, int) and not isinstance(v, bool)),(lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf)
-_bounds = dict(max_new_tokens=(lambda v: _whole(v) and v >= 1, 'a whole number from 1'), temperature=(lambda v: _positive(v) and v >= 0, 'a number from 0'), top_p=(lambda v: _positive(v) and 0 < v <= 1, 'above 0 and at most 1'),
-    top_k=(lambda v: _whole(v) and v >= 0, 'a whole number from 0'), min_p=(lambda v: _positive(v) and 0 <= v <= 1, 'from 0 to 1'), repetition_penalty=(lambda v: _positive(v) and v > 0, 'above 0'),
-    seed=(lambda v: v is None or _whole(v) and 0 <= v < 2**63, 'a whole number from 0, or None'), stop=(lambda v: all(isinstance(s, str) and s for s in v), 'texts with at least one character'))
+_whole, _positive = (
+    (lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    (lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf),
+)
+_bounds = dict(
+    max_new_tokens=(lambda v: _whole(v) and v >= 1, 'a whole number from 1'),
+    temperature=(lambda v: _positive(v) and v >= 0, 'a number from 0'),
+    top_p=(lambda v: _positive(v) and 0 < v <= 1, 'above 0 and at most 1'),
+    top_k=(lambda v: _whole(v) and v >= 0, 'a whole number from 0'),
+    min_p=(lambda v: _positive(v) and 0 <= v <= 1, 'from 0 to 1'),
+    repetition_penalty=(lambda v: _positive(v) and v > 0, 'above 0'),
+    seed=(lambda v: v is None or _whole(v) and 0 <= v < 2**63, 'a whole number from 0, or None'),
+    stop=(lambda v: all(isinstance(s, str) and s for s in v), 'texts with at least one character'),
+)
 
 # %% ../../nbs/evaluation/generation.ipynb #fc444f53
 @dataclass(frozen=True)
 class Sampling:
     "How the next token is chosen, and where an answer ends; raises `SpecError`"
-    max_new_tokens:int=256 # Longest answer [tokens]
-    temperature:float=0.0 # 0: greedy
-    top_p:float=1.0 # Smallest set of tokens with this probability (nucleus sampling, arXiv:1904.09751)
-    top_k:int=0 # Only the k likeliest tokens; 0: all
-    min_p:float=0.0 # Only tokens at least this likely relative to the likeliest (arXiv:2407.01082)
-    repetition_penalty:float=1.0 # Above 1: tokens already written become less likely (CTRL, arXiv:1909.05858)
-    seed:int|None=None # Same seed, same samples
-    stop:tuple=() # Texts that end an answer, besides the model's end tokens
+
+    max_new_tokens: int = 256  # Longest answer [tokens]
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # Smallest set of tokens with this probability (nucleus sampling, arXiv:1904.09751)
+    top_k: int = 0  # Only the k likeliest tokens; 0: all
+    min_p: float = 0.0  # Only tokens at least this likely relative to the likeliest (arXiv:2407.01082)
+    repetition_penalty: float = 1.0  # Above 1: tokens already written become less likely (CTRL, arXiv:1909.05858)
+    seed: int | None = None  # Same seed, same samples
+    stop: tuple = ()  # Texts that end an answer, besides the model's end tokens
 
     def __new__(cls, *args, **kw):
         bad = [f"{k!r} is no parameter of Sampling{nearest(k, _bounds)}" for k in kw if k not in _bounds]
-        if bad: raise SpecError('; '.join(bad)+f"; there are {', '.join(_bounds)}")
+        if bad:
+            raise SpecError('; '.join(bad) + f"; there are {', '.join(_bounds)}")
         return super().__new__(cls)
+
     def __post_init__(self):
         object.__setattr__(self, 'stop', (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        bad = [f"{k}: got {getattr(self, k)!r}, expected {what}" for k,(ok,what) in _bounds.items() if not ok(getattr(self, k))]
-        idle = [k for k in ('top_p', 'top_k', 'min_p') if not self.temperature and getattr(self, k) != type(self).__dataclass_fields__[k].default]
-        if idle and not bad: bad = [f"{', '.join(idle)}: greedy decoding does not read {'it' if len(idle) == 1 else 'them'}; set a temperature above 0"]
-        if bad: raise SpecError('; '.join(bad))
+        bad = [
+            f"{k}: got {getattr(self, k)!r}, expected {what}"
+            for k, (ok, what) in _bounds.items()
+            if not ok(getattr(self, k))
+        ]
+        idle = [
+            k
+            for k in ('top_p', 'top_k', 'min_p')
+            if not self.temperature and getattr(self, k) != type(self).__dataclass_fields__[k].default
+        ]
+        if idle and not bad:
+            bad = [
+                f"{', '.join(idle)}: greedy decoding does not read {'it' if len(idle) == 1 else 'them'}; set a temperature above 0"
+            ]
+        if bad:
+            raise SpecError('; '.join(bad))
 
 # %% ../../nbs/evaluation/generation.ipynb #a3a289b1
-def _generation_config(model, s:Sampling):
+def _generation_config(model, s: Sampling):
     "All parameters, stated, so that none comes from the model's files"
     from transformers import GenerationConfig
-    return GenerationConfig(do_sample=False, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=s.max_new_tokens, repetition_penalty=s.repetition_penalty, num_beams=1, use_cache=True,
-        eos_token_id=model.formatter.stop_ids(), pad_token_id=model.tok.pad_token_id, bos_token_id=model.tok.bos_token_id)
+
+    return GenerationConfig(
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=s.max_new_tokens,
+        repetition_penalty=s.repetition_penalty,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=model.formatter.stop_ids(),
+        pad_token_id=model.tok.pad_token_id,
+        bos_token_id=model.tok.bos_token_id,
+    )
 
 # %% ../../nbs/evaluation/generation.ipynb #6510de5d
 class _Sampler:
     "Noise on the scores, each row's from its own random numbers, so that the largest is a sample"
+
     def __init__(self, s, rows, device):
         import torch
-        from transformers import MinPLogitsWarper,TemperatureLogitsWarper,TopKLogitsWarper,TopPLogitsWarper
+        from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
         self.gens = [torch.Generator(device).manual_seed(row_seed(s.seed, i)) for i in rows]
-        self.cuts = [TemperatureLogitsWarper(float(s.temperature)), *([TopKLogitsWarper(s.top_k)] if s.top_k else []), *([TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []), *([MinPLogitsWarper(s.min_p)] if s.min_p else [])]
+        self.cuts = [
+            TemperatureLogitsWarper(float(s.temperature)),
+            *([TopKLogitsWarper(s.top_k)] if s.top_k else []),
+            *([TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []),
+            *([MinPLogitsWarper(s.min_p)] if s.min_p else []),
+        ]
+
     def __call__(self, ids, scores):
         import torch
-        for cut in self.cuts: scores = cut(ids, scores)
-        noise = torch.stack([torch.empty_like(r).exponential_(generator=g) for g,r in zip(self.gens, scores)])
-        return scores-noise.clamp_min_(1e-30).log()
 
-def row_seed(seed:int, i:int)->int:
+        for cut in self.cuts:
+            scores = cut(ids, scores)
+        noise = torch.stack([torch.empty_like(r).exponential_(generator=g) for g, r in zip(self.gens, scores)])
+        return scores - noise.clamp_min_(1e-30).log()
+
+
+def row_seed(seed: int, i: int) -> int:
     "The seed of the prompt at place `i`"
     return int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../../nbs/evaluation/generation.ipynb #a2680594
 class _StopStrings:
     "Ends the rows whose newest text completes a stop string"
-    def __init__(self, tok, stop, start): self.tok,self.stop,self.start,self.reach = tok,stop,start,max(len(s.encode()) for s in stop)+4
+
+    def __init__(self, tok, stop, start):
+        self.tok, self.stop, self.start, self.reach = tok, stop, start, max(len(s.encode()) for s in stop) + 4
+
     def __call__(self, ids, scores, **kw):
         import torch
-        tails = self.tok.batch_decode(ids[:,max(self.start, ids.shape[1]-self.reach):].tolist(), skip_special_tokens=True)
+
+        tails = self.tok.batch_decode(
+            ids[:, max(self.start, ids.shape[1] - self.reach) :].tolist(), skip_special_tokens=True
+        )
         return torch.tensor([any(s in t for s in self.stop) for t in tails], device=ids.device)
+
 
 def _how(model, s, rows, start, *more):
     "What `generate` is told beside the prompts: configuration, sampler and stopping rules for these rows"
-    from transformers import LogitsProcessorList,StoppingCriteriaList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
     stops = [*more, *([_StopStrings(model.tok, s.stop, start)] if s.stop else [])]
-    return dict(generation_config=_generation_config(model, s), logits_processor=LogitsProcessorList([_Sampler(s, rows, model.model.device)] if s.temperature else []), stopping_criteria=StoppingCriteriaList(stops))
+    return dict(
+        generation_config=_generation_config(model, s),
+        logits_processor=LogitsProcessorList([_Sampler(s, rows, model.model.device)] if s.temperature else []),
+        stopping_criteria=StoppingCriteriaList(stops),
+    )
 
 # %% ../../nbs/evaluation/generation.ipynb #ab28c312
 @contextmanager
 def _contiguous_head(net):
     "Give the output layer contiguous input, so that its weights are not copied for each row of a batch"
     head = net.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda mod,args: (args[0].contiguous(), *args[1:])) if head is not None else None
-    try: yield
+    hook = (
+        head.register_forward_pre_hook(lambda mod, args: (args[0].contiguous(), *args[1:]))
+        if head is not None
+        else None
+    )
+    try:
+        yield
     finally:
-        if hook: hook.remove()
+        if hook:
+            hook.remove()
+
 
 @contextmanager
 def _room(net, length):
     "Room for prompts longer than `max_seq_length`: on a GPU, Unsloth's Llama cuts them without an error"
     held = [(m, m.max_seq_length) for m in net.modules() if (vars(m).get('max_seq_length') or length) < length]
-    for m,_ in held: m.max_seq_length = length
-    try: yield
+    for m, _ in held:
+        m.max_seq_length = length
+    try:
+        yield
     finally:
-        for m,n in held: m.max_seq_length = n
+        for m, n in held:
+            m.max_seq_length = n
 
 # %% ../../nbs/evaluation/generation.ipynb #d12e7c33
 @contextmanager
-def answering(model:LoadedModel, tuned:bool=True, length:int=0):
+def answering(model: LoadedModel, tuned: bool = True, length: int = 0):
     "The model set to answer: dropout and checkpointing off, and the adapter off when `tuned` is false"
     import torch
     from unsloth import FastLanguageModel
+
     FastLanguageModel.for_inference(model.model)
-    model.tok.padding_side,model.model.config.use_cache = 'left',True
+    model.tok.padding_side, model.model.config.use_cache = 'left', True
     try:
-        with torch.inference_mode(), _contiguous_head(model.model), _room(model.model, length), nullcontext() if tuned else model.model.disable_adapter(): yield model.model
-    finally: model.tok.padding_side = 'right'
+        with (
+            torch.inference_mode(),
+            _contiguous_head(model.model),
+            _room(model.model, length),
+            nullcontext() if tuned else model.model.disable_adapter(),
+        ):
+            yield model.model
+    finally:
+        model.tok.padding_side = 'right'
 
 # %% ../../nbs/evaluation/generation.ipynb #e5bd623c
 @dataclass(frozen=True)
 class Answer:
     "What the model wrote"
-    text:str # Without special tokens, and without the stop string and what follows it
-    tokens:int # Tokens generated, the end token included
-    stopped:bool # False: cut at max_new_tokens
-    finish:str='' # `stop`: by an end token; `stop_string`; `length`: cut at max_new_tokens
-    tool_calls:list=field(default_factory=list) # dicts with name and arguments; a wrong one has `error` and `text` as well
-    content:str|None=None # The text beside the calls; None where no tools were given
+
+    text: str  # Without special tokens, and without the stop string and what follows it
+    tokens: int  # Tokens generated, the end token included
+    stopped: bool  # False: cut at max_new_tokens
+    finish: str = ''  # `stop`: by an end token; `stop_string`; `length`: cut at max_new_tokens
+    tool_calls: list = field(
+        default_factory=list
+    )  # dicts with name and arguments; a wrong one has `error` and `text` as well
+    content: str | None = None  # The text beside the calls; None where no tools were given
+
     def __post_init__(self):
-        if not self.finish: object.__setattr__(self, 'finish', 'stop' if self.stopped else 'length')
-    def __str__(self): return plain_text(self.text)
+        if not self.finish:
+            object.__setattr__(self, 'finish', 'stop' if self.stopped else 'length')
+
+    def __str__(self):
+        return plain_text(self.text)
+
     @property
-    def message(self)->dict:
+    def message(self) -> dict:
         "The answer as a message for the next turn"
-        calls = [dict(type='function', function=dict(name=c['name'], arguments=c['arguments'])) for c in self.tool_calls if 'error' not in c]
-        return dict(role='assistant', content=self.text)|(dict(content=self.content, tool_calls=calls) if calls else {})
+        calls = [
+            dict(type='function', function=dict(name=c['name'], arguments=c['arguments']))
+            for c in self.tool_calls
+            if 'error' not in c
+        ]
+        return dict(role='assistant', content=self.text) | (
+            dict(content=self.content, tool_calls=calls) if calls else {}
+        )
 
 # %% ../../nbs/evaluation/generation.ipynb #ba748720
 def _first(text, stop, at=0):
     "Where the first stop string begins; None without one"
     return min((i for s in stop if (i := text.find(s, at)) >= 0), default=None)
 
-def _answer(tok, ids, ends, stop=(), tools=None, prompt=())->Answer:
+
+def _answer(tok, ids, ends, stop=(), tools=None, prompt=()) -> Answer:
     "Cut the generated ids at the first end token, or the text at the first stop string"
     decode = lambda n, special=False: tok.decode(ids[:n], skip_special_tokens=not special)
-    n = next((i for i,t in enumerate(ids) if t in ends), None)
-    kept,tokens,finish = (len(ids), len(ids), 'length') if n is None else (n, n+1, 'stop')
+    n = next((i for i, t in enumerate(ids) if t in ends), None)
+    kept, tokens, finish = (len(ids), len(ids), 'length') if n is None else (n, n + 1, 'stop')
     text = decode(kept)
-    if _first(text, stop) is not None: # Only what was there when the first one was complete counts, as in a stream
-        kept = tokens = bisect.bisect_left(range(kept+1), True, key=lambda n: _first(decode(n), stop) is not None)
-        text,finish = decode(kept),'stop_string'
-        text = text[:_first(text, stop)]
-    if not tools: return Answer(text, tokens, finish != 'length', finish)
+    if _first(text, stop) is not None:  # Only what was there when the first one was complete counts, as in a stream
+        kept = tokens = bisect.bisect_left(range(kept + 1), True, key=lambda n: _first(decode(n), stop) is not None)
+        text, finish = decode(kept), 'stop_string'
+        text = text[: _first(text, stop)]
+    if not tools:
+        return Answer(text, tokens, finish != 'length', finish)
     raw = decode(kept, True)
-    return Answer(text, tokens, finish != 'length', finish, *parse_calls(tok, raw[:_first(raw, stop)], tools, tok.decode(prompt)))
+    return Answer(
+        text, tokens, finish != 'length', finish, *parse_calls(tok, raw[: _first(raw, stop)], tools, tok.decode(prompt))
+    )
 
 # %% ../../nbs/evaluation/generation.ipynb #96a9dabd
 class Answers(list):
     "Answers in the order of the prompts, and what they took"
-    def __init__(self, answers, seconds:float, peak_bytes:int|None=None, sampling:Sampling|None=None):
+
+    def __init__(self, answers, seconds: float, peak_bytes: int | None = None, sampling: Sampling | None = None):
         super().__init__(answers)
-        self.seconds,self.peak_bytes,self.sampling = seconds,peak_bytes,sampling # [s], [bytes], as used, the seed included
+        self.seconds, self.peak_bytes, self.sampling = (
+            seconds,
+            peak_bytes,
+            sampling,
+        )  # [s], [bytes], as used, the seed included
+
     @property
-    def tokens(self)->int: return sum(a.tokens for a in self) # Generated
+    def tokens(self) -> int:
+        return sum(a.tokens for a in self)  # Generated
+
     @property
-    def tokens_per_second(self)->float: return self.tokens/self.seconds # Generated, the reading of the prompts' time included
-    def _cost(self): return f"{len(self)} answer{'s'*(len(self) != 1)}, {self.tokens:,} tokens in {self.seconds:.1f} s ({self.tokens_per_second:,.0f} tokens/s)"+(f", peak memory {self.peak_bytes/2**30:.2f} GiB" if self.peak_bytes else '')
-    def __repr__(self): return plain_text('\n'.join([self._cost(), *(f"[{i}] {a.text}"+('' if a.stopped else ' … (cut)') for i,a in enumerate(self))]))
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds  # Generated, the reading of the prompts' time included
+
+    def _cost(self):
+        return (
+            f"{len(self)} answer{'s' * (len(self) != 1)}, {self.tokens:,} tokens in {self.seconds:.1f} s ({self.tokens_per_second:,.0f} tokens/s)"
+            + (f", peak memory {self.peak_bytes / 2**30:.2f} GiB" if self.peak_bytes else '')
+        )
+
+    def __repr__(self):
+        return plain_text(
+            '\n'.join(
+                [self._cost(), *(f"[{i}] {a.text}" + ('' if a.stopped else ' … (cut)') for i, a in enumerate(self))]
+            )
+        )
+
     def _repr_html_(self):
-        row = lambda i,a: f'<tr><td>{i}</td><td style="text-align:left;white-space:pre-wrap">{html_text(a.text)}</td><td>{a.tokens}</td><td>{a.finish}</td></tr>'
-        return f'<table><tr><th></th><th>answer</th><th>tokens</th><th>finish</th></tr>{"".join(row(i, a) for i,a in enumerate(self[:20]))}</table><div>{self._cost()}{", the first 20 shown" if len(self) > 20 else ""}</div>'
+        row = lambda i, a: (
+            f'<tr><td>{i}</td><td style="text-align:left;white-space:pre-wrap">{html_text(a.text)}</td><td>{a.tokens}</td><td>{a.finish}</td></tr>'
+        )
+        return f'<table><tr><th></th><th>answer</th><th>tokens</th><th>finish</th></tr>{"".join(row(i, a) for i, a in enumerate(self[:20]))}</table><div>{self._cost()}{", the first 20 shown" if len(self) > 20 else ""}</div>'
 
 # %% ../../nbs/evaluation/generation.ipynb #98e2beef
-def as_messages(prompt, system:str|None=None, tools:list|None=None, where:str='prompt'):
+def as_messages(prompt, system: str | None = None, tools: list | None = None, where: str = 'prompt'):
     "A text, messages or a conversation as what a formatter asks with"
-    if isinstance(prompt, str): prompt = ([dict(role='system', content=system)] if system else [])+[dict(role='user', content=prompt)]
+    if isinstance(prompt, str):
+        prompt = ([dict(role='system', content=system)] if system else []) + [dict(role='user', content=prompt)]
     elif not isinstance(prompt, Conversation):
         msgs = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-        bad = [m for m in msgs if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str))]
-        if bad or not msgs: raise SpecError(f"{where}: expected a text, or messages with role and content, got {(bad or [prompt])[0]!r}")
+        bad = [
+            m
+            for m in msgs
+            if not (isinstance(m, dict) and isinstance(m.get('role'), str) and isinstance(m.get('content'), str))
+        ]
+        if bad or not msgs:
+            raise SpecError(
+                f"{where}: expected a text, or messages with role and content, got {(bad or [prompt])[0]!r}"
+            )
         prompt = list(msgs)
-    if not tools: return prompt
-    if not isinstance(prompt, Conversation): return Conversation(prompt, tools=as_tools(tools))
-    if prompt.tools: raise SpecError(f"{where}: the conversation has tools of its own; leave out `tools`")
+    if not tools:
+        return prompt
+    if not isinstance(prompt, Conversation):
+        return Conversation(prompt, tools=as_tools(tools))
+    if prompt.tools:
+        raise SpecError(f"{where}: the conversation has tools of its own; leave out `tools`")
     return replace(prompt, tools=as_tools(tools))
+
 
 def _check_list(prompts):
     "Refuse what is no list of prompts"
-    if not isinstance(prompts, (list, tuple)) and not (hasattr(prompts, '__getitem__') and hasattr(prompts, '__len__')) or isinstance(prompts, dict): raise SpecError(f"prompts: expected a text, a conversation or a list of them, got {type(prompts).__name__}")
-    if not len(prompts): raise SpecError("prompts: the list is empty; give at least one")
-    if isinstance(prompts[0], dict) and 'role' in prompts[0]: raise SpecError("prompts: this is one conversation; to ask with it, put it into a list: [messages]")
+    if (
+        not isinstance(prompts, (list, tuple))
+        and not (hasattr(prompts, '__getitem__') and hasattr(prompts, '__len__'))
+        or isinstance(prompts, dict)
+    ):
+        raise SpecError(f"prompts: expected a text, a conversation or a list of them, got {type(prompts).__name__}")
+    if not len(prompts):
+        raise SpecError("prompts: the list is empty; give at least one")
+    if isinstance(prompts[0], dict) and 'role' in prompts[0]:
+        raise SpecError("prompts: this is one conversation; to ask with it, put it into a list: [messages]")
 
 # %% ../../nbs/evaluation/generation.ipynb #cf01c33e
-def context_length(config)->int|None: # [tokens]; None where the configuration does not say
+def context_length(config) -> int | None:  # [tokens]; None where the configuration does not say
     "What a model can read, prompt and answer together"
     return getattr(config.get_text_config(), 'max_position_embeddings', None)
 
+
 def check_fits(n, s, context, where, mend="shorten it, or"):
     "Raise `SpecError` for a prompt that does not fit beside its answer"
-    if context is None or n+s.max_new_tokens <= context: return
-    low = f"lower max_new_tokens to {context-n}" if n < context else f"choose a model that reads more than {context}"
-    raise SpecError(f"{where}: {n} tokens and max_new_tokens={s.max_new_tokens} are {n+s.max_new_tokens-context} more than the {context} that the model reads; {mend} {low}")
+    if context is None or n + s.max_new_tokens <= context:
+        return
+    low = f"lower max_new_tokens to {context - n}" if n < context else f"choose a model that reads more than {context}"
+    raise SpecError(
+        f"{where}: {n} tokens and max_new_tokens={s.max_new_tokens} are {n + s.max_new_tokens - context} more than the {context} that the model reads; {mend} {low}"
+    )
+
 
 def _asked(formatter, prompts, s, context, system=None, tools=None):
     "For each prompt its token ids and its tools, checked"
     out = []
-    for i,p in enumerate(prompts):
+    for i, p in enumerate(prompts):
         where = f"row {p.row}" if isinstance(p, Conversation) else f"prompt {i}"
         conv = as_messages(p, system, tools, where)
         ids = formatter.prompt_ids(conv)
@@ -224,56 +373,80 @@ def _asked(formatter, prompts, s, context, system=None, tools=None):
 def _drawn(sampling):
     "The sampling, with a seed where one is needed"
     s = Sampling() if sampling is None else sampling
-    if not isinstance(s, Sampling): raise SpecError(f"sampling: expected Sampling(…), got {s!r}")
+    if not isinstance(s, Sampling):
+        raise SpecError(f"sampling: expected Sampling(…), got {s!r}")
     return replace(s, seed=secrets.randbits(32)) if s.temperature and s.seed is None else s
+
 
 def _encode(model, ids):
     "A left-padded batch on the model's device"
-    return model.tok.pad([dict(input_ids=t, attention_mask=[1]*len(t)) for t in ids], return_tensors='pt').to(model.model.device)
+    return model.tok.pad([dict(input_ids=t, attention_mask=[1] * len(t)) for t in ids], return_tensors='pt').to(
+        model.model.device
+    )
 
 # %% ../../nbs/evaluation/generation.ipynb #7de77da1
 def generate(
-    model:LoadedModel, # Model
-    prompts, # A text or conversation, or a list of texts or conversations (lists of messages)
-    sampling:Sampling|None=None, # Default: greedy
-    tuned:bool=True, # False: the base model, by switching the adapter off
-    batch_size:int=16, # Prompts at once
-    system:str|None=None, # System message for prompts that are texts
-    tools:list|None=None, # Functions that the model may call, as `as_tools` takes them
+    model: LoadedModel,  # Model
+    prompts,  # A text or conversation, or a list of texts or conversations (lists of messages)
+    sampling: Sampling | None = None,  # Default: greedy
+    tuned: bool = True,  # False: the base model, by switching the adapter off
+    batch_size: int = 16,  # Prompts at once
+    system: str | None = None,  # System message for prompts that are texts
+    tools: list | None = None,  # Functions that the model may call, as `as_tools` takes them
 ):
     "An Answer for a prompt, Answers for a list of them; raises `SpecError` before anything is computed"
-    if isinstance(prompts, (str, Conversation)): return generate(model, [prompts], sampling, tuned, batch_size, system, tools)[0]
+    if isinstance(prompts, (str, Conversation)):
+        return generate(model, [prompts], sampling, tuned, batch_size, system, tools)[0]
     _check_list(prompts)
-    s,kind,start = _drawn(sampling),model.model.device.type,time.perf_counter()
-    asked,ends,out = _asked(model.formatter, prompts, s, context_length(model.model.config), system, tools),set(model.formatter.stop_ids()),{}
+    s, kind, start = _drawn(sampling), model.model.device.type, time.perf_counter()
+    asked, ends, out = (
+        _asked(model.formatter, prompts, s, context_length(model.model.config), system, tools),
+        set(model.formatter.stop_ids()),
+        {},
+    )
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
     reset_peak(kind)
-    with answering(model, tuned, len(asked[order[-1]][0])+s.max_new_tokens) as net, quiet():
+    with answering(model, tuned, len(asked[order[-1]][0]) + s.max_new_tokens) as net, quiet():
         for at in range(0, len(order), batch_size):
-            part = order[at:at+batch_size]
+            part = order[at : at + batch_size]
             x = _encode(model, [asked[i][0] for i in part])
             n = x['input_ids'].shape[1]
-            y = net.generate(**x, **_how(model, s, part, n))[:,n:].tolist()
-            out |= {i:_answer(model.tok, new, ends, s.stop, asked[i][1], asked[i][0]) for i,new in zip(part, y)}
-    return Answers([out[i] for i in range(len(asked))], time.perf_counter()-start, peak_memory(kind), s)
+            y = net.generate(**x, **_how(model, s, part, n))[:, n:].tolist()
+            out |= {i: _answer(model.tok, new, ends, s.stop, asked[i][1], asked[i][0]) for i, new in zip(part, y)}
+    return Answers([out[i] for i in range(len(asked))], time.perf_counter() - start, peak_memory(kind), s)
 
 # %% ../../nbs/evaluation/generation.ipynb #29350e5f
 class _Ids:
     "A streamer that hands on the generated ids"
-    def __init__(self): self.queue,self.prompt = queue.SimpleQueue(),True
+
+    def __init__(self):
+        self.queue, self.prompt = queue.SimpleQueue(), True
+
     def put(self, ids):
-        if self.prompt: self.prompt = False; return
-        for i in ids.flatten().tolist(): self.queue.put(i)
-    def end(self): pass
+        if self.prompt:
+            self.prompt = False
+            return
+        for i in ids.flatten().tolist():
+            self.queue.put(i)
+
+    def end(self):
+        pass
+
 
 class _Text:
     "Text of ids that come one by one; a character that is not whole yet waits"
-    def __init__(self, tok): self.tok,self.ids,self.read,self.told,self.text = tok,[],0,0,''
+
+    def __init__(self, tok):
+        self.tok, self.ids, self.read, self.told, self.text = tok, [], 0, 0, ''
+
     def add(self, i):
         self.ids.append(i)
-        old,new = (self.tok.decode(self.ids[self.read:end], skip_special_tokens=True) for end in (self.told, None))
-        if not new.endswith('\ufffd'): self.text += new[len(old):]; self.read,self.told = self.told,len(self.ids)
+        old, new = (self.tok.decode(self.ids[self.read : end], skip_special_tokens=True) for end in (self.told, None))
+        if not new.endswith('\ufffd'):
+            self.text += new[len(old) :]
+            self.read, self.told = self.told, len(self.ids)
         return self.text
+
 
 def _held(text, stop):
     "Length of the end of a text that may be the beginning of a stop string"
@@ -282,83 +455,117 @@ def _held(text, stop):
 # %% ../../nbs/evaluation/generation.ipynb #47cca96c
 def _in_thread(model, ids, s, tuned, over):
     "Generate in a thread; returns it, the queue of ids, which ends with None, and a list that receives an error"
-    out,failed = _Ids(),[]
+    out, failed = _Ids(), []
+
     def work():
         try:
-            with answering(model, tuned, len(ids)+s.max_new_tokens) as net:
-                net.generate(**_encode(model, [ids]), **_how(model, s, [0], len(ids), lambda *args, **kw: over.is_set()), streamer=out)
-        except Exception as e: failed.append(e)
-        finally: out.queue.put(None)
+            with answering(model, tuned, len(ids) + s.max_new_tokens) as net:
+                net.generate(
+                    **_encode(model, [ids]),
+                    **_how(model, s, [0], len(ids), lambda *args, **kw: over.is_set()),
+                    streamer=out,
+                )
+        except Exception as e:
+            failed.append(e)
+        finally:
+            out.queue.put(None)
+
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    return thread,out.queue,failed
+    return thread, out.queue, failed
 
 # %% ../../nbs/evaluation/generation.ipynb #48a9977e
 def stream(
-    model:LoadedModel, # Model
-    prompt, # A text, messages or a conversation
-    sampling:Sampling|None=None, # Default: greedy
-    tuned:bool=True, # False: the base model
-    system:str|None=None, # System message when the prompt is a text
-    tools:list|None=None, # Functions that the model may call
+    model: LoadedModel,  # Model
+    prompt,  # A text, messages or a conversation
+    sampling: Sampling | None = None,  # Default: greedy
+    tuned: bool = True,  # False: the base model
+    system: str | None = None,  # System message when the prompt is a text
+    tools: list | None = None,  # Functions that the model may call
 ):
     "Yield the answer in pieces of text, as they are generated; returns the Answer"
-    s,over,ends = _drawn(sampling),threading.Event(),set(model.formatter.stop_ids())
-    (ids,tools), = _asked(model.formatter, [prompt], s, context_length(model.model.config), system, tools)
-    text,sent,cut = _Text(model.tok),0,None
-    thread,tokens,failed = _in_thread(model, ids, s, tuned, over)
+    s, over, ends = _drawn(sampling), threading.Event(), set(model.formatter.stop_ids())
+    ((ids, tools),) = _asked(model.formatter, [prompt], s, context_length(model.model.config), system, tools)
+    text, sent, cut = _Text(model.tok), 0, None
+    thread, tokens, failed = _in_thread(model, ids, s, tuned, over)
     try:
         for t in iter(tokens.get, None):
             new = text.add(t)
             cut = _first(new, s.stop, sent)
-            safe = len(new)-_held(new, s.stop) if cut is None else cut
-            if safe > sent: yield new[sent:safe]; sent = safe
-            if cut is not None or t in ends: break
-        if failed: raise failed[0]
+            safe = len(new) - _held(new, s.stop) if cut is None else cut
+            if safe > sent:
+                yield new[sent:safe]
+                sent = safe
+            if cut is not None or t in ends:
+                break
+        if failed:
+            raise failed[0]
     finally:
         over.set()
         thread.join()
     answer = _answer(model.tok, text.ids, ends, s.stop, tools, ids)
-    if answer.text[sent:]: yield answer.text[sent:]
+    if answer.text[sent:]:
+        yield answer.text[sent:]
     return answer
 
 # %% ../../nbs/evaluation/generation.ipynb #dc49fab1
 def _notebook_writer():
     "Show a growing text in one output of a notebook, at most ten times a second"
     from IPython.display import display
-    data = lambda text: {'text/plain':plain_text(text), 'text/html':f'<div style="white-space:pre-wrap">{html_text(text)}</div>'}
-    handle,last = display(data(''), raw=True, display_id=True),[0.0]
+
+    data = lambda text: {
+        'text/plain': plain_text(text),
+        'text/html': f'<div style="white-space:pre-wrap">{html_text(text)}</div>',
+    }
+    handle, last = display(data(''), raw=True, display_id=True), [0.0]
+
     def write(text, piece, final=False):
-        if final or time.monotonic()-last[0] > 0.1: handle.update(data(text), raw=True); last[0] = time.monotonic()
+        if final or time.monotonic() - last[0] > 0.1:
+            handle.update(data(text), raw=True)
+            last[0] = time.monotonic()
+
     return write
 
-def _terminal_writer(): return lambda text,piece,final=False: print(plain_text(piece), end='\n' if final else '', file=sys.stdout, flush=True)
+
+def _terminal_writer():
+    return lambda text, piece, final=False: print(
+        plain_text(piece), end='\n' if final else '', file=sys.stdout, flush=True
+    )
 
 # %% ../../nbs/evaluation/generation.ipynb #74c7370e
 def show_pieces(pieces):
     "Show pieces of text as they come; returns what the generator returns"
     from IPython import get_ipython
-    write,text = _notebook_writer() if type(get_ipython()).__name__ == 'ZMQInteractiveShell' else _terminal_writer(),''
+
+    write, text = (
+        _notebook_writer() if type(get_ipython()).__name__ == 'ZMQInteractiveShell' else _terminal_writer(),
+        '',
+    )
     try:
         while True:
-            try: piece = next(pieces)
-            except StopIteration as e: return e.value
+            try:
+                piece = next(pieces)
+            except StopIteration as e:
+                return e.value
             text += piece
             write(text, piece)
-    finally: write(text, '', True)
+    finally:
+        write(text, '', True)
+
 
 def show_stream(
-    model:LoadedModel, # Model
-    prompt, # A text, messages or a conversation
-    sampling:Sampling|None=None, # Default: greedy
-    **kw, # As in `stream`
-)->Answer:
+    model: LoadedModel,  # Model
+    prompt,  # A text, messages or a conversation
+    sampling: Sampling | None = None,  # Default: greedy
+    **kw,  # As in `stream`
+) -> Answer:
     "Ask, and show the answer as it is written"
     return show_pieces(stream(model, prompt, sampling, **kw))
 
 # %% ../../nbs/evaluation/generation.ipynb #1765b950
-def load_run(run='latest')->LoadedModel:
+def load_run(run='latest') -> LoadedModel:
     "The model that a finished finetune run has trained"
     run = open_run(run, kind='finetune')
-    if not (run.path/'adapter').is_dir(): raise SpecError(f"run: {run.name} has saved no adapter ({run.status}); choose a finished run")
-    return load_adapter(run.path/'adapter', run.job, run_plan(run))
+    if not (run.path / 'adapter').is_dir():
+        raise SpecError(f"run: {run.name} has saved no adapter ({run.status}); choose a finished run")
+    return load_adapter(run.path / 'adapter', run.job, run_plan(run))

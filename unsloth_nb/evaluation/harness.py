@@ -6,199 +6,292 @@
 __all__ = ['FORMATS', 'KEYS', 'own_tasks', 'find_tasks', 'check_tasks', 'harness', 'compare_tasks']
 
 # %% ../../nbs/evaluation/harness.ipynb #3764b0a8
-import importlib.metadata,importlib.util,logging,math,os
+import importlib.metadata
+import importlib.util
+import logging
+import math
+import os
 from contextlib import contextmanager
-from functools import cache,lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import yaml
-from ..core.engine import check_hub,quiet,start_engine
-from .evaluation import Comparison,Evaluation,contrast
+from ..core.engine import check_hub, quiet, start_engine
+from .evaluation import Comparison, Evaluation, contrast
 from .generation import answering
 from ..training.loading import LoadedModel
-from ..training.resuming import code_hashes,weights_sha256
-from ..runs.run import Run,fingerprint
+from ..training.resuming import code_hashes, weights_sha256
+from ..runs.run import Run, fingerprint
 from ..core.template_sandbox import bounded_environment
-from ..core.schema import SpecError,nearest
+from ..core.schema import SpecError, nearest
 
 # %% ../../nbs/evaluation/harness.ipynb #5991b862
-FORMATS = ('json', 'csv', 'parquet', 'text') # Readers of data files; others may run code
-KEYS = set('''task task_alias tag dataset_path dataset_name dataset_kwargs training_split validation_split test_split fewshot_split output_type doc_to_text doc_to_target doc_to_choice
-    target_delimiter fewshot_delimiter description generation_kwargs metric_list num_fewshot repeats filter_list should_decontaminate doc_to_decontamination_query metadata'''.split())
+FORMATS = ('json', 'csv', 'parquet', 'text')  # Readers of data files; others may run code
+KEYS = set(
+    '''task task_alias tag dataset_path dataset_name dataset_kwargs training_split validation_split test_split fewshot_split output_type doc_to_text doc_to_target doc_to_choice
+    target_delimiter fewshot_delimiter description generation_kwargs metric_list num_fewshot repeats filter_list should_decontaminate doc_to_decontamination_query metadata'''.split()
+)
 
-class _Data(yaml.SafeLoader): "YAML without code"
 
-def _function(loader, node): raise SpecError(f"!function {node.value} is code, and tasks from a folder are data; say it with a template, a filter or a metric of lm-eval")
+class _Data(yaml.SafeLoader):
+    "YAML without code"
+
+
+def _function(loader, node):
+    raise SpecError(
+        f"!function {node.value} is code, and tasks from a folder are data; say it with a template, a filter or a metric of lm-eval"
+    )
+
+
 _Data.add_constructor('!function', _function)
+
 
 def _data_files(v, folder, where):
     "Data files with their full paths, all inside the folder"
-    if isinstance(v, dict): return {k:_data_files(x, folder, where) for k,x in v.items()}
-    if isinstance(v, list): return [_data_files(x, folder, where) for x in v]
-    f = (folder/str(v)).resolve()
-    if not f.is_relative_to(folder) or not f.is_file(): raise SpecError(f"{where}: data_files: there is no file {str(v)!r} in the folder of the tasks")
+    if isinstance(v, dict):
+        return {k: _data_files(x, folder, where) for k, x in v.items()}
+    if isinstance(v, list):
+        return [_data_files(x, folder, where) for x in v]
+    f = (folder / str(v)).resolve()
+    if not f.is_relative_to(folder) or not f.is_file():
+        raise SpecError(f"{where}: data_files: there is no file {str(v)!r} in the folder of the tasks")
     return str(f)
 
 # %% ../../nbs/evaluation/harness.ipynb #4c9bc9fa
 def _task(f, folder):
     "One task file, checked"
     where = f"task_dir: {f.relative_to(folder)}"
-    try: cfg = yaml.load(f.read_text(), _Data)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e: raise SpecError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
-    except SpecError as e: raise SpecError(f"{where}: {e}") from None
-    if not isinstance(cfg, dict) or not isinstance(cfg.get('task'), str): raise SpecError(f"{where} must be a task, with its name under `task`")
+    try:
+        cfg = yaml.load(f.read_text(), _Data)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+        raise SpecError(f"{where} is not YAML: {' '.join(str(e).split())}") from None
+    except SpecError as e:
+        raise SpecError(f"{where}: {e}") from None
+    if not isinstance(cfg, dict) or not isinstance(cfg.get('task'), str):
+        raise SpecError(f"{where} must be a task, with its name under `task`")
     bad = next((k for k in cfg if k not in KEYS), None)
-    if bad is not None: raise SpecError(f"{where}: {bad!r} is not read{nearest(str(bad), KEYS)}")
+    if bad is not None:
+        raise SpecError(f"{where}: {bad!r} is not read{nearest(str(bad), KEYS)}")
     kw = cfg.get('dataset_kwargs')
-    if cfg.get('dataset_path') not in FORMATS or not isinstance(kw, dict) or set(kw) - {'data_files', 'field', 'delimiter'} or 'data_files' not in kw: raise SpecError(f"{where}: dataset_path must be one of {', '.join(FORMATS)}, with files of the folder under dataset_kwargs: data_files")
-    return cfg|dict(dataset_kwargs=kw|dict(data_files=_data_files(kw['data_files'], folder, where)))
+    if (
+        cfg.get('dataset_path') not in FORMATS
+        or not isinstance(kw, dict)
+        or set(kw) - {'data_files', 'field', 'delimiter'}
+        or 'data_files' not in kw
+    ):
+        raise SpecError(
+            f"{where}: dataset_path must be one of {', '.join(FORMATS)}, with files of the folder under dataset_kwargs: data_files"
+        )
+    return cfg | dict(dataset_kwargs=kw | dict(data_files=_data_files(kw['data_files'], folder, where)))
 
 # %% ../../nbs/evaluation/harness.ipynb #0e05dab6
 def own_tasks(
-    task_dir, # Folder with `*.yaml` and data
-)->dict[str,dict]: # Name to configuration
+    task_dir,  # Folder with `*.yaml` and data
+) -> dict[str, dict]:  # Name to configuration
     "The tasks of a folder, read as data"
-    folder,res = Path(task_dir).resolve(),{}
-    if not folder.is_dir(): raise SpecError(f"task_dir: there is no folder {str(task_dir)!r}")
+    folder, res = Path(task_dir).resolve(), {}
+    if not folder.is_dir():
+        raise SpecError(f"task_dir: there is no folder {str(task_dir)!r}")
     for f in sorted([*folder.rglob('*.yaml'), *folder.rglob('*.yml')]):
         cfg = _task(f, folder)
-        if cfg['task'] in res: raise SpecError(f"task_dir: {f.relative_to(folder)}: there is a task {cfg['task']!r} already")
+        if cfg['task'] in res:
+            raise SpecError(f"task_dir: {f.relative_to(folder)}: there is a task {cfg['task']!r} already")
         res[cfg['task']] = cfg
-    if not res: raise SpecError(f"task_dir: {str(task_dir)!r} holds no task (*.yaml)")
+    if not res:
+        raise SpecError(f"task_dir: {str(task_dir)!r} holds no task (*.yaml)")
     return res
 
 # %% ../../nbs/evaluation/harness.ipynb #11483b34
 @cache
-def _manager(standard:bool):
+def _manager(standard: bool):
     "The harness's own list of tasks; empty when none of them is wanted, since it takes seconds to read"
-    if importlib.util.find_spec('lm_eval') is None: raise SpecError("tasks: lm-eval is not installed; install it with: pip install 'unsloth_nb[eval]'")
-    start_engine() # Before anything that imports transformers
+    if importlib.util.find_spec('lm_eval') is None:
+        raise SpecError("tasks: lm-eval is not installed; install it with: pip install 'unsloth_nb[eval]'")
+    start_engine()  # Before anything that imports transformers
     with quiet():
         from lm_eval.tasks import TaskManager
-        logging.getLogger('lm_eval').setLevel(logging.ERROR) # It warns of every default
+
+        logging.getLogger('lm_eval').setLevel(logging.ERROR)  # It warns of every default
         return TaskManager(include_defaults=standard)
+
 
 def _check_metrics(cfg):
     "Metrics of a folder's task must be the harness's own: others are programs from the Hub"
-    from lm_eval.api import metrics,registry # noqa: F401 (metrics fills the registry)
+    from lm_eval.api import metrics, registry  # noqa: F401 (metrics fills the registry)
+
     for m in cfg.get('metric_list', []):
         name = m.get('metric') if isinstance(m, dict) else m
-        if not isinstance(name, str) or name not in registry.metric_registry or m.get('hf_evaluate'): raise SpecError(f"task_dir: {cfg['task']}: {name!r} is no metric of lm-eval")
+        if not isinstance(name, str) or name not in registry.metric_registry or m.get('hf_evaluate'):
+            raise SpecError(f"task_dir: {cfg['task']}: {name!r} is no metric of lm-eval")
 
 # %% ../../nbs/evaluation/harness.ipynb #54eebfee
 def find_tasks(
-    tasks:list[str], # Names, of standard tasks or of those in `task_dir`
-    task_dir=None, # Folder with tasks of your own
-)->tuple: # (the harness's TaskManager, names or configurations)
+    tasks: list[str],  # Names, of standard tasks or of those in `task_dir`
+    task_dir=None,  # Folder with tasks of your own
+) -> tuple:  # (the harness's TaskManager, names or configurations)
     "Tasks ready to be asked, or a `SpecError` that says what is missing"
     own = own_tasks(task_dir) if task_dir else {}
     standard = [t for t in tasks if t not in own]
     tm = _manager(bool(standard))
     bad = next((t for t in standard if t not in tm.all_tasks), None)
-    if bad is not None: raise SpecError(f"tasks: there is no task {bad!r}{nearest(bad, [*own, *tm.all_tasks])}"[:400])
+    if bad is not None:
+        raise SpecError(f"tasks: there is no task {bad!r}{nearest(bad, [*own, *tm.all_tasks])}"[:400])
     for t in tasks:
-        if t in own: _check_metrics(own[t])
-    return tm,[own.get(t, t) for t in tasks]
+        if t in own:
+            _check_metrics(own[t])
+    return tm, [own.get(t, t) for t in tasks]
 
 # %% ../../nbs/evaluation/harness.ipynb #a020af0b
 class _Templates:
     "Renders templates of tasks in the sandbox; stands in for the harness's environment"
-    def __init__(self, filters): self.filters = filters
+
+    def __init__(self, filters):
+        self.filters = filters
+
     @lru_cache(maxsize=256)
     def from_string(self, template):
         from jinja2 import StrictUndefined
+
         env = bounded_environment()(undefined=StrictUndefined, keep_trailing_newline=True)
         env.filters |= self.filters
         return env.from_string(template)
+
 
 @contextmanager
 def _bounded():
     "The harness with its templates in the sandbox"
     import lm_eval.utils as u
+
     theirs = u.env
     u.env = _Templates(dict(regex_replace=u.regex_replace))
-    try: yield
-    finally: u.env = theirs
+    try:
+        yield
+    finally:
+        u.env = theirs
 
 # %% ../../nbs/evaluation/harness.ipynb #26126ea5
 def _check_reach(task):
     "The Hub answers, or its cache is all that is wanted"
-    if os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON'): return
-    try: check_hub(f"tasks: {task}")
-    except SpecError as e: raise SpecError(f"{e}; or set HF_HUB_OFFLINE=1 to use what its cache holds") from None
+    if os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'TRUE', 'YES', 'ON'):
+        return
+    try:
+        check_hub(f"tasks: {task}")
+    except SpecError as e:
+        raise SpecError(f"{e}; or set HF_HUB_OFFLINE=1 to use what its cache holds") from None
+
 
 def check_tasks(
-    tasks:list[str], # Names
-    task_dir=None, # Folder with tasks of your own
+    tasks: list[str],  # Names
+    task_dir=None,  # Folder with tasks of your own
 ):
     "Read the data of all tasks, so that what is missing is known before the model is asked"
-    tm,specs = find_tasks(tasks, task_dir)
-    for t,spec in zip(tasks, specs):
-        if isinstance(spec, str): _check_reach(t)
+    tm, specs = find_tasks(tasks, task_dir)
+    for t, spec in zip(tasks, specs):
+        if isinstance(spec, str):
+            _check_reach(t)
         try:
-            with quiet(), _bounded(): tm.load([spec])
-        except Exception as e: raise SpecError(f"{'tasks' if isinstance(spec, str) else 'task_dir'}: {t} cannot be read: {type(e).__name__}: {e}"+("; its data comes from the Hugging Face Hub; write a task of your own in task_dir to work without" if isinstance(spec, str) else '')) from e
+            with quiet(), _bounded():
+                tm.load([spec])
+        except Exception as e:
+            raise SpecError(
+                f"{'tasks' if isinstance(spec, str) else 'task_dir'}: {t} cannot be read: {type(e).__name__}: {e}"
+                + (
+                    "; its data comes from the Hugging Face Hub; write a task of your own in task_dir to work without"
+                    if isinstance(spec, str)
+                    else ''
+                )
+            ) from e
 
 # %% ../../nbs/evaluation/harness.ipynb #4980a8a6
 def _row_scores(samples, metric, filt, mean):
     "The score of each row, where the metric is their mean"
     vals = [s.get(metric) for s in sorted(samples, key=lambda s: s['doc_id']) if s['filter'] == filt]
-    if not vals or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in vals): return None
-    return [float(v) for v in vals] if math.isclose(sum(vals)/len(vals), mean, rel_tol=1e-6, abs_tol=1e-9) else None
+    if not vals or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in vals):
+        return None
+    return [float(v) for v in vals] if math.isclose(sum(vals) / len(vals), mean, rel_tol=1e-6, abs_tol=1e-9) else None
+
 
 def _evaluation(found):
     "The harness's result as an Evaluation"
-    metrics,scores = {},{}
-    for task,values in found['results'].items():
-        for key,v in values.items():
-            metric,_,filt = key.partition(',')
-            if not filt or metric.endswith('_stderr') or not isinstance(v, (int, float)): continue
-            name = f'{task}/{metric}'+('' if filt == 'none' else f',{filt}')
+    metrics, scores = {}, {}
+    for task, values in found['results'].items():
+        for key, v in values.items():
+            metric, _, filt = key.partition(',')
+            if not filt or metric.endswith('_stderr') or not isinstance(v, (int, float)):
+                continue
+            name = f'{task}/{metric}' + ('' if filt == 'none' else f',{filt}')
             metrics[name] = float(v)
             rows = _row_scores(found['samples'].get(task, []), metric, filt, v)
-            if rows: scores[name] = rows
+            if rows:
+                scores[name] = rows
     return Evaluation(metrics, [], scores)
 
 # %% ../../nbs/evaluation/harness.ipynb #f889effe
 def harness(
-    model:LoadedModel, # Model
-    tasks:list[str], # Names, of standard tasks or of those in `task_dir`
-    limit:int|None=None, # Rows of each task; default: all
-    tuned:bool=True, # False: the base model
-    task_dir=None, # Folder with tasks of your own
-    num_fewshot:int|None=None, # Solved examples in front of each question; default: what the task says
-    apply_chat_template:bool=False, # Ask through the model's chat template; the harness's default is to leave it out
-    batch_size:int=16, # Rows at once
-)->Evaluation: # Metrics by `task/metric`, with `scores` of each row
+    model: LoadedModel,  # Model
+    tasks: list[str],  # Names, of standard tasks or of those in `task_dir`
+    limit: int | None = None,  # Rows of each task; default: all
+    tuned: bool = True,  # False: the base model
+    task_dir=None,  # Folder with tasks of your own
+    num_fewshot: int | None = None,  # Solved examples in front of each question; default: what the task says
+    apply_chat_template: bool = False,  # Ask through the model's chat template; the harness's default is to leave it out
+    batch_size: int = 16,  # Rows at once
+) -> Evaluation:  # Metrics by `task/metric`, with `scores` of each row
     "Ask the lm-evaluation-harness's questions"
-    tm,specs = find_tasks(tasks, task_dir)
+    tm, specs = find_tasks(tasks, task_dir)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
+
     with answering(model, tuned) as net, quiet(), _bounded():
         lm = HFLM(pretrained=net, tokenizer=model.tok, batch_size=batch_size, max_length=model.plan.max_seq_length)
-        found = lm_eval.simple_evaluate(lm, tasks=specs, task_manager=tm, limit=limit, num_fewshot=num_fewshot, apply_chat_template=apply_chat_template, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=specs,
+            task_manager=tm,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            apply_chat_template=apply_chat_template,
+            bootstrap_iters=0,
+        )
     return _evaluation(found)
 
 # %% ../../nbs/evaluation/harness.ipynb #f744b4e4
 def compare_tasks(
-    model:LoadedModel, # Model with its trained adapter
-    tasks:list[str], # Names, of standard tasks or of those in `task_dir`
-    run:Run|None=None, # Gets `tasks.json`, and keeps what was found
-    sides=('base', 'tuned'), # Which to ask
-    task_dir=None, # Folder with tasks of your own
-    statistics:dict|None=None, # confidence, bootstrap_samples and seed, as `contrast` takes them
-    **kw, # As in `harness`
-)->Comparison:
+    model: LoadedModel,  # Model with its trained adapter
+    tasks: list[str],  # Names, of standard tasks or of those in `task_dir`
+    run: Run | None = None,  # Gets `tasks.json`, and keeps what was found
+    sides=('base', 'tuned'),  # Which to ask
+    task_dir=None,  # Folder with tasks of your own
+    statistics: dict | None = None,  # confidence, bootstrap_samples and seed, as `contrast` takes them
+    **kw,  # As in `harness`
+) -> Comparison:
     "Base and tuned model on tasks of the harness"
     check_tasks(tasks, task_dir)
+
     def side(s):
         ask = lambda: harness(model, tasks, tuned=s == 'tuned', task_dir=task_dir, **kw)
-        if run is None: return ask()
-        inputs = kw|dict(tasks=tasks, own=fingerprint(task_dir) if task_dir else None, base=model.base, trained=weights_sha256(model.model) if s == 'tuned' else None, dtype=model.plan.dtype, in_4bit=model.plan.load_in_4bit, lm_eval=importlib.metadata.version('lm_eval'), code=code_hashes(('evaluation/harness', 'evaluation/generation', 'training/loading')))
-        def make(): e = ask(); return dict(metrics=e.metrics, scores=e.scores)
+        if run is None:
+            return ask()
+        inputs = kw | dict(
+            tasks=tasks,
+            own=fingerprint(task_dir) if task_dir else None,
+            base=model.base,
+            trained=weights_sha256(model.model) if s == 'tuned' else None,
+            dtype=model.plan.dtype,
+            in_4bit=model.plan.load_in_4bit,
+            lm_eval=importlib.metadata.version('lm_eval'),
+            code=code_hashes(('evaluation/harness', 'evaluation/generation', 'training/loading')),
+        )
+
+        def make():
+            e = ask()
+            return dict(metrics=e.metrics, scores=e.scores)
+
         got = run.keep(f'{s}_tasks', inputs, make)
         return Evaluation(got['metrics'], [], got['scores'])
-    found = {s:side(s) for s in sides}
-    res = Comparison({s:e.metrics for s,e in found.items()}, [], contrast(found, **(statistics or {})))
-    if run is not None: run.save('tasks', res.statistics|dict(metrics=res.metrics, tasks=tasks, **kw))
+
+    found = {s: side(s) for s in sides}
+    res = Comparison({s: e.metrics for s, e in found.items()}, [], contrast(found, **(statistics or {})))
+    if run is not None:
+        run.save('tasks', res.statistics | dict(metrics=res.metrics, tasks=tasks, **kw))
     return res

@@ -11,118 +11,178 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..core.escaping import html_text,markdown_text,plain_text
-from ..runs.run import RunError,open_run,read_json
-from ..core.schema import SpecError,nearest
-from .significance import CONFIDENCE,SAMPLES,Difference,Estimate,caution,difference,estimate,interval,number
+from ..core.escaping import html_text, markdown_text, plain_text
+from ..runs.run import RunError, open_run, read_json
+from ..core.schema import SpecError, nearest
+from unsloth_nb.evaluation.significance import (
+    CONFIDENCE,
+    SAMPLES,
+    Difference,
+    Estimate,
+    caution,
+    difference,
+    estimate,
+    interval,
+    number,
+)
 
 # %% ../../nbs/evaluation/leaderboard.ipynb #0f1f043e
-def _numbers(d): return isinstance(d, dict) and all(isinstance(v, list) and v and all(isinstance(x, (int, float)) for x in v) for v in d.values())
+def _numbers(d):
+    return isinstance(d, dict) and all(
+        isinstance(v, list) and v and all(isinstance(x, (int, float)) for x in v) for v in d.values()
+    )
 
-def _scores(run, side)->tuple[dict,dict,str|None]: # Scores and weights of rows by name, hash of the rows
+
+def _scores(run, side) -> tuple[dict, dict, str | None]:  # Scores and weights of rows by name, hash of the rows
     "What a run's `statistics.json` holds of one side; nothing where there is none"
-    try: d = read_json(run.path/'statistics.json')
-    except ValueError as e: raise RunError(f"{run.name}: statistics.json is not JSON ({e})") from None
-    if d is None: return {},{},None
-    values,weights = (d.get('values', {}),d.get('weights', {})) if isinstance(d, dict) else (None,None)
+    try:
+        d = read_json(run.path / 'statistics.json')
+    except ValueError as e:
+        raise RunError(f"{run.name}: statistics.json is not JSON ({e})") from None
+    if d is None:
+        return {}, {}, None
+    values, weights = (d.get('values', {}), d.get('weights', {})) if isinstance(d, dict) else (None, None)
     mine = values.get(side, {}) if isinstance(values, dict) else None
-    if not _numbers(mine) or not _numbers(weights) or any(len(mine[n]) != len(w) for n,w in weights.items() if n in mine): raise RunError(f"{run.name}: statistics.json does not hold a number for each row")
-    return mine,weights,d.get('rows_sha256')
+    if (
+        not _numbers(mine)
+        or not _numbers(weights)
+        or any(len(mine[n]) != len(w) for n, w in weights.items() if n in mine)
+    ):
+        raise RunError(f"{run.name}: statistics.json does not hold a number for each row")
+    return mine, weights, d.get('rows_sha256')
 
 # %% ../../nbs/evaluation/leaderboard.ipynb #8e25000e
 @dataclass
 class Standing:
     "One run in one score"
-    run:str # Its name
-    model:str
-    dataset:str
-    estimate:Estimate|None # None: the run has no such score
-    difference:Difference|None # To the first run; None where the rows are not the same
-    note:str='' # Why there is no difference, or what to think of it
+
+    run: str  # Its name
+    model: str
+    dataset: str
+    estimate: Estimate | None  # None: the run has no such score
+    difference: Difference | None  # To the first run; None where the rows are not the same
+    note: str = ''  # Why there is no difference, or what to think of it
+
 
 def _standing(run, first, side, score, how):
     "How a run stands in a score, beside the first one"
-    p = (read_json(run.path/'job.json') or {}).get('parameters', {})
+    p = (read_json(run.path / 'job.json') or {}).get('parameters', {})
     who = (run.name, str(p.get('model', p.get('run', ''))), str(p.get('dataset') or ''))
-    mine,weights,rows = _scores(run, side)
-    if score not in mine: return Standing(*who, None, None, f"no {score} of the {side} model in its statistics.json")
+    mine, weights, rows = _scores(run, side)
+    if score not in mine:
+        return Standing(*who, None, None, f"no {score} of the {side} model in its statistics.json")
     e = estimate(mine[score], weights.get(score), **how)
-    theirs,their_weights,their_rows = _scores(first, side)
-    if run.path == first.path: return Standing(*who, e, None, caution(e.n, how['confidence']))
-    if rows is None or rows != their_rows or len(theirs[score]) != len(mine[score]) or weights.get(score) != their_weights.get(score): return Standing(*who, e, None, 'scored on other held-out rows: not comparable')
+    theirs, their_weights, their_rows = _scores(first, side)
+    if run.path == first.path:
+        return Standing(*who, e, None, caution(e.n, how['confidence']))
+    if (
+        rows is None
+        or rows != their_rows
+        or len(theirs[score]) != len(mine[score])
+        or weights.get(score) != their_weights.get(score)
+    ):
+        return Standing(*who, e, None, 'scored on other held-out rows: not comparable')
     d = difference(theirs[score], mine[score], weights.get(score), **how)
-    return Standing(*who, e, d, '' if d.p <= 1-how['confidence'] else 'not told apart from the first')
+    return Standing(*who, e, d, '' if d.p <= 1 - how['confidence'] else 'not told apart from the first')
 
 # %% ../../nbs/evaluation/leaderboard.ipynb #9d13da55
 @dataclass
 class Leaderboard:
     "Runs in each score, compared with the first one"
-    standings:dict[str,list[Standing]] # Score to the runs, in the order given
-    side:str # `tuned` or `base`
-    confidence:float # Of the intervals
+
+    standings: dict[str, list[Standing]]  # Score to the runs, in the order given
+    side: str  # `tuned` or `base`
+    confidence: float  # Of the intervals
+
 
 def compare_runs(
-    runs:list, # Runs, names or directories; the first is what the others are compared with
-    runs_dir=None, # Where runs are
-    scores:list[str]|None=None, # Which; default: all that the first run has
-    side:str='tuned', # `tuned` or `base`
-    confidence:float=CONFIDENCE, # Of the intervals
-    samples:int=SAMPLES, # Of the bootstrap and of permutation tests
-    seed:int=0, # Of both
-)->Leaderboard:
+    runs: list,  # Runs, names or directories; the first is what the others are compared with
+    runs_dir=None,  # Where runs are
+    scores: list[str] | None = None,  # Which; default: all that the first run has
+    side: str = 'tuned',  # `tuned` or `base`
+    confidence: float = CONFIDENCE,  # Of the intervals
+    samples: int = SAMPLES,  # Of the bootstrap and of permutation tests
+    seed: int = 0,  # Of both
+) -> Leaderboard:
     "Held-out scores of several runs, with intervals and paired tests"
     found = [open_run(r, runs_dir) for r in runs]
-    if not found: raise SpecError("runs: none given; name at least one")
-    have,_,_ = _scores(found[0], side)
-    if not have: raise SpecError(f"runs: {found[0].name} holds no scores of the {side} model for single rows; name a finetune or evaluate run whose statistics.json has them")
+    if not found:
+        raise SpecError("runs: none given; name at least one")
+    have, _, _ = _scores(found[0], side)
+    if not have:
+        raise SpecError(
+            f"runs: {found[0].name} holds no scores of the {side} model for single rows; name a finetune or evaluate run whose statistics.json has them"
+        )
     bad = next((s for s in scores or () if s not in have), None)
-    if bad is not None: raise SpecError(f"scores: {found[0].name} has no {bad!r}{nearest(bad, have)}")
+    if bad is not None:
+        raise SpecError(f"scores: {found[0].name} has no {bad!r}{nearest(bad, have)}")
     how = dict(confidence=confidence, samples=samples, seed=seed)
-    return Leaderboard({s:[_standing(r, found[0], side, s, how) for r in found] for s in scores or have}, side, confidence)
+    return Leaderboard(
+        {s: [_standing(r, found[0], side, s, how) for r in found] for s in scores or have}, side, confidence
+    )
 
 # %% ../../nbs/evaluation/leaderboard.ipynb #99a65f4b
 def _cells(board, rows):
     "A head and a row for each run"
-    pct = f'{100*board.confidence:g}% interval'
+    pct = f'{100 * board.confidence:g}% interval'
     yield ['run', 'model', 'dataset', 'rows', board.side, pct, 'to the first', pct, 'p', 'higher / lower', '']
     for s in rows:
-        e,d = s.estimate,s.difference
-        of = [str(e.n), number(e.mean), interval(e)] if e else ['']*3
-        yield [s.run, s.model, s.dataset, *of, *([number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}'] if d else ['']*4), s.note]
+        e, d = s.estimate, s.difference
+        of = [str(e.n), number(e.mean), interval(e)] if e else [''] * 3
+        yield [
+            s.run,
+            s.model,
+            s.dataset,
+            *of,
+            *(
+                [number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}']
+                if d
+                else [''] * 4
+            ),
+            s.note,
+        ]
+
 
 @patch
-def _repr_markdown_(self:Leaderboard):
-    line = lambda r: '| '+' | '.join(markdown_text(c) if i < 3 or i == len(r)-1 else c for i,c in enumerate(r))+' |'
-    table = lambda rows: '\n'.join([line(rows[0]), '|'+'---|'*len(rows[0]), *map(line, rows[1:])])
-    return '\n\n'.join(f'**{markdown_text(n)}**\n\n{table([*_cells(self, rows)])}' for n,rows in self.standings.items())
+def _repr_markdown_(self: Leaderboard):
+    line = lambda r: (
+        '| ' + ' | '.join(markdown_text(c) if i < 3 or i == len(r) - 1 else c for i, c in enumerate(r)) + ' |'
+    )
+    table = lambda rows: '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
+    return '\n\n'.join(
+        f'**{markdown_text(n)}**\n\n{table([*_cells(self, rows)])}' for n, rows in self.standings.items()
+    )
+
 
 @patch
-def __repr__(self:Leaderboard):
+def __repr__(self: Leaderboard):
     res = []
-    for n,rows in self.standings.items():
+    for n, rows in self.standings.items():
         rows = [[' '.join(plain_text(c).split()) for c in r] for r in _cells(self, rows)]
         wide = [max(map(len, c)) for c in zip(*rows)]
-        res += ['', plain_text(n), *('  '.join(c.ljust(w) for c,w in zip(r, wide)).rstrip() for r in rows)]
+        res += ['', plain_text(n), *('  '.join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows)]
     return '\n'.join(res[1:])
 
 # %% ../../nbs/evaluation/leaderboard.ipynb #b64ea0f5
 STYLE = 'body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:80em;padding:0 1em}table{border-collapse:collapse}th,td{padding:.3em .7em;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}'
 
+
 def _page(board, title):
-    cells = lambda r,tag: '<tr>'+''.join(f'<{tag}>{html_text(c)}</{tag}>' for c in r)+'</tr>'
-    table = lambda rows: '<table>'+cells(rows[0], 'th')+''.join(cells(r, 'td') for r in rows[1:])+'</table>'
-    body = ''.join(f'<h2>{html_text(n)}</h2>{table([*_cells(board, rows)])}' for n,rows in board.standings.items())
+    cells = lambda r, tag: '<tr>' + ''.join(f'<{tag}>{html_text(c)}</{tag}>' for c in r) + '</tr>'
+    table = lambda rows: '<table>' + cells(rows[0], 'th') + ''.join(cells(r, 'td') for r in rows[1:]) + '</table>'
+    body = ''.join(f'<h2>{html_text(n)}</h2>{table([*_cells(board, rows)])}' for n, rows in board.standings.items())
     told = "Intervals: Wilson's and Newcombe's for yes or no, else bootstrap (BCa). p: McNemar's exact test for yes or no, else a paired permutation test, against the first run on the same rows. Each score and each run is tested alone: among twenty that do not differ, one will seem to."
     return f'''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{html_text(title)}</title><style>{STYLE}</style></head><body><h1>{html_text(title)}</h1>{body}<p>{html_text(told)}</p></body></html>\n'''
 
+
 def write_comparison(
-    runs, # As in `compare_runs`, or a Leaderboard
-    path, # Page to write, `.html`
-    title:str='Runs compared', # Its heading
-    **kw, # As in `compare_runs`
-)->Path:
+    runs,  # As in `compare_runs`, or a Leaderboard
+    path,  # Page to write, `.html`
+    title: str = 'Runs compared',  # Its heading
+    **kw,  # As in `compare_runs`
+) -> Path:
     "Write a page that compares several runs"
-    path,board = Path(path),runs if isinstance(runs, Leaderboard) else compare_runs(runs, **kw)
+    path, board = Path(path), runs if isinstance(runs, Leaderboard) else compare_runs(runs, **kw)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     tmp.write_text(_page(board, title))
     os.replace(tmp, path)

@@ -10,132 +10,196 @@ import math
 from dataclasses import dataclass
 
 # %% ../../nbs/evaluation/significance.ipynb #ec210d24
-CONFIDENCE,SAMPLES = 0.95,9999
+CONFIDENCE, SAMPLES = 0.95, 9999
 
-def _weighted(v, w, axis=-1): return (v*w).sum(axis=axis)/w.sum(axis=axis)
+
+def _weighted(v, w, axis=-1):
+    return (v * w).sum(axis=axis) / w.sum(axis=axis)
+
 
 def _bootstrap(values, weights, confidence, samples, seed):
     "Interval of a weighted mean; None where all rows say the same, or there is one only"
     import numpy as np
     from scipy.stats import bootstrap
-    if len(values) < 2 or np.ptp(values) == 0: return None
-    how = dict(paired=True, vectorized=True, confidence_level=confidence, n_resamples=samples, batch=max(1, 2**22//len(values)))
-    draw = lambda method: bootstrap((values, weights), _weighted, method=method, rng=np.random.default_rng(seed), **how).confidence_interval
-    with np.errstate(all='ignore'): got = draw('BCa')
-    if not (math.isfinite(got.low) and math.isfinite(got.high)): got = draw('percentile') # Too few rows for the correction
-    return float(got.low),float(got.high)
 
-def _is_binary(values): return bool(((values == 0) | (values == 1)).all())
+    if len(values) < 2 or np.ptp(values) == 0:
+        return None
+    how = dict(
+        paired=True,
+        vectorized=True,
+        confidence_level=confidence,
+        n_resamples=samples,
+        batch=max(1, 2**22 // len(values)),
+    )
+    draw = lambda method: (
+        bootstrap(
+            (values, weights), _weighted, method=method, rng=np.random.default_rng(seed), **how
+        ).confidence_interval
+    )
+    with np.errstate(all='ignore'):
+        got = draw('BCa')
+    if not (math.isfinite(got.low) and math.isfinite(got.high)):
+        got = draw('percentile')  # Too few rows for the correction
+    return float(got.low), float(got.high)
+
+
+def _is_binary(values):
+    return bool(((values == 0) | (values == 1)).all())
 
 # %% ../../nbs/evaluation/significance.ipynb #c4499094
 def _arrays(values, weights=None):
     "Values and weights as arrays, rows of weight 0 left out"
     import numpy as np
+
     v = np.asarray(values, float)
     w = np.ones_like(v) if weights is None else np.asarray(weights, float)
-    return v[w > 0],w[w > 0]
+    return v[w > 0], w[w > 0]
+
 
 @dataclass(frozen=True)
 class Estimate:
     "A mean over rows, and the interval of it"
-    mean:float
-    low:float|None # None: no interval can be given
-    high:float|None
-    n:int # Rows
+
+    mean: float
+    low: float | None  # None: no interval can be given
+    high: float | None
+    n: int  # Rows
 
 # %% ../../nbs/evaluation/significance.ipynb #d2d297e1
 def estimate(
-    values, # One score a row
-    weights=None, # Of the rows; default: all the same
-    confidence:float=CONFIDENCE, # Of the interval
-    samples:int=SAMPLES, # Of the bootstrap
-    seed:int=0,
-)->Estimate:
+    values,  # One score a row
+    weights=None,  # Of the rows; default: all the same
+    confidence: float = CONFIDENCE,  # Of the interval
+    samples: int = SAMPLES,  # Of the bootstrap
+    seed: int = 0,
+) -> Estimate:
     "The mean of scores with its interval: Wilson's for yes and no, else the bootstrap's (BCa)"
-    v,w = _arrays(values, weights)
-    if len(v) == 0: return Estimate(math.nan, None, None, 0)
+    v, w = _arrays(values, weights)
+    if len(v) == 0:
+        return Estimate(math.nan, None, None, 0)
     if weights is None and _is_binary(v):
         from scipy.stats import binomtest
+
         ci = binomtest(int(v.sum()), len(v)).proportion_ci(confidence, 'wilson')
-        low,high = float(ci.low),float(ci.high)
-    else: low,high = _bootstrap(v, w, confidence, samples, seed) or (None, None)
+        low, high = float(ci.low), float(ci.high)
+    else:
+        low, high = _bootstrap(v, w, confidence, samples, seed) or (None, None)
     return Estimate(float(_weighted(v, w)), low, high, len(v))
 
 # %% ../../nbs/evaluation/significance.ipynb #e6d06831
 def _mcnemar(a, b):
     "Two-sided exact p-value from the rows that changed"
     from scipy.stats import binomtest
-    better,worse = int((b > a).sum()),int((b < a).sum())
-    return binomtest(better, better+worse).pvalue if better+worse else 1.0
+
+    better, worse = int((b > a).sum()), int((b < a).sum())
+    return binomtest(better, better + worse).pvalue if better + worse else 1.0
+
 
 def _sign_flips(a, b, w, samples, seed):
     "Two-sided p-value of a paired permutation test on the weighted mean difference"
     import numpy as np
     from scipy.stats import permutation_test
-    d = w*(b-a)
-    if not d.any(): return 1.0
-    return permutation_test((d,), lambda x,axis=-1: x.mean(axis=axis), permutation_type='samples', vectorized=True, n_resamples=samples, rng=np.random.default_rng(seed), batch=max(1, 2**22//len(d))).pvalue
+
+    d = w * (b - a)
+    if not d.any():
+        return 1.0
+    return permutation_test(
+        (d,),
+        lambda x, axis=-1: x.mean(axis=axis),
+        permutation_type='samples',
+        vectorized=True,
+        n_resamples=samples,
+        rng=np.random.default_rng(seed),
+        batch=max(1, 2**22 // len(d)),
+    ).pvalue
 
 # %% ../../nbs/evaluation/significance.ipynb #43878f57
 def _newcombe(a, b, confidence):
     "Interval of the paired difference b - a of 0/1 scores"
     from scipy.stats import binomtest
-    n,both,only_a,only_b = len(a),int((a*b).sum()),int((a > b).sum()),int((b > a).sum())
-    neither,p,q = n-both-only_a-only_b,(both+only_b)/n,(both+only_a)/n
-    x,y = (binomtest(k, n).proportion_ci(confidence, 'wilson') for k in (both+only_b, both+only_a))
-    margins,cross = (both+only_b)*(neither+only_a)*(both+only_a)*(neither+only_b),both*neither-only_a*only_b
-    phi = (max(cross-n/2, 0) if cross > 0 else cross)/math.sqrt(margins) if margins else 0.0 # With the paper's correction for continuity
-    side = lambda u,v: math.sqrt(max(0.0, u*u-2*phi*u*v+v*v))
-    return p-q-side(p-x.low, y.high-q),p-q+side(x.high-p, q-y.low)
+
+    n, both, only_a, only_b = len(a), int((a * b).sum()), int((a > b).sum()), int((b > a).sum())
+    neither, p, q = n - both - only_a - only_b, (both + only_b) / n, (both + only_a) / n
+    x, y = (binomtest(k, n).proportion_ci(confidence, 'wilson') for k in (both + only_b, both + only_a))
+    margins, cross = (
+        (both + only_b) * (neither + only_a) * (both + only_a) * (neither + only_b),
+        both * neither - only_a * only_b,
+    )
+    phi = (
+        (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
+    )  # With the paper's correction for continuity
+    side = lambda u, v: math.sqrt(max(0.0, u * u - 2 * phi * u * v + v * v))
+    return p - q - side(p - x.low, y.high - q), p - q + side(x.high - p, q - y.low)
 
 # %% ../../nbs/evaluation/significance.ipynb #287446b9
 @dataclass(frozen=True)
 class Difference:
     "The second side minus the first, on the same rows"
-    difference:float
-    low:float|None # Interval; None: no interval can be given
-    high:float|None
-    p:float # Probability of a difference at least as large, were there none
-    test:str # By which test
-    n:int # Rows
-    above:int # Rows on which the second side has the larger score
-    below:int # and the smaller one
+
+    difference: float
+    low: float | None  # Interval; None: no interval can be given
+    high: float | None
+    p: float  # Probability of a difference at least as large, were there none
+    test: str  # By which test
+    n: int  # Rows
+    above: int  # Rows on which the second side has the larger score
+    below: int  # and the smaller one
+
 
 def difference(
-    first, # Scores of one side, a row each
-    second, # Of the other side, on the same rows
-    weights=None, # Of the rows; default: all the same
-    confidence:float=CONFIDENCE, # Of the interval
-    samples:int=SAMPLES, # Of the bootstrap, and of the permutation test
-    seed:int=0,
-)->Difference:
+    first,  # Scores of one side, a row each
+    second,  # Of the other side, on the same rows
+    weights=None,  # Of the rows; default: all the same
+    confidence: float = CONFIDENCE,  # Of the interval
+    samples: int = SAMPLES,  # Of the bootstrap, and of the permutation test
+    seed: int = 0,
+) -> Difference:
     "Paired difference: Newcombe's interval and McNemar's exact test for yes and no, else the bootstrap's (BCa) and a permutation test"
-    if len(first) != len(second): raise ValueError(f"a paired test needs the same rows on both sides, and here are {len(first)} and {len(second)}")
-    (a,w),(b,_) = _arrays(first, weights),_arrays(second, weights)
-    if len(a) == 0: return Difference(math.nan, None, None, 1.0, 'none', 0, 0, 0)
+    if len(first) != len(second):
+        raise ValueError(
+            f"a paired test needs the same rows on both sides, and here are {len(first)} and {len(second)}"
+        )
+    (a, w), (b, _) = _arrays(first, weights), _arrays(second, weights)
+    if len(a) == 0:
+        return Difference(math.nan, None, None, 1.0, 'none', 0, 0, 0)
     exact = weights is None and _is_binary(a) and _is_binary(b)
-    low,high = _newcombe(a, b, confidence) if exact else _bootstrap(b-a, w, confidence, samples, seed) or (None, None)
+    low, high = (
+        _newcombe(a, b, confidence) if exact else _bootstrap(b - a, w, confidence, samples, seed) or (None, None)
+    )
     p = _mcnemar(a, b) if exact else _sign_flips(a, b, w, samples, seed)
-    return Difference(float(_weighted(b-a, w)), low, high, float(p), "McNemar's exact test" if exact else 'paired permutation test', len(a), int((b > a).sum()), int((b < a).sum()))
+    return Difference(
+        float(_weighted(b - a, w)),
+        low,
+        high,
+        float(p),
+        "McNemar's exact test" if exact else 'paired permutation test',
+        len(a),
+        int((b > a).sum()),
+        int((b < a).sum()),
+    )
 
 # %% ../../nbs/evaluation/significance.ipynb #e472f599
-FEW = 20 # Rows below which an interval of the bootstrap is called too narrow
+FEW = 20  # Rows below which an interval of the bootstrap is called too narrow
+
 
 def caution(
-    n:int, # Rows
-    confidence:float=CONFIDENCE,
-)->str: # Empty where there are enough
+    n: int,  # Rows
+    confidence: float = CONFIDENCE,
+) -> str:  # Empty where there are enough
     "What must be said of intervals and p-values of so few rows"
-    least = 2/2**n if n < 60 else 0.0
-    if least > 1-confidence+1e-12: return f"{n} row{'s'*(n != 1)}: too few to tell a difference from chance, since no test on them can give less than p = {min(1, least):.3g}; score more rows"
+    least = 2 / 2**n if n < 60 else 0.0
+    if least > 1 - confidence + 1e-12:
+        return f"{n} row{'s' * (n != 1)}: too few to tell a difference from chance, since no test on them can give less than p = {min(1, least):.3g}; score more rows"
     return f"{n} rows: few, and bootstrap intervals of so few are too narrow; score more rows" if n < FEW else ''
 
 # %% ../../nbs/evaluation/significance.ipynb #72bb4242
-def number(v, sign=False)->str:
+def number(v, sign=False) -> str:
     "Four digits, a dash for what cannot be given"
-    if v is None or not math.isfinite(v): return '–'
+    if v is None or not math.isfinite(v):
+        return '–'
     return f'{v:+.4g}' if sign else f'{v:.4g}'
 
-def interval(e, sign=False)->str: # e: Estimate or Difference
+
+def interval(e, sign=False) -> str:  # e: Estimate or Difference
     "As in `[0.85, 0.98]`; a dash where there is none"
     return '–' if e.low is None else f'[{number(e.low, sign)}, {number(e.high, sign)}]'

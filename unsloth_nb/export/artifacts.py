@@ -6,23 +6,24 @@
 __all__ = ['save_artifact', 'keep_artifact', 'export_run']
 
 # %% ../../nbs/export/artifacts.ipynb #d1bbe4a1
-import shutil,tempfile
+import shutil
+import tempfile
 from contextlib import contextmanager
 
 from .model_cards import model_card
-from .certificate import Certificate,certify,expect,make_request,weight_checks
+from .certificate import Certificate, certify, expect, make_request, weight_checks
 from ..runs.checkpoints import write_whole
 from ..data.load import held_out
 from ..core.engine import quiet
-from .gguf import check_gguf_kind,find_llama,modelfile,write_gguf
+from .gguf import check_gguf_kind, find_llama, modelfile, write_gguf
 from ..evaluation.generation import load_run
-from ..training.loading import LoadedModel,write_older_names
+from ..training.loading import LoadedModel, write_older_names
 from ..planning.plan import check_free
-from ..training.resuming import code_hashes,rows_sha256,weights_sha256
-from ..runs.run import Run,open_run,read_json,start_run,write_json
-from ..core.schema import SpecError,nearest
-from .serving import NF4,find_backend
-from ..core.spec import EXPORTS,ExportJob
+from ..training.resuming import code_hashes, rows_sha256, weights_sha256
+from ..runs.run import Run, open_run, read_json, start_run, write_json
+from ..core.schema import SpecError, nearest
+from .serving import NF4, find_backend
+from ..core.spec import EXPORTS, ExportJob
 from ..training.trainer import write_adapter
 from .witness import ask
 
@@ -30,48 +31,74 @@ from .witness import ask
 def _write_merged(model, folder):
     "Merge and write in 16 bits: by Unsloth, or by PEFT where Unsloth does not"
     quantized = model.plan.load_in_4bit or model.plan.load_in_8bit
-    if quantized and model.plan.device.kind != 'cuda': _merge_by_peft(model, folder)
+    if quantized and model.plan.device.kind != 'cuda':
+        _merge_by_peft(model, folder)
     else:
-        with quiet(): model.model.save_pretrained_merged(str(folder), model.tok, save_method='merged_16bit')
+        with quiet():
+            model.model.save_pretrained_merged(str(folder), model.tok, save_method='merged_16bit')
     _finish_folder(model, folder)
+
 
 def _finish_folder(model, folder):
     "Tokenizer with its template, configuration that transformers 4 reads too, and a generation config that ends where training ended; no form for a card"
-    with quiet(): model.exported_tokenizer().save_pretrained(folder)
+    with quiet():
+        model.exported_tokenizer().save_pretrained(folder)
     write_older_names(folder)
-    write_json(folder/'generation_config.json', (read_json(folder/'generation_config.json') or {})|{k:v for k,v in model.generation_config().to_diff_dict().items() if k.endswith('token_id')})
-    (folder/'README.md').unlink(missing_ok=True)
+    write_json(
+        folder / 'generation_config.json',
+        (read_json(folder / 'generation_config.json') or {})
+        | {k: v for k, v in model.generation_config().to_diff_dict().items() if k.endswith('token_id')},
+    )
+    (folder / 'README.md').unlink(missing_ok=True)
+
 
 def _merge_by_peft(model, folder):
     "The adapter added to the original 16-bit weights, by plain PEFT"
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+
     with quiet(), tempfile.TemporaryDirectory() as tmp:
         model.model.save_pretrained(tmp)
-        net = AutoModelForCausalLM.from_pretrained(model.source.path, revision=model.source.revision, dtype=getattr(torch, model.plan.dtype), trust_remote_code=False, use_safetensors=True)
-        if getattr(net.config, 'quantization_config', None): raise SpecError(f"to: {model.job.model} holds quantized weights only, and merging needs the original ones; export the adapter, or train on the 16-bit model")
+        net = AutoModelForCausalLM.from_pretrained(
+            model.source.path,
+            revision=model.source.revision,
+            dtype=getattr(torch, model.plan.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        if getattr(net.config, 'quantization_config', None):
+            raise SpecError(
+                f"to: {model.job.model} holds quantized weights only, and merging needs the original ones; export the adapter, or train on the 16-bit model"
+            )
         PeftModel.from_pretrained(net, tmp).merge_and_unload().save_pretrained(folder)
 
 # %% ../../nbs/export/artifacts.ipynb #39abf778
 @contextmanager
 def _merged(model, folder):
     "A merged model in a folder of its own, for as long as it is needed"
-    inner = folder/'.merged'
+    inner = folder / '.merged'
     inner.mkdir()
     _write_merged(model, inner)
-    try: yield inner
-    finally: shutil.rmtree(inner)
+    try:
+        yield inner
+    finally:
+        shutil.rmtree(inner)
 
 # %% ../../nbs/export/artifacts.ipynb #b93b24fc
 def _write_4bit(model, merged, folder):
     "Quantize a merged model to NF4"
     import torch
-    from transformers import AutoModelForCausalLM,BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     dtype = getattr(torch, model.plan.dtype)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
     with quiet():
-        AutoModelForCausalLM.from_pretrained(merged, quantization_config=nf4, dtype=dtype, device_map={'':model.plan.device.kind}).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(
+            merged, quantization_config=nf4, dtype=dtype, device_map={'': model.plan.device.kind}
+        ).save_pretrained(folder)
         _finish_folder(model, folder)
 
 # %% ../../nbs/export/artifacts.ipynb #c6000e33
@@ -80,10 +107,11 @@ def _system_of(convs):
     found = {c.messages[0]['content'] if c.messages and c.messages[0]['role'] == 'system' else None for c in convs}
     return found.pop() if len(found) == 1 else None
 
+
 def _write_gguf(model, merged, folder, kind, system):
     "Convert, quantize, and say to Ollama how to run it"
-    write_gguf(merged, folder/'model.gguf', kind)
-    (folder/'Modelfile').write_text(modelfile(model.exported_tokenizer(), model.formatter.stop_ids(), system))
+    write_gguf(merged, folder / 'model.gguf', kind)
+    (folder / 'Modelfile').write_text(modelfile(model.exported_tokenizer(), model.formatter.stop_ids(), system))
 
 # %% ../../nbs/export/artifacts.ipynb #07a001e1
 def _write(model, folder, to, system=None):
@@ -92,93 +120,145 @@ def _write(model, folder, to, system=None):
         write_adapter(model, folder) if to == 'adapter' else _write_merged(model, folder)
         return weight_checks(model, folder, to == 'adapter')
     with _merged(model, folder) as merged:
-        if to == 'merged_4bit': _write_4bit(model, merged, folder)
-        else: _write_gguf(model, merged, folder, to.removeprefix('gguf_'), system)
+        if to == 'merged_4bit':
+            _write_4bit(model, merged, folder)
+        else:
+            _write_gguf(model, merged, folder, to.removeprefix('gguf_'), system)
         return weight_checks(model, merged, False)
 
 # %% ../../nbs/export/artifacts.ipynb #4139ab71
 def _spec(model, folder, to):
     "What a witness must know to load an export"
-    size = model.plan.disk.get('merged_16bit', 0)*(0.4 if '4bit' in to or to == 'adapter' and model.plan.load_in_4bit else 1)
+    size = model.plan.disk.get('merged_16bit', 0) * (
+        0.4 if '4bit' in to or to == 'adapter' and model.plan.load_in_4bit else 1
+    )
     spec = dict(folder=folder, dtype=model.plan.dtype, device=_roomy(model.plan.device.kind, size))
-    if to != 'adapter': return spec
-    return spec|dict(base=model.source.path, revision=model.source.revision, load_in_4bit=model.plan.load_in_4bit, load_in_8bit=model.plan.load_in_8bit)
+    if to != 'adapter':
+        return spec
+    return spec | dict(
+        base=model.source.path,
+        revision=model.source.revision,
+        load_in_4bit=model.plan.load_in_4bit,
+        load_in_8bit=model.plan.load_in_8bit,
+    )
+
 
 def _roomy(device, size):
     "The device, or the CPU where a GPU has no room for that much more"
-    if device != 'cuda': return device
+    if device != 'cuda':
+        return device
     import torch
+
     torch.cuda.empty_cache()
-    return device if torch.cuda.mem_get_info()[0] > 1.2*size+2**30 else 'cpu'
+    return device if torch.cuda.mem_get_info()[0] > 1.2 * size + 2**30 else 'cpu'
 
 # %% ../../nbs/export/artifacts.ipynb #a8967fa4
 def _check_vllm(model, to):
     "Refuse before anything is written what vLLM cannot load here"
-    if to not in ('adapter', 'merged_16bit'): raise SpecError(f"vllm: it is asked about adapter and merged_16bit, not {to}; leave out vllm")
+    if to not in ('adapter', 'merged_16bit'):
+        raise SpecError(f"vllm: it is asked about adapter and merged_16bit, not {to}; leave out vllm")
     find_backend('merged' if to != 'adapter' else NF4 if model.plan.load_in_4bit else 'adapter', 'vllm')
+
 
 def _vllm_spec(model, folder):
     "What a witness must know to have vLLM load an export: on a GPU also the share that is free"
     spec = dict(folder=folder, dtype=model.plan.dtype)
-    if model.plan.device.kind != 'cuda': return spec
+    if model.plan.device.kind != 'cuda':
+        return spec
     import torch
+
     torch.cuda.empty_cache()
-    free,total = torch.cuda.mem_get_info()
-    return spec|dict(memory=min(0.9, (free-2**30)/total))
+    free, total = torch.cuda.mem_get_info()
+    return spec | dict(memory=min(0.9, (free - 2**30) / total))
 
 # %% ../../nbs/export/artifacts.ipynb #71936cc7
 def save_artifact(
-    model:LoadedModel, # Trained model
-    run:Run, # Where the folder goes
-    to:str, # `adapter`, `merged_16bit`, `merged_4bit`, `gguf_f16`, `gguf_q8_0` or `gguf_q4_k_m`
-    convs, # Held-out conversations to compare on
-    source:Run|None=None, # The run that trained the model; default: `run`
-    vllm:bool=False, # Have vLLM load and check it too
-)->Certificate:
+    model: LoadedModel,  # Trained model
+    run: Run,  # Where the folder goes
+    to: str,  # `adapter`, `merged_16bit`, `merged_4bit`, `gguf_f16`, `gguf_q8_0` or `gguf_q4_k_m`
+    convs,  # Held-out conversations to compare on
+    source: Run | None = None,  # The run that trained the model; default: `run`
+    vllm: bool = False,  # Have vLLM load and check it too
+) -> Certificate:
     "Write an artefact, have it reloaded and compared, and only then put it in place; raises `ExportError` with all that failed, `WitnessError` when it cannot be loaded"
-    if to not in EXPORTS: raise SpecError(f"to: got {to!r}{nearest(to, EXPORTS)}")
-    if to.startswith('gguf'): check_gguf_kind(to.removeprefix('gguf_')); find_llama()
-    if vllm: _check_vllm(model, to)
-    for left in run.path.glob('.saving-*'): shutil.rmtree(left, ignore_errors=True)
+    if to not in EXPORTS:
+        raise SpecError(f"to: got {to!r}{nearest(to, EXPORTS)}")
+    if to.startswith('gguf'):
+        check_gguf_kind(to.removeprefix('gguf_'))
+        find_llama()
+    if vllm:
+        _check_vllm(model, to)
+    for left in run.path.glob('.saving-*'):
+        shutil.rmtree(left, ignore_errors=True)
     check_free(run.path, model.plan.disk.get(to, 0), model.plan.disk.get('merge_ram', 0) if to != 'adapter' else 0)
     tok = model.exported_tokenizer(to == 'adapter')
     request = make_request(model, convs, tok)
     want = expect(model, request, tok)
+
     def write(stage):
         trained = _write(model, stage, to, _system_of(convs))
-        got = ask('gguf' if to.startswith('gguf') else 'transformers', _spec(model, stage/'model.gguf' if to.startswith('gguf') else stage, to), request)
+        got = ask(
+            'gguf' if to.startswith('gguf') else 'transformers',
+            _spec(model, stage / 'model.gguf' if to.startswith('gguf') else stage, to),
+            request,
+        )
         cert = certify(model, request, want, got, to, trained).check()
-        if vllm: cert = cert.joined(certify(model, request, want, ask('vllm', _vllm_spec(model, stage), request), to)).check()
-        write_json(stage/'certificate.json', cert)
-        (stage/'README.md').write_text(model_card(source or run, to, cert))
-    return Certificate(read_json(write_whole(run.path/to, write)/'certificate.json'))
+        if vllm:
+            cert = cert.joined(
+                certify(model, request, want, ask('vllm', _vllm_spec(model, stage), request), to)
+            ).check()
+        write_json(stage / 'certificate.json', cert)
+        (stage / 'README.md').write_text(model_card(source or run, to, cert))
+
+    return Certificate(read_json(write_whole(run.path / to, write) / 'certificate.json'))
 
 # %% ../../nbs/export/artifacts.ipynb #3ae3851e
 def keep_artifact(
-    model:LoadedModel, # Trained model
-    run:Run, # Where it goes
-    to:str, # As in `save_artifact`
-    convs, # Held-out conversations to compare on
-    source:Run|None=None, # The run that trained the model; default: `run`
-    vllm:bool=False, # Have vLLM load and check it too
-)->Certificate:
+    model: LoadedModel,  # Trained model
+    run: Run,  # Where it goes
+    to: str,  # As in `save_artifact`
+    convs,  # Held-out conversations to compare on
+    source: Run | None = None,  # The run that trained the model; default: `run`
+    vllm: bool = False,  # Have vLLM load and check it too
+) -> Certificate:
     "An artefact of a run, with its certificate"
-    inputs = dict(to=to, vllm=vllm, base=model.base, trained=weights_sha256(model.model), rows=rows_sha256(convs), code=code_hashes(('export/model_cards', 'export/certificate', 'export/artifacts', 'export/gguf', 'training/loading', 'export/serving', 'training/trainer', 'export/vllm_server', 'export/witness')))
+    inputs = dict(
+        to=to,
+        vllm=vllm,
+        base=model.base,
+        trained=weights_sha256(model.model),
+        rows=rows_sha256(convs),
+        code=code_hashes(
+            (
+                'export/model_cards',
+                'export/certificate',
+                'export/artifacts',
+                'export/gguf',
+                'training/loading',
+                'export/serving',
+                'training/trainer',
+                'export/vllm_server',
+                'export/witness',
+            )
+        ),
+    )
     return Certificate(run.keep(to, inputs, lambda: save_artifact(model, run, to, convs, source, vllm), [to]))
 
 # %% ../../nbs/export/artifacts.ipynb #ec439f70
 def export_run(
-    run='latest', # Finetune run, its name or directory
-    to:str='merged_16bit', # As in `save_artifact`
-    check_rows:int=8, # Held-out rows to compare on
-    vllm:bool=False, # Have vLLM load and check it too
-)->Run: # The export's own run
+    run='latest',  # Finetune run, its name or directory
+    to: str = 'merged_16bit',  # As in `save_artifact`
+    check_rows: int = 8,  # Held-out rows to compare on
+    vllm: bool = False,  # Have vLLM load and check it too
+) -> Run:  # The export's own run
     "Write a finished run's model in another form, with its certificate"
     source = open_run(run, kind='finetune')
     record = start_run(ExportJob(run=source.name, to=to, check_rows=check_rows, vllm=vllm), source.path.parent)
     try:
-        with record.stage('loading'): model = load_run(source)
-        with record.stage('saving'): cert = save_artifact(model, record, to, held_out(source.job, n=check_rows), source, vllm)
+        with record.stage('loading'):
+            model = load_run(source)
+        with record.stage('saving'):
+            cert = save_artifact(model, record, to, held_out(source.job, n=check_rows), source, vllm)
         return record.finish(certificate=cert, run=source.name)
     except BaseException as e:
         record.fail(f'{type(e).__name__}: {e}')

@@ -15,211 +15,420 @@ from ..data.conversations import Conversation
 from ..core.escaping import markdown_text
 from ..tokens.examples import make_examples
 from ..evaluation.generation import answering
-from ..training.loading import LoadedModel,weights_folder
+from ..training.loading import LoadedModel, weights_folder
 from ..runs.run import read_json
 from ..core.schema import SpecError
-from .witness import PROBES,greedy_answers,log_probabilities,render_ids,tokenizer_facts
+from .witness import PROBES, greedy_answers, log_probabilities, render_ids, tokenizer_facts
 
 # %% ../../nbs/export/certificate.ipynb #65947b63
 def make_request(
-    model:LoadedModel, # Trained model
-    convs, # Held-out conversations
-    tok=None, # Tokenizer that the export carries; default: the model's
-)->dict: # As in the witness page; candidates are added by `expect`
+    model: LoadedModel,  # Trained model
+    convs,  # Held-out conversations
+    tok=None,  # Tokenizer that the export carries; default: the model's
+) -> dict:  # As in the witness page; candidates are added by `expect`
     "The request that both the model in memory and its export answer"
-    fmt,exs = model.formatter_for(convs),make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate')
-    if not any(e.trained for e in exs): raise SpecError('check_rows: none of these rows has a token to compare; take other rows, or more of them')
-    if fmt.template == 'raw': prompts = [dict(messages=None, tools=None, ids=e.input_ids[:max(1, len(e)//2)]) for e in exs]
-    else: prompts = [_prompt(fmt, c, (tok or model.tok).chat_template) for c in convs]
-    return dict(examples=[dict(input_ids=e.input_ids, at=[i for i,on in enumerate(e.mask) if on and i]) for e in exs], prompts=prompts, max_new_tokens=min(model.job.max_new_tokens, 64), probes=PROBES)
+    fmt, exs = (
+        model.formatter_for(convs),
+        make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate'),
+    )
+    if not any(e.trained for e in exs):
+        raise SpecError('check_rows: none of these rows has a token to compare; take other rows, or more of them')
+    if fmt.template == 'raw':
+        prompts = [dict(messages=None, tools=None, ids=e.input_ids[: max(1, len(e) // 2)]) for e in exs]
+    else:
+        prompts = [_prompt(fmt, c, (tok or model.tok).chat_template) for c in convs]
+    return dict(
+        examples=[dict(input_ids=e.input_ids, at=[i for i, on in enumerate(e.mask) if on and i]) for e in exs],
+        prompts=prompts,
+        max_new_tokens=min(model.job.max_new_tokens, 64),
+        probes=PROBES,
+    )
+
 
 def _prompt(fmt, conv, has_template):
     asked = conv.messages[:-1] if conv.messages[-1]['role'] == 'assistant' else conv.messages
-    return dict(messages=asked if has_template else None, tools=conv.tools or None, ids=fmt.prompt_ids(Conversation(asked, row=conv.row, tools=conv.tools)))
+    return dict(
+        messages=asked if has_template else None,
+        tools=conv.tools or None,
+        ids=fmt.prompt_ids(Conversation(asked, row=conv.row, tools=conv.tools)),
+    )
 
 # %% ../../nbs/export/certificate.ipynb #b3887221
 def expect(
-    model:LoadedModel, # Trained model
-    request:dict, # From `make_request`; receives the candidates
-    tok=None, # Tokenizer that the export carries; default: the model's
-)->dict: # An answer, as a witness gives it
+    model: LoadedModel,  # Trained model
+    request: dict,  # From `make_request`; receives the candidates
+    tok=None,  # Tokenizer that the export carries; default: the model's
+) -> dict:  # An answer, as a witness gives it
     "What the model in memory answers"
-    tok,config = tok or model.tok,model.generation_config()
+    tok, config = tok or model.tok, model.generation_config()
     with answering(model) as net:
         seen = log_probabilities(net, request['examples'])
-        said = greedy_answers(net, tok, [p|dict(messages=None) for p in request['prompts']], config, request['max_new_tokens'])
-    for e,ids in zip(request['examples'], seen['ids']): e['ids'] = ids
-    return dict(software=['in memory'], **tokenizer_facts(tok, request['probes'], config), **said, **seen)|dict(rendered=[render_ids(tok, p) for p in request['prompts']])
+        said = greedy_answers(
+            net, tok, [p | dict(messages=None) for p in request['prompts']], config, request['max_new_tokens']
+        )
+    for e, ids in zip(request['examples'], seen['ids']):
+        e['ids'] = ids
+    return dict(software=['in memory'], **tokenizer_facts(tok, request['probes'], config), **said, **seen) | dict(
+        rendered=[render_ids(tok, p) for p in request['prompts']]
+    )
 
 # %% ../../nbs/export/certificate.ipynb #d229f909
 def kl_divergence(
-    p:list, # Log-probabilities of the candidates, expected
-    q:list, # The same, measured
-)->float: # [nats]
+    p: list,  # Log-probabilities of the candidates, expected
+    q: list,  # The same, measured
+) -> float:  # [nats]
     "Of two distributions over candidates and the rest; Kullback and Leibler 1951"
-    P,Q = ([math.exp(float(x)) for x in l] for l in (p, q))
-    rest = [max(1-sum(l), 1e-9) for l in (P, Q)]
-    return sum(a*(float(x)-max(float(y), -100)) for a,x,y in zip(P, p, q))+rest[0]*math.log(rest[0]/rest[1])
+    P, Q = ([math.exp(float(x)) for x in l] for l in (p, q))
+    rest = [max(1 - sum(l), 1e-9) for l in (P, Q)]
+    return sum(a * (float(x) - max(float(y), -100)) for a, x, y in zip(P, p, q)) + rest[0] * math.log(rest[0] / rest[1])
 
-TIE = 0.25 # [nats]
 
-def token_differences(request, want, got)->dict: # agreement [fraction], kl_divergence, max_difference [nats], perplexity_change [fraction], tokens
+TIE = 0.25  # [nats]
+
+
+def token_differences(
+    request, want, got
+) -> dict:  # agreement [fraction], kl_divergence, max_difference [nats], perplexity_change [fraction], tokens
     "How far two answers are apart at the tokens that count"
-    rows = [(c, i, p, q, r, s) for cs,ids,P,Q,R,S in zip(got['choice'], want['ids'], want['logprobs'], got['logprobs'], want['right'], got['right'], strict=True) for c,i,p,q,r,s in zip(cs, ids, P, Q, R, S, strict=True)]
-    as_good = lambda c,i,p: c in i and p[i.index(c)] >= max(p)-TIE
-    n,nll = len(rows),lambda k: -sum(float(x[k]) for x in rows)/len(rows)
-    return dict(tokens=n, agreement=sum(as_good(c, i, p) for c,i,p,*_ in rows)/n, kl_divergence=sum(kl_divergence(p, q) for _,_,p,q,*_ in rows)/n,
-        max_difference=max((abs(float(x)-float(y)) for _,_,p,q,*_ in rows for x,y in zip(p, q) if x >= max(p)-4.6), default=0.0), perplexity_change=math.expm1(min(nll(5)-nll(4), 50)))
+    rows = [
+        (c, i, p, q, r, s)
+        for cs, ids, P, Q, R, S in zip(
+            got['choice'], want['ids'], want['logprobs'], got['logprobs'], want['right'], got['right'], strict=True
+        )
+        for c, i, p, q, r, s in zip(cs, ids, P, Q, R, S, strict=True)
+    ]
+    as_good = lambda c, i, p: c in i and p[i.index(c)] >= max(p) - TIE
+    n, nll = len(rows), lambda k: -sum(float(x[k]) for x in rows) / len(rows)
+    return dict(
+        tokens=n,
+        agreement=sum(as_good(c, i, p) for c, i, p, *_ in rows) / n,
+        kl_divergence=sum(kl_divergence(p, q) for _, _, p, q, *_ in rows) / n,
+        max_difference=max(
+            (abs(float(x) - float(y)) for _, _, p, q, *_ in rows for x, y in zip(p, q) if x >= max(p) - 4.6),
+            default=0.0,
+        ),
+        perplexity_change=math.expm1(min(nll(5) - nll(4), 50)),
+    )
 
 # %% ../../nbs/export/certificate.ipynb #68c03ad7
 def _parted_at_tie(net, prompt, a, b, ends, tie):
     "Are the tokens at which two answers part as good as each other?"
-    n = next((k for k,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    n = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     import torch
-    with torch.inference_mode(): lp = net(input_ids=torch.tensor([prompt+a[:n]], device=net.device), use_cache=False).logits[0,-1].float().log_softmax(-1)
-    at = lambda s: lp[s[n]].item() if len(s) > n else max(lp[e].item() for e in ends)
-    return abs(at(a)-at(b)) <= tie
 
-def answer_differences(model, request, want, got, tie)->dict: # greedy_agreement [fraction of prompts], runs_on [prompts]
+    with torch.inference_mode():
+        lp = (
+            net(input_ids=torch.tensor([prompt + a[:n]], device=net.device), use_cache=False)
+            .logits[0, -1]
+            .float()
+            .log_softmax(-1)
+        )
+    at = lambda s: lp[s[n]].item() if len(s) > n else max(lp[e].item() for e in ends)
+    return abs(at(a) - at(b)) <= tie
+
+
+def answer_differences(
+    model, request, want, got, tie
+) -> dict:  # greedy_agreement [fraction of prompts], runs_on [prompts]
     "Do greedy answers agree, and do they end with the end token?"
-    agree,ends = 0,set(want['eos'])
+    agree, ends = 0, set(want['eos'])
     with answering(model) as net:
-        for p,w,g in zip(request['prompts'], want['greedy'], got['greedy'], strict=True):
-            agree += w == g if w['ids'] == g['ids'] else bool(g['ids'] or g['stopped']) and not ends & {*g['ids']} and _parted_at_tie(net, p['ids'], w['ids'], g['ids'], ends, tie)
-    return dict(greedy_agreement=agree/len(request['prompts']), runs_on=sum(bool(ends & {*g['ids']}) for g in got['greedy']))
+        for p, w, g in zip(request['prompts'], want['greedy'], got['greedy'], strict=True):
+            agree += (
+                w == g
+                if w['ids'] == g['ids']
+                else bool(g['ids'] or g['stopped'])
+                and not ends & {*g['ids']}
+                and _parted_at_tie(net, p['ids'], w['ids'], g['ids'], ends, tie)
+            )
+    return dict(
+        greedy_agreement=agree / len(request['prompts']), runs_on=sum(bool(ends & {*g['ids']}) for g in got['greedy'])
+    )
 
 # %% ../../nbs/export/certificate.ipynb #2cc3ddcd
 def _tensors(folder):
     "Names of the tensors in a folder's safetensors files, to the file"
     from safetensors import safe_open
+
     found = {}
     for f in sorted(Path(folder).glob('*.safetensors')):
-        with safe_open(f, 'pt') as t: found |= dict.fromkeys(t.keys(), f)
+        with safe_open(f, 'pt') as t:
+            found |= dict.fromkeys(t.keys(), f)
     return found
+
 
 def _read(files, name):
     "The tensor whose name ends alike, or None"
     from safetensors import safe_open
-    key = name if name in files else next((k for k in files if k.endswith(f".{name[name.find('layers.'):]}")), None)
-    if key is None: return None
-    with safe_open(files[key], 'pt') as t: return t.get_tensor(key)
+
+    key = name if name in files else next((k for k in files if k.endswith(f".{name[name.find('layers.') :]}")), None)
+    if key is None:
+        return None
+    with safe_open(files[key], 'pt') as t:
+        return t.get_tensor(key)
 
 # %% ../../nbs/export/certificate.ipynb #02bb259e
 def merge_error(
-    model:LoadedModel, # Trained model
-    folder, # Merged model
-)->tuple[float,float]|None: # (share of the learned change, multiple of rounding), each at its worst layer; None where the original weights are not at hand
+    model: LoadedModel,  # Trained model
+    folder,  # Merged model
+) -> (
+    tuple[float, float] | None
+):  # (share of the learned change, multiple of rounding), each at its worst layer; None where the original weights are not at hand
     "How far what a merged model adds to its base is from what was learned, and how far it is from the exact sum"
     import torch
-    base,files,share,noise = _tensors(weights_folder(model.source)),_tensors(folder),0.0,0.0
-    for name,layer in model.model.named_modules():
-        if 'default' not in getattr(layer, 'lora_A', {}): continue
-        before,after = (_read(f, name.removeprefix('base_model.model.')+'.weight') for f in (base, files))
-        if before is None or not before.is_floating_point() or before.shape != (layer.out_features, layer.in_features): return None
-        if after is None or after.shape != before.shape: return math.inf,math.inf
+
+    base, files, share, noise = _tensors(weights_folder(model.source)), _tensors(folder), 0.0, 0.0
+    for name, layer in model.model.named_modules():
+        if 'default' not in getattr(layer, 'lora_A', {}):
+            continue
+        before, after = (_read(f, name.removeprefix('base_model.model.') + '.weight') for f in (base, files))
+        if before is None or not before.is_floating_point() or before.shape != (layer.out_features, layer.in_features):
+            return None
+        if after is None or after.shape != before.shape:
+            return math.inf, math.inf
         with torch.no_grad():
-            change = layer.scaling['default']*(layer.lora_B['default'].weight.float()@layer.lora_A['default'].weight.float())
-            before,after,dtype = before.to(change.device).float(),after.to(change.device).float(),after.dtype
-            want = (before+change).to(dtype).float()
-            learned = lambda w: ((w-before)*change).sum()/(change*change).sum().clamp_min(1e-30)
-            share = max(share, (learned(after)-learned(want)).abs().item())
-            noise = max(noise, ((after-before-change).norm()/(want-before-change).norm().clamp_min(1e-30)).item())
-    return share,noise
+            change = layer.scaling['default'] * (
+                layer.lora_B['default'].weight.float() @ layer.lora_A['default'].weight.float()
+            )
+            before, after, dtype = before.to(change.device).float(), after.to(change.device).float(), after.dtype
+            want = (before + change).to(dtype).float()
+            learned = lambda w: ((w - before) * change).sum() / (change * change).sum().clamp_min(1e-30)
+            share = max(share, (learned(after) - learned(want)).abs().item())
+            noise = max(
+                noise, ((after - before - change).norm() / (want - before - change).norm().clamp_min(1e-30)).item()
+            )
+    return share, noise
 
 # %% ../../nbs/export/certificate.ipynb #70fb91d4
-def adapter_error(model:LoadedModel, folder)->int: # Tensors that differ, are missing or are too many, and a wrong scale
+def adapter_error(
+    model: LoadedModel, folder
+) -> int:  # Tensors that differ, are missing or are too many, and a wrong scale
     "Where a saved adapter is not the one in memory"
     import torch
     from peft import get_peft_model_state_dict
-    here,files,config = get_peft_model_state_dict(model.model),_tensors(folder),read_json(Path(folder)/'adapter_config.json')
-    differ = sum(not torch.equal(t.cpu(), r) if (r := _read({n:files[n]}, n) if n in files else None) is not None else True for n,t in here.items())
+
+    here, files, config = (
+        get_peft_model_state_dict(model.model),
+        _tensors(folder),
+        read_json(Path(folder) / 'adapter_config.json'),
+    )
+    differ = sum(
+        not torch.equal(t.cpu(), r) if (r := _read({n: files[n]}, n) if n in files else None) is not None else True
+        for n, t in here.items()
+    )
     scale = {l.scaling['default'] for l in model.model.modules() if 'default' in getattr(l, 'lora_A', {})}
-    return differ+len(files.keys()-here.keys())+({config['lora_alpha']/(config['r']**(0.5 if config.get('use_rslora') else 1))} != scale)
+    return (
+        differ
+        + len(files.keys() - here.keys())
+        + ({config['lora_alpha'] / (config['r'] ** (0.5 if config.get('use_rslora') else 1))} != scale)
+    )
 
 # %% ../../nbs/export/certificate.ipynb #5ebeb589
 LIMITS = {
-    'adapter':        dict(agreement=0.98, kl_divergence=0.005, max_difference=2.0, perplexity_change=0.05, greedy_agreement=0.75, tie=0.5),
-    'merged_16bit':   dict(agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.05, greedy_agreement=0.75, tie=1.0),
-    'merged_4bit':    dict(agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5),
-    'gguf_f16':       dict(agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.05, greedy_agreement=0.75, tie=1.0),
-    'gguf_q8_0':      dict(agreement=0.96, kl_divergence=0.02, max_difference=4.0, perplexity_change=0.08, greedy_agreement=0.5, tie=1.0),
-    'gguf_q4_k_m':    dict(agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5),
-    'from quantized': dict(agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5), # Merged from an adapter on NF4 or 8-bit weights
+    'adapter': dict(
+        agreement=0.98, kl_divergence=0.005, max_difference=2.0, perplexity_change=0.05, greedy_agreement=0.75, tie=0.5
+    ),
+    'merged_16bit': dict(
+        agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.05, greedy_agreement=0.75, tie=1.0
+    ),
+    'merged_4bit': dict(
+        agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5
+    ),
+    'gguf_f16': dict(
+        agreement=0.97, kl_divergence=0.01, max_difference=3.0, perplexity_change=0.05, greedy_agreement=0.75, tie=1.0
+    ),
+    'gguf_q8_0': dict(
+        agreement=0.96, kl_divergence=0.02, max_difference=4.0, perplexity_change=0.08, greedy_agreement=0.5, tie=1.0
+    ),
+    'gguf_q4_k_m': dict(
+        agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5
+    ),
+    'from quantized': dict(
+        agreement=0.85, kl_divergence=0.4, max_difference=15.0, perplexity_change=0.5, greedy_agreement=None, tie=1.5
+    ),  # Merged from an adapter on NF4 or 8-bit weights
 }
 
-def limits(to:str, quantized:bool)->dict: # None: shown, without a limit
+
+def limits(to: str, quantized: bool) -> dict:  # None: shown, without a limit
     "What an export of this kind may differ by"
     return LIMITS['from quantized' if quantized and to != 'adapter' else to]
 
 # %% ../../nbs/export/certificate.ipynb #d48c945f
 def _at_least(name, value, limit):
-    if limit is None: return dict(name=name, value=value, limit='none', ok=value is not None, unit='')
+    if limit is None:
+        return dict(name=name, value=value, limit='none', ok=value is not None, unit='')
     return dict(name=name, value=value, limit=f'at least {limit:g}', ok=value is not None and value >= limit, unit='')
-def _at_most(name, value, limit, unit=''): return dict(name=name, value=value, limit=f'at most {limit:g}', ok=value is not None and abs(value) <= limit, unit=unit)
-def weight_checks(model, folder, adapter:bool)->list[dict]: # Empty where the original weights are not at hand
+
+
+def _at_most(name, value, limit, unit=''):
+    return dict(
+        name=name, value=value, limit=f'at most {limit:g}', ok=value is not None and abs(value) <= limit, unit=unit
+    )
+
+
+def weight_checks(model, folder, adapter: bool) -> list[dict]:  # Empty where the original weights are not at hand
     "Checks of what was learned, in a folder's files"
-    if adapter: return [_at_most('tensors not as trained', adapter_error(model, folder), 0)]
+    if adapter:
+        return [_at_most('tensors not as trained', adapter_error(model, folder), 0)]
     error = merge_error(model, folder)
-    return [] if error is None else [_at_most('learned change, error', error[0], 0.1), _at_most('distance from the exact sum', error[1], 2, 'times rounding')]
+    return (
+        []
+        if error is None
+        else [
+            _at_most('learned change, error', error[0], 0.1),
+            _at_most('distance from the exact sum', error[1], 2, 'times rounding'),
+        ]
+    )
 
-def _same(name, value, want): return dict(name=name, value=value, limit=f'{want}', ok=value == want, unit='')
 
-def number_checks(d:dict, lim:dict)->list[dict]:
+def _same(name, value, want):
+    return dict(name=name, value=value, limit=f'{want}', ok=value == want, unit='')
+
+
+def number_checks(d: dict, lim: dict) -> list[dict]:
     "Checks of what was measured against the limits of its kind"
-    return [_at_least('likeliest token', d['agreement'], lim['agreement']), _at_most('KL divergence', d['kl_divergence'], lim['kl_divergence'], 'nats per token'), _at_most('largest difference of a log-probability', d['max_difference'], lim['max_difference'], 'nats'),
-        _at_most('change of perplexity', d['perplexity_change'], lim['perplexity_change']), _at_least('greedy answers', d['greedy_agreement'], lim['greedy_agreement']), _at_most('answers that run past their end', d['runs_on'], 0, 'prompts')]
+    return [
+        _at_least('likeliest token', d['agreement'], lim['agreement']),
+        _at_most('KL divergence', d['kl_divergence'], lim['kl_divergence'], 'nats per token'),
+        _at_most('largest difference of a log-probability', d['max_difference'], lim['max_difference'], 'nats'),
+        _at_most('change of perplexity', d['perplexity_change'], lim['perplexity_change']),
+        _at_least('greedy answers', d['greedy_agreement'], lim['greedy_agreement']),
+        _at_most('answers that run past their end', d['runs_on'], 0, 'prompts'),
+    ]
 
-def fact_checks(request, want, got, gguf=False)->list[dict]:
+
+def fact_checks(request, want, got, gguf=False) -> list[dict]:
     "Checks of what may not differ: prompts, template, tokens that begin, end and pad, and the tokenizer"
-    asked = [i for i,p in enumerate(request['prompts']) if p['messages'] is not None]
-    right = sum(got['rendered'][i] is not None and got['rendered'][i] in (want['rendered'][i], request['prompts'][i]['ids']) for i in asked)/len(asked) if asked else None
-    told = lambda **names: [_same(name, got[k], want[k]) for k,name in names.items() if k not in got.get('untold', ())] # What a witness cannot say, it names
-    ends = dict(_same('end tokens', got['eos'], want['eos']), **(dict(ok=bool({*got['eos']} & {*want['eos']}), limit=f"some of {want['eos']}") if gguf else {})) # A GGUF names one or two; llama.cpp finds more in the vocabulary
-    probes = sum(a == b for a,b in zip(want['probes'], got['probes'], strict=True))/len(want['probes'])
-    return [*([_at_least('prompts as trained', right, 1.0)] if asked else []), _same('chat template', (got['template_sha256'] or 'none')[:16], (want['template_sha256'] or 'none')[:16]), ends,
+    asked = [i for i, p in enumerate(request['prompts']) if p['messages'] is not None]
+    right = (
+        sum(
+            got['rendered'][i] is not None and got['rendered'][i] in (want['rendered'][i], request['prompts'][i]['ids'])
+            for i in asked
+        )
+        / len(asked)
+        if asked
+        else None
+    )
+    told = lambda **names: [
+        _same(name, got[k], want[k]) for k, name in names.items() if k not in got.get('untold', ())
+    ]  # What a witness cannot say, it names
+    ends = dict(
+        _same('end tokens', got['eos'], want['eos']),
+        **(dict(ok=bool({*got['eos']} & {*want['eos']}), limit=f"some of {want['eos']}") if gguf else {}),
+    )  # A GGUF names one or two; llama.cpp finds more in the vocabulary
+    probes = sum(a == b for a, b in zip(want['probes'], got['probes'], strict=True)) / len(want['probes'])
+    return [
+        *([_at_least('prompts as trained', right, 1.0)] if asked else []),
+        _same('chat template', (got['template_sha256'] or 'none')[:16], (want['template_sha256'] or 'none')[:16]),
+        ends,
         *([] if gguf else told(tokenizer_eos="tokenizer's end token", vocabulary='vocabulary')),
-        *told(bos='start token', adds_bos='start token put in front', pad='padding token'), _at_least('texts tokenized alike', probes, 1.0)]
+        *told(bos='start token', adds_bos='start token put in front', pad='padding token'),
+        _at_least('texts tokenized alike', probes, 1.0),
+    ]
 
 # %% ../../nbs/export/certificate.ipynb #674621bd
 class ExportError(RuntimeError):
     "An export that does not answer as the model did; nothing was kept"
 
-FILES = 'the files' # Where checks of trained weights come from
+
+FILES = 'the files'  # Where checks of trained weights come from
+
 
 class Certificate(dict):
     "to, passed, software, rows, tokens, checks; shows itself as a table"
+
     @property
-    def failed(self)->list[dict]: return [c for c in self['checks'] if not c['ok']]
-    def value(self, name:str, by:str=''): return next(c['value'] for c in self['checks'] if c['name'] == name and by in c['by']) # The first witness's, or that of the named software
+    def failed(self) -> list[dict]:
+        return [c for c in self['checks'] if not c['ok']]
+
+    def value(self, name: str, by: str = ''):
+        return next(
+            c['value'] for c in self['checks'] if c['name'] == name and by in c['by']
+        )  # The first witness's, or that of the named software
+
     def joined(self, other):
         "With the checks of another witness"
-        return Certificate(self|dict(passed=self['passed'] and other['passed'], software=[*self['software'], *other['software']], checks=[*self['checks'], *other['checks']]))
+        return Certificate(
+            self
+            | dict(
+                passed=self['passed'] and other['passed'],
+                software=[*self['software'], *other['software']],
+                checks=[*self['checks'], *other['checks']],
+            )
+        )
+
     @property
-    def titles(self)->list[str]:
+    def titles(self) -> list[str]:
         "Names of the checks, with the software where there are two witnesses"
-        several = len({c.get('by') for c in self['checks']}-{FILES}) > 1
-        return [c['name']+(f" ({c['by']})" if several and c['by'] != FILES else '') for c in self['checks']]
+        several = len({c.get('by') for c in self['checks']} - {FILES}) > 1
+        return [c['name'] + (f" ({c['by']})" if several and c['by'] != FILES else '') for c in self['checks']]
+
     def check(self):
         "Raise `ExportError` with all that failed"
-        if self['passed']: return self
-        raise ExportError(f"{self['to']}: reloaded by {' and '.join(self['software'])} it is not the model in memory: "+'; '.join(f"{n} {_value(c)} ({c['limit']} asked for)" for n,c in zip(self.titles, self['checks']) if not c['ok'])+"; nothing was kept")
-    def __repr__(self): return '\n'.join([f"{self['to']}: {'passed' if self['passed'] else 'FAILED'}, by {' and '.join(self['software'])}, {self['rows']} rows, {self['tokens']} tokens", *(f"  {'ok  ' if c['ok'] else 'FAIL'} {n}: {_value(c)} ({c['limit']}{' '+c['unit'] if c['unit'] else ''})" for n,c in zip(self.titles, self['checks']))])
-    def _repr_markdown_(self): return '\n'.join([f"**{self['to']}**: {'passed' if self['passed'] else '**failed**'}, reloaded by {' and '.join(self['software'])}; {self['rows']} rows, {self['tokens']} tokens", '', '| check | value | limit | |', '|---|---|---|---|', *(f"| {markdown_text(n)} | {markdown_text(_value(c))} | {markdown_text(c['limit'])} {c['unit']} | {'ok' if c['ok'] else '**failed**'} |" for n,c in zip(self.titles, self['checks']))])
+        if self['passed']:
+            return self
+        raise ExportError(
+            f"{self['to']}: reloaded by {' and '.join(self['software'])} it is not the model in memory: "
+            + '; '.join(
+                f"{n} {_value(c)} ({c['limit']} asked for)" for n, c in zip(self.titles, self['checks']) if not c['ok']
+            )
+            + "; nothing was kept"
+        )
 
-def _value(c): return f"{c['value']:.4g}" if isinstance(c['value'], float) else str(c['value'])
+    def __repr__(self):
+        return '\n'.join(
+            [
+                f"{self['to']}: {'passed' if self['passed'] else 'FAILED'}, by {' and '.join(self['software'])}, {self['rows']} rows, {self['tokens']} tokens",
+                *(
+                    f"  {'ok  ' if c['ok'] else 'FAIL'} {n}: {_value(c)} ({c['limit']}{' ' + c['unit'] if c['unit'] else ''})"
+                    for n, c in zip(self.titles, self['checks'])
+                ),
+            ]
+        )
+
+    def _repr_markdown_(self):
+        return '\n'.join(
+            [
+                f"**{self['to']}**: {'passed' if self['passed'] else '**failed**'}, reloaded by {' and '.join(self['software'])}; {self['rows']} rows, {self['tokens']} tokens",
+                '',
+                '| check | value | limit | |',
+                '|---|---|---|---|',
+                *(
+                    f"| {markdown_text(n)} | {markdown_text(_value(c))} | {markdown_text(c['limit'])} {c['unit']} | {'ok' if c['ok'] else '**failed**'} |"
+                    for n, c in zip(self.titles, self['checks'])
+                ),
+            ]
+        )
+
+
+def _value(c):
+    return f"{c['value']:.4g}" if isinstance(c['value'], float) else str(c['value'])
 
 # %% ../../nbs/export/certificate.ipynb #803ed605
 def certify(
-    model:LoadedModel, # In memory
-    request:dict, # From `make_request`
-    want:dict, # From `expect`
-    got:dict, # From a witness
-    to:str, # Kind of export
-    trained:list=(), # Checks of the trained weights
-)->Certificate:
+    model: LoadedModel,  # In memory
+    request: dict,  # From `make_request`
+    want: dict,  # From `expect`
+    got: dict,  # From a witness
+    to: str,  # Kind of export
+    trained: list = (),  # Checks of the trained weights
+) -> Certificate:
     "Compare a witness's answer with the model in memory"
     lim = limits(to, model.plan.load_in_4bit or model.plan.load_in_8bit)
-    d = token_differences(request, want, got)|answer_differences(model, request, want, got, lim['tie'])
+    d = token_differences(request, want, got) | answer_differences(model, request, want, got, lim['tie'])
     software = got['software'] if isinstance(got['software'], list) else [got['software']]
-    checks = [*(c|dict(by=FILES) for c in trained), *(c|dict(by=' and '.join(software)) for c in [*number_checks(d, lim), *fact_checks(request, want, got, to.startswith('gguf'))])]
-    return Certificate(to=to, passed=all(c['ok'] for c in checks), software=software, rows=len(request['examples']), tokens=d['tokens'], checks=checks)
+    checks = [
+        *(c | dict(by=FILES) for c in trained),
+        *(
+            c | dict(by=' and '.join(software))
+            for c in [*number_checks(d, lim), *fact_checks(request, want, got, to.startswith('gguf'))]
+        ),
+    ]
+    return Certificate(
+        to=to,
+        passed=all(c['ok'] for c in checks),
+        software=software,
+        rows=len(request['examples']),
+        tokens=d['tokens'],
+        checks=checks,
+    )

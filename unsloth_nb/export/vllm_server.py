@@ -6,7 +6,9 @@
 __all__ = ['Vllm', 'open_vllm', 'vllm_generate']
 
 # %% ../../nbs/export/vllm_server.ipynb #35f0c8d1
-import http.client,json,time
+import http.client
+import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -14,116 +16,207 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..tokens.formatting import Formatter
-from ..evaluation.generation import Answers,Sampling,_answer,_asked,_check_list,_drawn,context_length,row_seed
+from unsloth_nb.evaluation.generation import (
+    Answers,
+    Sampling,
+    _answer,
+    _asked,
+    _check_list,
+    _drawn,
+    context_length,
+    row_seed,
+)
 from ..training.loading import load_tokenizer
-from .serving import Service,ServeError,_free_port,_plain_name,find_backend,form_of
+from .serving import Service, ServeError, _free_port, _plain_name, find_backend, form_of
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/export/vllm_server.ipynb #91df2836
 class Vllm:
     "A vLLM server that answers"
-    def __init__(self, service:Service): self.service = service
-    def post(self, path:str, **body)->dict:
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def post(self, path: str, **body) -> dict:
         "What the server says; raises `ServeError` when it refuses"
         con = http.client.HTTPConnection(self.service.host, self.service.port, timeout=3600)
         try:
-            con.request('POST', path, json.dumps(dict(model=self.service.model)|body), {'Content-Type':'application/json'})
+            con.request(
+                'POST', path, json.dumps(dict(model=self.service.model) | body), {'Content-Type': 'application/json'}
+            )
             return self._read(con, path)
-        finally: con.close()
-    def get(self, path:str)->dict:
+        finally:
+            con.close()
+
+    def get(self, path: str) -> dict:
         con = http.client.HTTPConnection(self.service.host, self.service.port, timeout=60)
-        try: con.request('GET', path); return self._read(con, path)
-        finally: con.close()
+        try:
+            con.request('GET', path)
+            return self._read(con, path)
+        finally:
+            con.close()
+
     @cached_property
-    def vocabulary(self)->int: return len(self.complete([0, 0], prompt_logprobs=-1, temperature=0)['prompt_logprobs'][1]) # Tokens that the network knows
+    def vocabulary(self) -> int:
+        return len(
+            self.complete([0, 0], prompt_logprobs=-1, temperature=0)['prompt_logprobs'][1]
+        )  # Tokens that the network knows
+
     def _read(self, con, path):
         r = con.getresponse()
         text = r.read().decode(errors='replace')
-        if r.status == 200: return json.loads(text)
+        if r.status == 200:
+            return json.loads(text)
         raise ServeError(f'vllm: {path} was refused with {r.status}: {text[:1000]}')
 
 # %% ../../nbs/export/vllm_server.ipynb #18726589
 @contextmanager
 def open_vllm(
-    folder, # Merged model, or an adapter, whose base must be at hand
-    options:tuple=(), # More words of `vllm serve`
-    env:dict|None=None, # More variables of its environment
-    timeout:float=1200, # [s] until it must answer
+    folder,  # Merged model, or an adapter, whose base must be at hand
+    options: tuple = (),  # More words of `vllm serve`
+    env: dict | None = None,  # More variables of its environment
+    timeout: float = 1200,  # [s] until it must answer
 ):
     "A vLLM server on a folder as it stands, with its answers by `Vllm`; raises `SpecError` or `ServeError` where there is none or it does not come up"
     folder = Path(folder).resolve()
-    with Service(find_backend(form_of(folder), 'vllm'), folder, _plain_name(folder), '127.0.0.1', _free_port('127.0.0.1'), options, env) as service: yield Vllm(service.await_ready(timeout))
+    with Service(
+        find_backend(form_of(folder), 'vllm'),
+        folder,
+        _plain_name(folder),
+        '127.0.0.1',
+        _free_port('127.0.0.1'),
+        options,
+        env,
+    ) as service:
+        yield Vllm(service.await_ready(timeout))
 
 # %% ../../nbs/export/vllm_server.ipynb #7f82d65e
 @patch
-def tokenize(self:Vllm, text:str, special:bool=True)->list[int]: return self.post('/tokenize', prompt=text, add_special_tokens=special)['tokens']
+def tokenize(self: Vllm, text: str, special: bool = True) -> list[int]:
+    return self.post('/tokenize', prompt=text, add_special_tokens=special)['tokens']
+
 
 def _wire(m):
     "A message whose calls have their arguments as text, as they go over the wire"
-    if not m.get('tool_calls'): return m
-    return m|dict(tool_calls=[c|dict(function=(f := c['function'])|dict(arguments=f['arguments'] if isinstance(f['arguments'], str) else json.dumps(f['arguments'], ensure_ascii=False))) for c in m['tool_calls']])
+    if not m.get('tool_calls'):
+        return m
+    return m | dict(
+        tool_calls=[
+            c
+            | dict(
+                function=(f := c['function'])
+                | dict(
+                    arguments=f['arguments']
+                    if isinstance(f['arguments'], str)
+                    else json.dumps(f['arguments'], ensure_ascii=False)
+                )
+            )
+            for c in m['tool_calls']
+        ]
+    )
+
 
 @patch
-def rendered(self:Vllm, prompt:dict)->list[int]: # As in a request of the witness page
+def rendered(self: Vllm, prompt: dict) -> list[int]:  # As in a request of the witness page
     "A prompt as the server's own chat template makes it"
-    if prompt['messages'] is None: return prompt['ids']
-    return self.post('/tokenize', messages=[_wire(m) for m in prompt['messages']], **({'tools':prompt['tools']} if prompt.get('tools') else {}))['tokens']
+    if prompt['messages'] is None:
+        return prompt['ids']
+    return self.post(
+        '/tokenize',
+        messages=[_wire(m) for m in prompt['messages']],
+        **({'tools': prompt['tools']} if prompt.get('tools') else {}),
+    )['tokens']
+
 
 @patch
-def complete(self:Vllm, ids:list[int], max_tokens:int=1, **kw)->dict: # token_ids, finish_reason, logprobs, prompt_logprobs …
+def complete(
+    self: Vllm, ids: list[int], max_tokens: int = 1, **kw
+) -> dict:  # token_ids, finish_reason, logprobs, prompt_logprobs …
     "The answer to a prompt of token ids; `kw` as in vLLM's documentation of `/v1/completions`"
-    return self.post('/v1/completions', prompt=ids, max_tokens=max_tokens, return_token_ids=True, return_tokens_as_token_ids=True, **kw)['choices'][0]
+    return self.post(
+        '/v1/completions',
+        prompt=ids,
+        max_tokens=max_tokens,
+        return_token_ids=True,
+        return_tokens_as_token_ids=True,
+        **kw,
+    )['choices'][0]
+
 
 @patch
-def greedy(self:Vllm, ids:list[int], n:int)->dict: # ids, stopped: as in a witness's answer
+def greedy(self: Vllm, ids: list[int], n: int) -> dict:  # ids, stopped: as in a witness's answer
     got = self.complete(ids, n, temperature=0)
     stopped = got['finish_reason'] == 'stop'
     return dict(ids=got['token_ids'][:-1] if stopped else got['token_ids'], stopped=stopped)
 
 # %% ../../nbs/export/vllm_server.ipynb #b3465dde
 @patch
-def ends(self:Vllm, ids:list[int], token:int)->bool:
+def ends(self: Vllm, ids: list[int], token: int) -> bool:
     "Does this token end an answer?"
     return self.complete(ids, 2, temperature=0, allowed_token_ids=[token])['finish_reason'] == 'stop'
 
 # %% ../../nbs/export/vllm_server.ipynb #90187521
 @patch
-def at(self:Vllm, ids:list[int])->dict: # Token to log-probability [nats], the whole vocabulary
+def at(self: Vllm, ids: list[int]) -> dict:  # Token to log-probability [nats], the whole vocabulary
     "What would follow a prompt"
     top = self.complete(ids, logprobs=self.vocabulary, temperature=0)['logprobs']['top_logprobs'][0]
-    return {int(k.removeprefix('token_id:')):v for k,v in top.items()}
+    return {int(k.removeprefix('token_id:')): v for k, v in top.items()}
+
 
 @patch
-def score(self:Vllm, example:dict, likeliest:int=256)->dict: # logprobs, right, choice, as in a witness's answer
+def score(self: Vllm, example: dict, likeliest: int = 256) -> dict:  # logprobs, right, choice, as in a witness's answer
     "Log-probabilities of candidates and of the right token, and the first choice, at each position that counts"
-    ids,out = example['input_ids'],dict(logprobs=[], right=[], choice=[])
+    ids, out = example['input_ids'], dict(logprobs=[], right=[], choice=[])
     seen = self.complete(ids, prompt_logprobs=likeliest, temperature=0)['prompt_logprobs']
-    for p,wanted in zip(example['at'], example['ids'], strict=True):
-        lp = {int(k):v['logprob'] for k,v in seen[p].items()}
-        if not {*wanted, ids[p]} <= lp.keys(): lp = self.at(ids[:p])
-        for k,v in dict(logprobs=[lp[i] for i in wanted], right=lp[ids[p]], choice=max(lp, key=lp.get)).items(): out[k].append(v)
+    for p, wanted in zip(example['at'], example['ids'], strict=True):
+        lp = {int(k): v['logprob'] for k, v in seen[p].items()}
+        if not {*wanted, ids[p]} <= lp.keys():
+            lp = self.at(ids[:p])
+        for k, v in dict(logprobs=[lp[i] for i in wanted], right=lp[ids[p]], choice=max(lp, key=lp.get)).items():
+            out[k].append(v)
     return out
 
 # %% ../../nbs/export/vllm_server.ipynb #f876b655
 def vllm_generate(
-    folder, # Folder of a merged model
-    prompts, # A list of texts or conversations
-    sampling:Sampling|None=None, # Default: greedy
-    system:str|None=None, # System message for prompts that are texts
-    tools:list|None=None, # Functions that the model may call
-    template:str='auto', # As in `FinetuneJob`
-    options:tuple=(), # More words of `vllm serve`, such as `['--gpu-memory-utilization', '0.5']`
-)->Answers:
+    folder,  # Folder of a merged model
+    prompts,  # A list of texts or conversations
+    sampling: Sampling | None = None,  # Default: greedy
+    system: str | None = None,  # System message for prompts that are texts
+    tools: list | None = None,  # Functions that the model may call
+    template: str = 'auto',  # As in `FinetuneJob`
+    options: tuple = (),  # More words of `vllm serve`, such as `['--gpu-memory-utilization', '0.5']`
+) -> Answers:
     "Answers by vLLM, whose server is there for this call; raises `ServeError` where it is not installed"
     from transformers import AutoConfig
+
     s = _drawn(sampling)
     _check_list(prompts)
     tok = load_tokenizer(FinetuneJob(model=str(folder), template=template), engine=False)
     formatter = Formatter(tok, template)
-    asked,ends = _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools),formatter.stop_ids()
-    how = dict(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k or 0, min_p=s.min_p, repetition_penalty=s.repetition_penalty, stop=list(s.stop), stop_token_ids=ends)
+    asked, ends = (
+        _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools),
+        formatter.stop_ids(),
+    )
+    how = dict(
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k or 0,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        stop=list(s.stop),
+        stop_token_ids=ends,
+    )
     with open_vllm(folder, ('--generation-config', 'vllm', *options)) as v, ThreadPoolExecutor(64) as pool:
         start = time.perf_counter()
-        got = list(pool.map(lambda i: v.complete(asked[i][0], s.max_new_tokens, **how, **(dict(seed=row_seed(s.seed, i)) if s.temperature else {})), range(len(asked))))
-        seconds = time.perf_counter()-start
-    return Answers([_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g,(ids,t) in zip(got, asked)], seconds, None, s)
+        got = list(
+            pool.map(
+                lambda i: v.complete(
+                    asked[i][0], s.max_new_tokens, **how, **(dict(seed=row_seed(s.seed, i)) if s.temperature else {})
+                ),
+                range(len(asked)),
+            )
+        )
+        seconds = time.perf_counter() - start
+    return Answers(
+        [_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g, (ids, t) in zip(got, asked)], seconds, None, s
+    )

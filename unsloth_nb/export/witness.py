@@ -7,146 +7,306 @@ __all__ = ['PROBES', 'log_probabilities', 'greedy_answers', 'render_ids', 'templ
            'transformers_answers', 'vllm_answers', 'WitnessError', 'ask', 'main']
 
 # %% ../../nbs/export/witness.ipynb #f5c937a1
-import hashlib,importlib.metadata,json,os,re,subprocess,sys,tempfile
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from ..core.engine import collector_paused
-from ..core.escaping import mask_secrets,plain_text
+from ..core.escaping import mask_secrets, plain_text
 from ..core.settings import settings
-from ..runs.run import read_json,write_json
+from ..runs.run import read_json, write_json
 from .serving import find_vllm
 from .vllm_server import open_vllm
 
 # %% ../../nbs/export/witness.ipynb #398bb9a8
 def log_probabilities(
-    net, # Network of transformers or PEFT
-    examples:list, # As in a request; `ids` None: the network's own likeliest
-    likeliest:int=64, # How many of them
-)->dict: # ids and logprobs: per example and position `likeliest` ints and floats; right: floats; choice: ids
+    net,  # Network of transformers or PEFT
+    examples: list,  # As in a request; `ids` None: the network's own likeliest
+    likeliest: int = 64,  # How many of them
+) -> dict:  # ids and logprobs: per example and position `likeliest` ints and floats; right: floats; choice: ids
     "Log-probabilities of candidates, of the right token, and the first choice, at each position that counts"
     import torch
+
     out = dict(ids=[], logprobs=[], right=[], choice=[])
     for e in examples:
         x = torch.tensor([e['input_ids']], device=net.device)
         at = torch.tensor(e['at'], device=net.device)
-        with torch.inference_mode(): lp = net(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False).logits[0, at-1].float().log_softmax(-1)
-        ids = torch.tensor(e['ids'], device=net.device) if e.get('ids') else lp.topk(min(likeliest, lp.shape[-1]), -1).indices
-        for k,v in dict(ids=ids, logprobs=lp.gather(-1, ids), right=lp.gather(-1, x[0, at][:,None])[:,0], choice=lp.argmax(-1)).items(): out[k].append(v.tolist())
+        with torch.inference_mode():
+            lp = (
+                net(input_ids=x, attention_mask=torch.ones_like(x), use_cache=False)
+                .logits[0, at - 1]
+                .float()
+                .log_softmax(-1)
+            )
+        ids = (
+            torch.tensor(e['ids'], device=net.device)
+            if e.get('ids')
+            else lp.topk(min(likeliest, lp.shape[-1]), -1).indices
+        )
+        for k, v in dict(
+            ids=ids, logprobs=lp.gather(-1, ids), right=lp.gather(-1, x[0, at][:, None])[:, 0], choice=lp.argmax(-1)
+        ).items():
+            out[k].append(v.tolist())
     return out
 
 # %% ../../nbs/export/witness.ipynb #7b1575be
-def greedy_answers(net, tok, prompts, config, max_new_tokens)->dict: # rendered: token ids per prompt; greedy: dicts with ids and stopped
+def greedy_answers(
+    net, tok, prompts, config, max_new_tokens
+) -> dict:  # rendered: token ids per prompt; greedy: dicts with ids and stopped
     "Each prompt by the tokenizer's own template, and the greedy answer"
     import torch
-    eos,out = config.eos_token_id,dict(rendered=[], greedy=[])
+
+    eos, out = config.eos_token_id, dict(rendered=[], greedy=[])
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     for p in prompts:
         ids = render_ids(tok, p)
         out['rendered'].append(ids)
-        if ids is None: out['greedy'].append(dict(ids=[], stopped=False)); continue
+        if ids is None:
+            out['greedy'].append(dict(ids=[], stopped=False))
+            continue
         x = torch.tensor([ids], device=net.device)
-        with torch.inference_mode(): y = net.generate(input_ids=x, attention_mask=torch.ones_like(x), generation_config=config, do_sample=False, max_new_tokens=max_new_tokens)[0, len(ids):].tolist()
+        with torch.inference_mode():
+            y = net.generate(
+                input_ids=x,
+                attention_mask=torch.ones_like(x),
+                generation_config=config,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+            )[0, len(ids) :].tolist()
         stopped = bool(y) and y[-1] in ends
         out['greedy'].append(dict(ids=y[:-1] if stopped else y, stopped=stopped))
     return out
 
-def render_ids(tok, prompt)->list|None: # Token ids; None where there is no template
+
+def render_ids(tok, prompt) -> list | None:  # Token ids; None where there is no template
     "A prompt as the tokenizer's own chat template makes it"
-    if prompt['messages'] is None: return prompt['ids']
-    if not tok.chat_template: return None
-    return list(tok.apply_chat_template(prompt['messages'], tools=prompt.get('tools'), add_generation_prompt=True, tokenize=True, return_dict=False))
+    if prompt['messages'] is None:
+        return prompt['ids']
+    if not tok.chat_template:
+        return None
+    return list(
+        tok.apply_chat_template(
+            prompt['messages'], tools=prompt.get('tools'), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    )
 
 # %% ../../nbs/export/witness.ipynb #a9adc0e7
-PROBES = ['Hello world', ' leading and  double  blanks ', 'Zürich, 東京, naïve façade 🙂', '{"who": "Ada", "n": [1, 2.5e-3]}\n\tfor i in range(10):', '3407 + 12.5 = 3419.5']
+PROBES = [
+    'Hello world',
+    ' leading and  double  blanks ',
+    'Zürich, 東京, naïve façade 🙂',
+    '{"who": "Ada", "n": [1, 2.5e-3]}\n\tfor i in range(10):',
+    '3407 + 12.5 = 3419.5',
+]
 
-def template_sha256(text)->str|None:
+
+def template_sha256(text) -> str | None:
     "The hash of a chat template's text"
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
-def tokenizer_facts(tok, probes, config)->dict: # eos: ids; bos, pad: id or None; adds_bos; template_sha256; probes: ids of each
+
+def tokenizer_facts(
+    tok, probes, config
+) -> dict:  # eos: ids; bos, pad: id or None; adds_bos; template_sha256; probes: ids of each
     "What a tokenizer and a generation config say of themselves"
     eos = config.eos_token_id
-    return dict(eos=sorted({eos} if isinstance(eos, int) else set(eos or ())), tokenizer_eos=tok.eos_token_id, bos=tok.bos_token_id, pad=tok.pad_token_id,
-        adds_bos=tok.bos_token_id is not None and tok('x')['input_ids'][:1] == [tok.bos_token_id], template_sha256=template_sha256(tok.chat_template),
-        vocabulary=len(tok), probes=[tok(t)['input_ids'] for t in probes])
+    return dict(
+        eos=sorted({eos} if isinstance(eos, int) else set(eos or ())),
+        tokenizer_eos=tok.eos_token_id,
+        bos=tok.bos_token_id,
+        pad=tok.pad_token_id,
+        adds_bos=tok.bos_token_id is not None and tok('x')['input_ids'][:1] == [tok.bos_token_id],
+        template_sha256=template_sha256(tok.chat_template),
+        vocabulary=len(tok),
+        probes=[tok(t)['input_ids'] for t in probes],
+    )
 
 # %% ../../nbs/export/witness.ipynb #611a6ef2
 def _network(spec):
     "The exported model by transformers, or by PEFT on its base"
     import torch
-    from transformers import AutoModelForCausalLM,BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     kw = dict(dtype=getattr(torch, spec['dtype']), trust_remote_code=False, use_safetensors=True)
-    if spec.get('load_in_4bit'): kw['quantization_config'] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kw['dtype'])
-    if spec.get('load_in_8bit'): kw['quantization_config'] = BitsAndBytesConfig(load_in_8bit=True)
-    net = AutoModelForCausalLM.from_pretrained(spec.get('base') or spec['folder'], revision=spec.get('revision'), device_map={'':spec['device']}, **kw)
-    if not spec.get('base'): return net.eval(),[f"transformers {importlib.metadata.version('transformers')}"]
+    if spec.get('load_in_4bit'):
+        kw['quantization_config'] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type='nf4',
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=kw['dtype'],
+        )
+    if spec.get('load_in_8bit'):
+        kw['quantization_config'] = BitsAndBytesConfig(load_in_8bit=True)
+    net = AutoModelForCausalLM.from_pretrained(
+        spec.get('base') or spec['folder'], revision=spec.get('revision'), device_map={'': spec['device']}, **kw
+    )
+    if not spec.get('base'):
+        return net.eval(), [f"transformers {importlib.metadata.version('transformers')}"]
     from peft import PeftModel
-    return PeftModel.from_pretrained(net, spec['folder']).eval(),[f"{n} {importlib.metadata.version(n)}" for n in ('transformers', 'peft')]
+
+    return PeftModel.from_pretrained(net, spec['folder']).eval(), [
+        f"{n} {importlib.metadata.version(n)}" for n in ('transformers', 'peft')
+    ]
+
 
 def transformers_answers(
-    spec:dict, # folder, dtype, device; for an adapter also base, revision, load_in_4bit, load_in_8bit
-    request:dict, # As above
-)->dict:
+    spec: dict,  # folder, dtype, device; for an adapter also base, revision, load_in_4bit, load_in_8bit
+    request: dict,  # As above
+) -> dict:
     "What plain transformers, or PEFT, makes of an exported folder"
-    with collector_paused(): from transformers import AutoModelForCausalLM,AutoTokenizer,GenerationConfig # The first is for `_network`, and most of the time
-    tok,config = AutoTokenizer.from_pretrained(spec['folder']),GenerationConfig.from_pretrained(spec['folder'])
-    net,software = _network(spec)
-    return dict(software=software, **tokenizer_facts(tok, request['probes'], config), **greedy_answers(net, tok, request['prompts'], config, request['max_new_tokens']), **log_probabilities(net, request['examples']))
+    with collector_paused():
+        from transformers import (
+            AutoModelForCausalLM,
+            AutoTokenizer,
+            GenerationConfig,
+        )  # The first is for `_network`, and most of the time
+    tok, config = AutoTokenizer.from_pretrained(spec['folder']), GenerationConfig.from_pretrained(spec['folder'])
+    net, software = _network(spec)
+    return dict(
+        software=software,
+        **tokenizer_facts(tok, request['probes'], config),
+        **greedy_answers(net, tok, request['prompts'], config, request['max_new_tokens']),
+        **log_probabilities(net, request['examples']),
+    )
 
 # %% ../../nbs/export/witness.ipynb #4de2bee2
 def _named_tokens(folder, *more):
     "Token ids that a folder names as end, start or padding, and more"
-    named = [c[k] for f in ('config.json', 'generation_config.json') if (c := read_json(Path(folder)/f)) for k in c if re.fullmatch('(eos|bos|pad)_token_id', k)]
+    named = [
+        c[k]
+        for f in ('config.json', 'generation_config.json')
+        if (c := read_json(Path(folder) / f))
+        for k in c
+        if re.fullmatch('(eos|bos|pad)_token_id', k)
+    ]
     return sorted({i for n in [*named, *more] for i in (n if isinstance(n, list) else [n]) if isinstance(i, int)})
+
 
 def _vllm_facts(v, folder, probes, prompt):
     "What a vLLM server says and shows of its tokenizer"
     info = v.get('/tokenizer_info')
-    eos,bos = (ids[0] if (t := info.get(k)) and len(ids := v.tokenize(t, False)) == 1 else None for k in ('eos_token', 'bos_token'))
-    return dict(eos=[t for t in _named_tokens(folder, eos, bos) if v.ends(prompt, t)], tokenizer_eos=eos, bos=bos, adds_bos=bos is not None and v.tokenize('x')[:1] == [bos],
-        template_sha256=template_sha256(info.get('chat_template')), probes=[v.tokenize(t) for t in probes], untold=['vocabulary', 'pad'])
+    eos, bos = (
+        ids[0] if (t := info.get(k)) and len(ids := v.tokenize(t, False)) == 1 else None
+        for k in ('eos_token', 'bos_token')
+    )
+    return dict(
+        eos=[t for t in _named_tokens(folder, eos, bos) if v.ends(prompt, t)],
+        tokenizer_eos=eos,
+        bos=bos,
+        adds_bos=bos is not None and v.tokenize('x')[:1] == [bos],
+        template_sha256=template_sha256(info.get('chat_template')),
+        probes=[v.tokenize(t) for t in probes],
+        untold=['vocabulary', 'pad'],
+    )
+
 
 def vllm_answers(
-    spec:dict, # folder, dtype; on a GPU also memory: the share of it that vLLM may use
-    request:dict, # As above
-)->dict:
+    spec: dict,  # folder, dtype; on a GPU also memory: the share of it that vLLM may use
+    request: dict,  # As above
+) -> dict:
     "What vLLM makes of an exported folder"
-    longest = max([len(e['input_ids']) for e in request['examples']]+[len(p['ids'])+request['max_new_tokens'] for p in request['prompts']])
-    options = ['--dtype', spec['dtype'], '--max-model-len', str(longest+256), '--enforce-eager', '--max-logprobs', '-1', '--enable-tokenizer-info-endpoint'] # Its own rendering may be longer than ours
-    if spec.get('memory'): options += ['--gpu-memory-utilization', f"{spec['memory']:.2f}"]
-    env = dict(TORCH_COMPILE_DISABLE='1', VLLM_CPU_KVCACHE_SPACE=os.environ.get('VLLM_CPU_KVCACHE_SPACE', '1')) # Compiling would take half a minute; [GiB]
+    longest = max(
+        [len(e['input_ids']) for e in request['examples']]
+        + [len(p['ids']) + request['max_new_tokens'] for p in request['prompts']]
+    )
+    options = [
+        '--dtype',
+        spec['dtype'],
+        '--max-model-len',
+        str(longest + 256),
+        '--enforce-eager',
+        '--max-logprobs',
+        '-1',
+        '--enable-tokenizer-info-endpoint',
+    ]  # Its own rendering may be longer than ours
+    if spec.get('memory'):
+        options += ['--gpu-memory-utilization', f"{spec['memory']:.2f}"]
+    env = dict(
+        TORCH_COMPILE_DISABLE='1', VLLM_CPU_KVCACHE_SPACE=os.environ.get('VLLM_CPU_KVCACHE_SPACE', '1')
+    )  # Compiling would take half a minute; [GiB]
     with open_vllm(spec['folder'], options, env) as v:
-        scored,rendered = [v.score(e) for e in request['examples']],[v.rendered(p) for p in request['prompts']]
-        return dict(software=[f"vLLM {v.get('/version')['version']}"], **_vllm_facts(v, spec['folder'], request['probes'], rendered[0]), rendered=rendered,
-            greedy=[v.greedy(ids, request['max_new_tokens']) for ids in rendered], **{k:[s[k] for s in scored] for k in ('logprobs', 'right', 'choice')})
+        scored, rendered = [v.score(e) for e in request['examples']], [v.rendered(p) for p in request['prompts']]
+        return dict(
+            software=[f"vLLM {v.get('/version')['version']}"],
+            **_vllm_facts(v, spec['folder'], request['probes'], rendered[0]),
+            rendered=rendered,
+            greedy=[v.greedy(ids, request['max_new_tokens']) for ids in rendered],
+            **{k: [s[k] for s in scored] for k in ('logprobs', 'right', 'choice')},
+        )
 
 # %% ../../nbs/export/witness.ipynb #2e8e2d57
 class WitnessError(RuntimeError):
     "An export that its own software could not load or run"
 
+
 def ask(
-    kind:str, # `transformers`, `gguf` or `vllm`
-    spec:dict, # Where the export is and how to load it
-    request:dict, # What is asked
-    timeout:float=7200, # [s]
-)->dict: # The answer
+    kind: str,  # `transformers`, `gguf` or `vllm`
+    spec: dict,  # Where the export is and how to load it
+    request: dict,  # What is asked
+    timeout: float = 7200,  # [s]
+) -> dict:  # The answer
     "A fresh process loads an export and answers; raises `WitnessError` with what it said when it cannot"
     with tempfile.TemporaryDirectory() as tmp:
-        q,a = Path(tmp)/'request.json',Path(tmp)/'answer.json'
-        write_json(q, dict(kind=kind, spec={k:str(v) if isinstance(v, Path) else v for k,v in spec.items()}, request=request))
-        env = {k:v for k,v in os.environ.items() if not k.startswith('UNSLOTH') or k.startswith('UNSLOTH_NB')}|dict(HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false', PYTHONPATH=os.pathsep.join(p for p in sys.path if p), UNSLOTH_NB_CACHE_DIR=str(settings().cache_dir), UNSLOTH_NB_VLLM=find_vllm() or '')
-        try: r = subprocess.run([sys.executable, '-c', 'import sys; from unsloth_nb.export.witness import main; main(*sys.argv[1:])', str(q), str(a)], env=env, cwd=tmp, capture_output=True, text=True, errors='replace', timeout=timeout)
-        except subprocess.TimeoutExpired: raise WitnessError(f"{Path(spec['folder']).name}: the fresh process did not answer within {timeout:.0f} s") from None
-        if r.returncode or not a.exists(): raise WitnessError(plain_text(mask_secrets(f"{Path(spec['folder']).name}: the fresh process that was to load it ended with code {r.returncode}: {_last_words(r.stderr, 14 if kind == 'vllm' else 3)}")))
+        q, a = Path(tmp) / 'request.json', Path(tmp) / 'answer.json'
+        write_json(
+            q, dict(kind=kind, spec={k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}, request=request)
+        )
+        env = {k: v for k, v in os.environ.items() if not k.startswith('UNSLOTH') or k.startswith('UNSLOTH_NB')} | dict(
+            HF_HUB_OFFLINE='1',
+            HF_HUB_DISABLE_TELEMETRY='1',
+            TOKENIZERS_PARALLELISM='false',
+            PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+            UNSLOTH_NB_CACHE_DIR=str(settings().cache_dir),
+            UNSLOTH_NB_VLLM=find_vllm() or '',
+        )
+        try:
+            r = subprocess.run(
+                [
+                    sys.executable,
+                    '-c',
+                    'import sys; from unsloth_nb.export.witness import main; main(*sys.argv[1:])',
+                    str(q),
+                    str(a),
+                ],
+                env=env,
+                cwd=tmp,
+                capture_output=True,
+                text=True,
+                errors='replace',
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            raise WitnessError(
+                f"{Path(spec['folder']).name}: the fresh process did not answer within {timeout:.0f} s"
+            ) from None
+        if r.returncode or not a.exists():
+            raise WitnessError(
+                plain_text(
+                    mask_secrets(
+                        f"{Path(spec['folder']).name}: the fresh process that was to load it ended with code {r.returncode}: {_last_words(r.stderr, 14 if kind == 'vllm' else 3)}"
+                    )
+                )
+            )
         return read_json(a)
 
-def _last_words(stderr, lines): return ' / '.join([l.strip() for l in stderr.splitlines() if l.strip()][-lines:]) # vLLM's own are far up
+
+def _last_words(stderr, lines):
+    return ' / '.join([l.strip() for l in stderr.splitlines() if l.strip()][-lines:])  # vLLM's own are far up
+
 
 def main(request, answer):
     "What the fresh process does"
     asked = json.loads(Path(request).read_text())
     if asked['kind'] == 'gguf':
         from unsloth_nb.export.gguf import llama_cpp_answers
+
         got = llama_cpp_answers(asked['spec']['folder'], asked['request'])
-    else: got = dict(transformers=transformers_answers, vllm=vllm_answers)[asked['kind']](asked['spec'], asked['request'])
+    else:
+        got = dict(transformers=transformers_answers, vllm=vllm_answers)[asked['kind']](asked['spec'], asked['request'])
     write_json(answer, got)

@@ -6,134 +6,228 @@
 __all__ = ['Benchmark', 'bars']
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #43df6ce8
-import base64,io
-from dataclasses import asdict,dataclass
+import base64
+import io
+from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 
-from ..core.escaping import markdown_text,plain_text
+from ..core.escaping import markdown_text, plain_text
 from ..runs.run import read_json
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #29607bc2
 @dataclass
 class Benchmark:
     "Configurations measured side by side"
-    date:str # When
-    device:dict # On what
-    versions:dict # With what
-    job:dict # Parameters of the benchmark
-    examples:dict # examples, tokens, trained tokens, length
-    measurements:list # One dict a configuration and round
 
-    def to_dict(self)->dict: return asdict(self)
+    date: str  # When
+    device: dict  # On what
+    versions: dict  # With what
+    job: dict  # Parameters of the benchmark
+    examples: dict  # examples, tokens, trained tokens, length
+    measurements: list  # One dict a configuration and round
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
     @classmethod
-    def read(cls, path): return cls(**read_json(path))
+    def read(cls, path):
+        return cls(**read_json(path))
+
     @property
-    def rows(self)->list[dict]: # One a configuration, with `slowest` and `fastest` [tokens/s] of its rounds
-        return [self._middle([m for m in self.measurements if m['name'] == n]) for n in dict.fromkeys(m['name'] for m in self.measurements)]
+    def rows(self) -> list[dict]:  # One a configuration, with `slowest` and `fastest` [tokens/s] of its rounds
+        return [
+            self._middle([m for m in self.measurements if m['name'] == n])
+            for n in dict.fromkeys(m['name'] for m in self.measurements)
+        ]
+
     def _middle(self, ms):
         ok = sorted((m for m in ms if m['status'] == 'ok'), key=lambda m: m['tokens_per_second'])
-        if not ok: return ms[0]
-        return ok[(len(ok)-1)//2]|dict(slowest=ok[0]['tokens_per_second'], fastest=ok[-1]['tokens_per_second'])
+        if not ok:
+            return ms[0]
+        return ok[(len(ok) - 1) // 2] | dict(slowest=ok[0]['tokens_per_second'], fastest=ok[-1]['tokens_per_second'])
+
     @property
-    def reference(self)->dict|None: # The row that speeds are relative to
+    def reference(self) -> dict | None:  # The row that speeds are relative to
         ok = [r for r in self.rows if r['status'] == 'ok']
         return next((r for r in ok if r['name'] == 'classic'), ok[0] if ok else None)
-    def metrics(self)->dict: # By configuration
+
+    def metrics(self) -> dict:  # By configuration
         "What a run keeps as its metrics"
-        return {r['name']:{k:r[k] for k in ('status', 'reason', 'tokens_per_second', 'step_seconds', 'peak_bytes') if k in r} for r in self.rows}
+        return {
+            r['name']: {
+                k: r[k] for k in ('status', 'reason', 'tokens_per_second', 'step_seconds', 'peak_bytes') if k in r
+            }
+            for r in self.rows
+        }
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #673f42f3
 _GIB = 2**30
 
+
 @patch
-def _cells(self:Benchmark):
+def _cells(self: Benchmark):
     "Header, then one list of texts a configuration"
-    gib = lambda v: f'{v/_GIB:.2f}' if v else ''
+    gib = lambda v: f'{v / _GIB:.2f}' if v else ''
     ref = self.reference
-    yield ['configuration', 'tokens/s', 'relative', 'step [s]', 'tokens a step', 'peak [GiB]', 'predicted [GiB]', 'predicted tokens/s', 'load [s]', 'first step [s]']
+    yield [
+        'configuration',
+        'tokens/s',
+        'relative',
+        'step [s]',
+        'tokens a step',
+        'peak [GiB]',
+        'predicted [GiB]',
+        'predicted tokens/s',
+        'load [s]',
+        'first step [s]',
+    ]
     for r in self.rows:
-        if r['status'] != 'ok': yield [r['name'], r['status'], '', '', '', '', gib(r.get('predicted_peak_bytes')), '', '', '']; continue
+        if r['status'] != 'ok':
+            yield [r['name'], r['status'], '', '', '', '', gib(r.get('predicted_peak_bytes')), '', '', '']
+            continue
         spread = f" ({r['slowest']:,.0f} to {r['fastest']:,.0f})" if r['slowest'] != r['fastest'] else ''
         speed = r.get('predicted_tokens_per_second')
-        yield [r['name'], f"{r['tokens_per_second']:,.0f}{spread}", f"{r['tokens_per_second']/ref['tokens_per_second']:.2f} x", f"{r['step_seconds']:.3f}", f"{r['tokens_per_step']:,.0f}",
-            gib(r['peak_bytes']), gib(r.get('predicted_peak_bytes')), f'{speed:,.0f}' if speed else '', f"{r['load_seconds']:.1f}", f"{r['first_step_seconds']:.1f}"]
+        yield [
+            r['name'],
+            f"{r['tokens_per_second']:,.0f}{spread}",
+            f"{r['tokens_per_second'] / ref['tokens_per_second']:.2f} x",
+            f"{r['step_seconds']:.3f}",
+            f"{r['tokens_per_step']:,.0f}",
+            gib(r['peak_bytes']),
+            gib(r.get('predicted_peak_bytes')),
+            f'{speed:,.0f}' if speed else '',
+            f"{r['load_seconds']:.1f}",
+            f"{r['first_step_seconds']:.1f}",
+        ]
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #0ba5b805
 @patch
-def facts(self:Benchmark)->list[str]:
+def facts(self: Benchmark) -> list[str]:
     "Device, data, and every measurement that failed or was left out"
-    d,j,e = self.device,self.job,self.examples
-    why = [f"{m['name']}{', round '+str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}" for m in self.measurements if m['status'] != 'ok']
-    return [f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of {e['tokens']/e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}", *why]
+    d, j, e = self.device, self.job, self.examples
+    why = [
+        f"{m['name']}{', round ' + str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}"
+        for m in self.measurements
+        if m['status'] != 'ok'
+    ]
+    return [
+        f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of {e['tokens'] / e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}",
+        *why,
+    ]
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #15cd3914
 @patch
-def _repr_markdown_(self:Benchmark):
-    head,*body = self._cells()
+def _repr_markdown_(self: Benchmark):
+    head, *body = self._cells()
     line = lambda c: f"| {' | '.join(c)} |"
-    return '\n'.join([line(head), line(['---', *['---:']*(len(head)-1)]), *(line(map(markdown_text, r)) for r in body), '', *(f'- {markdown_text(f)}' for f in self.facts())])
+    return '\n'.join(
+        [
+            line(head),
+            line(['---', *['---:'] * (len(head) - 1)]),
+            *(line(map(markdown_text, r)) for r in body),
+            '',
+            *(f'- {markdown_text(f)}' for f in self.facts()),
+        ]
+    )
+
 
 @patch
-def __repr__(self:Benchmark):
+def __repr__(self: Benchmark):
     rows = list(self._cells())
     w = [max(map(len, c)) for c in zip(*rows)]
-    return plain_text('\n'.join([*('  '.join(c.rjust(k) if i else c.ljust(k) for i,(c,k) in enumerate(zip(r, w))).rstrip() for r in rows), '', *self.facts()]))
+    return plain_text(
+        '\n'.join(
+            [
+                *(
+                    '  '.join(c.rjust(k) if i else c.ljust(k) for i, (c, k) in enumerate(zip(r, w))).rstrip()
+                    for r in rows
+                ),
+                '',
+                *self.facts(),
+            ]
+        )
+    )
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #128153e4
 @patch
-def differences(self:Benchmark)->dict[str,float]: # Configuration to its largest difference
+def differences(self: Benchmark) -> dict[str, float]:  # Configuration to its largest difference
     "Largest difference in loss from the reference, for configurations that saw as many tokens in each step"
     ref = self.reference
     same = [r for r in self.rows if r['status'] == 'ok' and r['tokens'] == ref['tokens']]
-    return {r['name']:max(abs(a-b) for a,b in zip(r['losses'], ref['losses'])) for r in same}
+    return {r['name']: max(abs(a - b) for a, b in zip(r['losses'], ref['losses'])) for r in same}
+
 
 @patch
-def losses(self:Benchmark):
+def losses(self: Benchmark):
     "Losses and gradient norms side by side, warm-up included"
     from IPython.display import Markdown
-    rows,diff = [r for r in self.rows if r['status'] == 'ok'],self.differences() if self.reference else {}
-    cell = lambda r,i: f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
-    out = [['step', *(r['name'] for r in rows)], ['---', *['---:']*len(rows)], *([str(i+1), *(cell(r, i) for r in rows)] for i in range(len(rows[0]['losses']) if rows else 0)),
-        [f"largest difference from {self.reference['name'] if rows else ''}", *(f"{diff[r['name']]:.4f}" if r['name'] in diff else 'other rows' for r in rows)]]
+
+    rows, diff = [r for r in self.rows if r['status'] == 'ok'], self.differences() if self.reference else {}
+    cell = lambda r, i: f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
+    out = [
+        ['step', *(r['name'] for r in rows)],
+        ['---', *['---:'] * len(rows)],
+        *([str(i + 1), *(cell(r, i) for r in rows)] for i in range(len(rows[0]['losses']) if rows else 0)),
+        [
+            f"largest difference from {self.reference['name'] if rows else ''}",
+            *(f"{diff[r['name']]:.4f}" if r['name'] in diff else 'other rows' for r in rows),
+        ],
+    ]
     return Markdown('\n'.join(f"| {' | '.join(r)} |" for r in out))
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #f9516328
 @patch
-def plot(self:Benchmark, axes=None):
+def plot(self: Benchmark, axes=None):
     "Bars of speed and of peak memory, a predicted value as a line; returns the two axes"
     from matplotlib.figure import Figure
+
     rows = [r for r in self.rows if r['status'] == 'ok']
-    axes = Figure(figsize=(8, 0.9+0.35*len(rows)), layout='tight').subplots(1, 2, sharey=True) if axes is None else axes
-    for ax,key,scale,label in zip(axes, ('tokens_per_second', 'peak_bytes'), (1, _GIB), ('tokens per second', 'peak memory [GiB]')):
-        ax.barh([r['name'] for r in rows], [r[key]/scale for r in rows])
-        for i,r in enumerate(rows):
-            if (p := r.get(f'predicted_{key}')): ax.plot([p/scale]*2, [i-0.4, i+0.4], color='crimson', label='predicted')
+    axes = (
+        Figure(figsize=(8, 0.9 + 0.35 * len(rows)), layout='tight').subplots(1, 2, sharey=True)
+        if axes is None
+        else axes
+    )
+    for ax, key, scale, label in zip(
+        axes, ('tokens_per_second', 'peak_bytes'), (1, _GIB), ('tokens per second', 'peak memory [GiB]')
+    ):
+        ax.barh([r['name'] for r in rows], [r[key] / scale for r in rows])
+        for i, r in enumerate(rows):
+            if p := r.get(f'predicted_{key}'):
+                ax.plot([p / scale] * 2, [i - 0.4, i + 0.4], color='crimson', label='predicted')
         ax.set(xlabel=label)
     axes[0].invert_yaxis()
     named = dict(zip(*axes[1].get_legend_handles_labels()[::-1]))
-    if named: axes[1].legend(named.values(), named)
+    if named:
+        axes[1].legend(named.values(), named)
     return axes
 
+
 @patch
-def picture(self:Benchmark):
+def picture(self: Benchmark):
     "The plot as an image"
     from IPython.display import HTML
+
     buf = io.BytesIO()
     self.plot()[0].figure.savefig(buf, format='png', dpi=90)
-    return HTML(f'<img alt="tokens per second and peak memory of each configuration" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">')
+    return HTML(
+        f'<img alt="tokens per second and peak memory of each configuration" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
+    )
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #32c24d77
 def bars(
-    values:dict[str,float], # Name to value, in the order in which they are shown
-    label:str, # What is measured, with its unit
-    colors:dict|None=None, # Name to colour, for those that should stand out
-    text=None, # What stands at the end of a bar, from its value
-    ax=None, # Where to draw; default: a new figure
+    values: dict[str, float],  # Name to value, in the order in which they are shown
+    label: str,  # What is measured, with its unit
+    colors: dict | None = None,  # Name to colour, for those that should stand out
+    text=None,  # What stands at the end of a bar, from its value
+    ax=None,  # Where to draw; default: a new figure
 ):
     "Horizontal bars; returns the axes"
     import matplotlib.pyplot as plt
-    ax = ax or plt.figure(figsize=(6.4, 0.7+0.28*len(values)), layout='constrained').gca()
-    drawn = ax.barh(list(values), list(values.values()), color=[(colors or {}).get(n, 'tab:blue') for n in values], height=0.7)
+
+    ax = ax or plt.figure(figsize=(6.4, 0.7 + 0.28 * len(values)), layout='constrained').gca()
+    drawn = ax.barh(
+        list(values), list(values.values()), color=[(colors or {}).get(n, 'tab:blue') for n in values], height=0.7
+    )
     ax.bar_label(drawn, [(text or '{:,.0f}'.format)(v) for v in values.values()], padding=3)
     ax.set(xlabel=label)
     ax.margins(x=0.15)

@@ -7,9 +7,20 @@ __all__ = ['CONFIGURATIONS', 'Configuration', 'obstacle', 'finetune_job', 'write
            'failure', 'measure', 'outcome', 'benchmark', 'random_model']
 
 # %% ../../nbs/jobs/benchmarking.ipynb #190a7475
-import fcntl,importlib.metadata,importlib.util,os,signal,statistics,subprocess,sys,tempfile,threading,time,traceback
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -18,102 +29,194 @@ from types import SimpleNamespace
 from ..tokens.batching import pack
 from ..data.load import load_data
 from ..planning.devices import peak_memory
-from ..core.engine import Device,device_info,quiet,start_engine,versions
-from ..tokens.examples import Examples,length_profile,make_examples
-from ..tokens.formatting import IGNORE,Example,Formatter
-from ..training.loading import embedded_model,load_model,load_tokenizer,locate
+from ..core.engine import Device, device_info, quiet, start_engine, versions
+from ..tokens.examples import Examples, length_profile, make_examples
+from ..tokens.formatting import IGNORE, Example, Formatter
+from ..training.loading import embedded_model, load_model, load_tokenizer, locate
 from .benchmark_results import Benchmark
 from ..planning.plan import make_plan
-from ..runs.run import Run,read_json,read_lines,write_json
+from ..runs.run import Run, read_json, read_lines, write_json
 from ..core.schema import SpecError
-from ..core.spec import BenchmarkJob,FinetuneJob,preset,presets
-from ..training.trainer import train,trainer_arguments
+from ..core.spec import BenchmarkJob, FinetuneJob, preset, presets
+from ..training.trainer import train, trainer_arguments
 
 # %% ../../nbs/jobs/benchmarking.ipynb #4d04823d
 @dataclass(frozen=True)
 class Configuration:
     "One way to train"
-    engine:str # `transformers` (with PEFT), `trl` (with PEFT) or `unsloth` (this package)
-    about:str # One line
-    settings:dict # Parameters of `FinetuneJob`
-    liger:bool=False # With Liger's kernels?
 
-_auto = {k:'auto' for k in ('load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free')}
+    engine: str  # `transformers` (with PEFT), `trl` (with PEFT) or `unsloth` (this package)
+    about: str  # One line
+    settings: dict  # Parameters of `FinetuneJob`
+    liger: bool = False  # With Liger's kernels?
+
+
+_auto = {
+    k: 'auto'
+    for k in (
+        'load_in_4bit',
+        'per_device_train_batch_size',
+        'gradient_accumulation_steps',
+        'gradient_checkpointing',
+        'optim',
+        'packing',
+        'padding_free',
+    )
+}
 _padded = dict(optim='adamw_8bit', packing=False, padding_free=False)
 _recipe = dict(_padded, per_device_train_batch_size=2, gradient_accumulation_steps=4)
 CONFIGURATIONS = dict(
-    transformers_qlora=Configuration('transformers', 'transformers and PEFT: NF4, 2 x 4 rows, gradient checkpointing', dict(_recipe, load_in_4bit=True, gradient_checkpointing=True)),
-    transformers_lora=Configuration('transformers', 'transformers and PEFT: 16 bits, 8 x 1 rows, no checkpointing', dict(_padded, load_in_4bit=False, per_device_train_batch_size=8, gradient_accumulation_steps=1, gradient_checkpointing=False)),
-    classic=Configuration('unsloth', "Unsloth's published recipe: NF4, 2 x 4 rows, its own checkpointing", dict(_recipe, load_in_4bit=True, gradient_checkpointing='unsloth')),
-    classic_16bit=Configuration('unsloth', 'the same in 16 bits', dict(_recipe, load_in_4bit=False, gradient_checkpointing='unsloth')),
-    trl_liger_packed=Configuration('trl', 'TRL with Liger: 16 bits, 4 packed rows of max_seq_length, no checkpointing', dict(load_in_4bit=False, per_device_train_batch_size=4, gradient_accumulation_steps=1, gradient_checkpointing=False, optim='adamw_8bit', packing=True, padding_free=True), liger=True),
+    transformers_qlora=Configuration(
+        'transformers',
+        'transformers and PEFT: NF4, 2 x 4 rows, gradient checkpointing',
+        dict(_recipe, load_in_4bit=True, gradient_checkpointing=True),
+    ),
+    transformers_lora=Configuration(
+        'transformers',
+        'transformers and PEFT: 16 bits, 8 x 1 rows, no checkpointing',
+        dict(
+            _padded,
+            load_in_4bit=False,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=False,
+        ),
+    ),
+    classic=Configuration(
+        'unsloth',
+        "Unsloth's published recipe: NF4, 2 x 4 rows, its own checkpointing",
+        dict(_recipe, load_in_4bit=True, gradient_checkpointing='unsloth'),
+    ),
+    classic_16bit=Configuration(
+        'unsloth', 'the same in 16 bits', dict(_recipe, load_in_4bit=False, gradient_checkpointing='unsloth')
+    ),
+    trl_liger_packed=Configuration(
+        'trl',
+        'TRL with Liger: 16 bits, 4 packed rows of max_seq_length, no checkpointing',
+        dict(
+            load_in_4bit=False,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=1,
+            gradient_checkpointing=False,
+            optim='adamw_8bit',
+            packing=True,
+            padding_free=True,
+        ),
+        liger=True,
+    ),
     plan=Configuration('unsloth', 'the plan, 8 rows an optimizer step', dict(_auto, batch_size=8)),
-    plan_nf4=Configuration('unsloth', 'the plan in NF4, 8 rows an optimizer step', dict(_auto, batch_size=8, load_in_4bit=True)),
-    plan_fastest=Configuration('unsloth', 'the plan, free to take larger steps', dict(_auto, batch_size='fastest')))
+    plan_nf4=Configuration(
+        'unsloth', 'the plan in NF4, 8 rows an optimizer step', dict(_auto, batch_size=8, load_in_4bit=True)
+    ),
+    plan_fastest=Configuration('unsloth', 'the plan, free to take larger steps', dict(_auto, batch_size='fastest')),
+)
 
 # %% ../../nbs/jobs/benchmarking.ipynb #0a452f4b
 def obstacle(
-    c:Configuration, # What would be measured
-    device:Device, # On what
-    named:bool=False, # Asked for by name?
-)->str|None: # The reason, or None
+    c: Configuration,  # What would be measured
+    device: Device,  # On what
+    named: bool = False,  # Asked for by name?
+) -> str | None:  # The reason, or None
     "Why a configuration is not measured on a device"
-    if c.engine == 'trl' and device.kind != 'cuda': return "TRL computes its loss, and Liger the rest, in Triton, which needs a CUDA GPU"
-    if c.liger and not importlib.util.find_spec('liger_kernel'): return 'liger_kernel is not installed; install unsloth_nb[bench]'
-    if named or device.kind == 'cuda': return None
-    if c.settings.get('load_in_4bit') is True: return 'without a GPU, NF4 takes longer than it saves; ask for it by name to see'
-    if c.settings.get('batch_size') == 'fastest': return 'larger steps gain by packing, which needs a GPU; ask for it by name to see'
+    if c.engine == 'trl' and device.kind != 'cuda':
+        return "TRL computes its loss, and Liger the rest, in Triton, which needs a CUDA GPU"
+    if c.liger and not importlib.util.find_spec('liger_kernel'):
+        return 'liger_kernel is not installed; install unsloth_nb[bench]'
+    if named or device.kind == 'cuda':
+        return None
+    if c.settings.get('load_in_4bit') is True:
+        return 'without a GPU, NF4 takes longer than it saves; ask for it by name to see'
+    if c.settings.get('batch_size') == 'fastest':
+        return 'larger steps gain by packing, which needs a GPU; ask for it by name to see'
     return None
 
 # %% ../../nbs/jobs/benchmarking.ipynb #7f3e62ad
 def finetune_job(
-    job:BenchmarkJob, # What is measured
-    **settings, # Parameters of the configuration
-)->FinetuneJob:
+    job: BenchmarkJob,  # What is measured
+    **settings,  # Parameters of the configuration
+) -> FinetuneJob:
     "The finetune job of one configuration"
-    same = {k:getattr(job, k) for k in ('model', 'max_seq_length', 'dataset', 'dataset_format', 'template', 'max_rows', 'seed')}
-    return FinetuneJob(**same, over_length='truncate', max_steps=job.warmup+job.steps, warmup_steps=0, save_steps=None, lr_scheduler_type='constant', **settings)
+    same = {
+        k: getattr(job, k)
+        for k in ('model', 'max_seq_length', 'dataset', 'dataset_format', 'template', 'max_rows', 'seed')
+    }
+    return FinetuneJob(
+        **same,
+        over_length='truncate',
+        max_steps=job.warmup + job.steps,
+        warmup_steps=0,
+        save_steps=None,
+        lr_scheduler_type='constant',
+        **settings,
+    )
+
 
 def _make_examples(job):
     "The rows as examples, all of them, with a tokenizer that loads no engine unless the template is Unsloth's"
     data = load_data(job, split=False)
     tok = load_tokenizer(job, engine=job.template not in ('auto', 'chat', 'alpaca', 'raw'))
-    return make_examples(data.train, Formatter.for_job(job, tok, text=data.train[0].text is not None), job.max_seq_length, job.over_length, job.max_dropped)
+    return make_examples(
+        data.train,
+        Formatter.for_job(job, tok, text=data.train[0].text is not None),
+        job.max_seq_length,
+        job.over_length,
+        job.max_dropped,
+    )
 
 # %% ../../nbs/jobs/benchmarking.ipynb #c9b9d51f
 def write_examples(
-    examples, # From `make_examples`
-    path, # A new Parquet file
+    examples,  # From `make_examples`
+    path,  # A new Parquet file
 ):
     "Ids and labels for another process"
     import pyarrow.parquet as pq
+
     pq.write_table(examples.table(), path)
 
-def read_examples(path, tok)->Examples:
+
+def read_examples(path, tok) -> Examples:
     "Ids and masks, as they were written"
     import pyarrow.parquet as pq
+
     rows = pq.read_table(path).to_pylist()
-    return Examples(SimpleNamespace(tok=tok), [Example(r['input_ids'], [l != IGNORE for l in r['labels']], i, tok) for i,r in enumerate(rows)])
+    return Examples(
+        SimpleNamespace(tok=tok),
+        [Example(r['input_ids'], [l != IGNORE for l in r['labels']], i, tok) for i, r in enumerate(rows)],
+    )
 
 # %% ../../nbs/jobs/benchmarking.ipynb #a1976c9b
 class Clock:
     "When each optimizer step has ended; stands in for `monitor.Live`, which is told of every step"
-    def __init__(self, cuda=False): self.cuda,self.ends,self.metrics = cuda,[],[]
+
+    def __init__(self, cuda=False):
+        self.cuda, self.ends, self.metrics = cuda, [], []
+
     def show(self, progress, final=False):
-        if not final: self.step(progress.metrics[-1])
-    def step(self, m): # One line of metrics: loss, grad_norm, tokens so far, seconds
+        if not final:
+            self.step(progress.metrics[-1])
+
+    def step(self, m):  # One line of metrics: loss, grad_norm, tokens so far, seconds
         if self.cuda:
             import torch
+
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         self.metrics.append(m)
-    def figures(self, warmup:int)->dict: # Steps that do not count
+
+    def figures(self, warmup: int) -> dict:  # Steps that do not count
         "What was measured after the warm-up"
         seen = [0, *(m['tokens'] for m in self.metrics)]
-        tokens = [b-a for a,b in zip(seen, seen[1:])]
-        seconds = [b-a for a,b in zip(self.ends[warmup-1:], self.ends[warmup:])]
-        return dict(tokens_per_second=sum(tokens[warmup:])/sum(seconds), step_seconds=statistics.median(seconds), tokens_per_step=statistics.mean(tokens[warmup:]),
-            first_step_seconds=self.metrics[0]['seconds'], tokens=tokens, losses=[m['loss'] for m in self.metrics], grad_norms=[m.get('grad_norm') for m in self.metrics])
+        tokens = [b - a for a, b in zip(seen, seen[1:])]
+        seconds = [b - a for a, b in zip(self.ends[warmup - 1 :], self.ends[warmup:])]
+        return dict(
+            tokens_per_second=sum(tokens[warmup:]) / sum(seconds),
+            step_seconds=statistics.median(seconds),
+            tokens_per_step=statistics.mean(tokens[warmup:]),
+            first_step_seconds=self.metrics[0]['seconds'],
+            tokens=tokens,
+            losses=[m['loss'] for m in self.metrics],
+            grad_norms=[m.get('grad_norm') for m in self.metrics],
+        )
 
 # %% ../../nbs/jobs/benchmarking.ipynb #7fa56382
 @contextmanager
@@ -127,139 +230,235 @@ def exclusive(path):
 def _plain_model(job, plan, device):
     "Model with adapter by transformers and PEFT alone"
     import torch
-    from peft import LoraConfig,get_peft_model,prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM,BitsAndBytesConfig,set_seed
-    src,dtype = locate(job),getattr(torch, plan.dtype)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype) if plan.load_in_4bit else None
-    model = AutoModelForCausalLM.from_pretrained(src.path, revision=src.revision, dtype=dtype, quantization_config=nf4, device_map={'':device})
-    if nf4: model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(plan.gradient_checkpointing))
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+
+    src, dtype = locate(job), getattr(torch, plan.dtype)
+    nf4 = (
+        BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        if plan.load_in_4bit
+        else None
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        src.path, revision=src.revision, dtype=dtype, quantization_config=nf4, device_map={'': device}
+    )
+    if nf4:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(plan.gradient_checkpointing))
     set_seed(job.seed)
-    return get_peft_model(model, LoraConfig(r=job.r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout, target_modules=list(job.target_modules), task_type='CAUSAL_LM'))
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=job.r,
+            lora_alpha=job.lora_alpha,
+            lora_dropout=job.lora_dropout,
+            target_modules=list(job.target_modules),
+            task_type='CAUSAL_LM',
+        ),
+    )
+
 
 def _rows(examples, packed_to=None):
     "The examples as a dataset, packed where a length is given"
     from datasets import Dataset
+
     table = examples.table()
-    if packed_to is None: return Dataset(table)
-    ids,labels = (table[k].to_pylist() for k in ('input_ids', 'labels'))
-    flat = lambda x,row: [t for i in row for t in x[i]]
-    return Dataset.from_list([dict(input_ids=flat(ids, row), labels=flat(labels, row), seq_lengths=[len(ids[i]) for i in row]) for row in pack(examples.lengths, packed_to)])
+    if packed_to is None:
+        return Dataset(table)
+    ids, labels = (table[k].to_pylist() for k in ('input_ids', 'labels'))
+    flat = lambda x, row: [t for i in row for t in x[i]]
+    return Dataset.from_list(
+        [
+            dict(input_ids=flat(ids, row), labels=flat(labels, row), seq_lengths=[len(ids[i]) for i in row])
+            for row in pack(examples.lengths, packed_to)
+        ]
+    )
 
 # %% ../../nbs/jobs/benchmarking.ipynb #48ec7422
 def _timer(clock):
     "A trainer callback that tells the clock of each step"
     from transformers import TrainerCallback
+
     class Timer(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kw): self.time = time.perf_counter()
-        def on_log(self, args, state, control, logs=None, **kw):
-            if 'loss' not in logs: return
-            now = time.perf_counter()
-            clock.step(dict(loss=float(logs['loss']), grad_norm=float(logs['grad_norm']), tokens=int(state.num_input_tokens_seen), seconds=now-self.time))
+        def on_train_begin(self, args, state, control, **kw):
             self.time = time.perf_counter()
+
+        def on_log(self, args, state, control, logs=None, **kw):
+            if 'loss' not in logs:
+                return
+            now = time.perf_counter()
+            clock.step(
+                dict(
+                    loss=float(logs['loss']),
+                    grad_norm=float(logs['grad_norm']),
+                    tokens=int(state.num_input_tokens_seen),
+                    seconds=now - self.time,
+                )
+            )
+            self.time = time.perf_counter()
+
     return Timer()
+
 
 def _plain_trainer(engine, model, tok, examples, asked):
     "The trainer of transformers or TRL; packed rows hold no padding, so all of their tokens count"
-    from transformers import DataCollatorForSeq2Seq,PrinterCallback,Trainer,TrainingArguments
-    cls,config,kw = Trainer,TrainingArguments,{}
-    if engine == 'trl': from trl import SFTConfig as config,SFTTrainer as cls
-    if asked['packing']: asked = asked|dict(padding_free=True, include_num_input_tokens_seen='all')
-    else: kw = dict(data_collator=DataCollatorForSeq2Seq(tok, padding=True, label_pad_token_id=IGNORE))
-    args = config(**{k:v for k,v in asked.items() if k in config.__dataclass_fields__})
-    t = cls(model=model, processing_class=tok, train_dataset=_rows(examples, asked['max_length'] if asked['packing'] else None), args=args, **kw)
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+
+    cls, config, kw = Trainer, TrainingArguments, {}
+    if engine == 'trl':
+        from trl import SFTConfig as config, SFTTrainer as cls
+    if asked['packing']:
+        asked = asked | dict(padding_free=True, include_num_input_tokens_seen='all')
+    else:
+        kw = dict(data_collator=DataCollatorForSeq2Seq(tok, padding=True, label_pad_token_id=IGNORE))
+    args = config(**{k: v for k, v in asked.items() if k in config.__dataclass_fields__})
+    t = cls(
+        model=model,
+        processing_class=tok,
+        train_dataset=_rows(examples, asked['max_length'] if asked['packing'] else None),
+        args=args,
+        **kw,
+    )
     t.remove_callback(PrinterCallback)
     return t
 
 # %% ../../nbs/jobs/benchmarking.ipynb #8bb0c28d
 def _load_plain(r, job, plan, tok, examples):
     "transformers or TRL; packing is theirs to do, on any device"
-    with quiet(): model = _plain_model(job, plan, r['device']['kind'])
+    with quiet():
+        model = _plain_model(job, plan, r['device']['kind'])
+
     def run(clock, folder):
         with tempfile.TemporaryDirectory() as out:
-            asked = trainer_arguments(job, plan, out)|dict(packing=job.packing is True, padding_free=job.padding_free is True, use_liger_kernel=r['liger'], use_cpu=r['device']['kind'] == 'cpu', include_num_input_tokens_seen='non_padding')
+            asked = trainer_arguments(job, plan, out) | dict(
+                packing=job.packing is True,
+                padding_free=job.padding_free is True,
+                use_liger_kernel=r['liger'],
+                use_cpu=r['device']['kind'] == 'cpu',
+                include_num_input_tokens_seen='non_padding',
+            )
             with quiet():
                 trainer = _plain_trainer(r['engine'], model, tok, examples, asked)
                 trainer.add_callback(_timer(clock))
                 trainer.train()
         args = trainer.args
-        return {k:getattr(getattr(args, k), 'value', getattr(args, k)) for k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim')}|dict(
-            packing=asked['packing'], padding_free=asked['padding_free'], use_liger_kernel=args.use_liger_kernel, attention=model.config._attn_implementation)
+        return {
+            k: getattr(getattr(args, k), 'value', getattr(args, k))
+            for k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim')
+        } | dict(
+            packing=asked['packing'],
+            padding_free=asked['padding_free'],
+            use_liger_kernel=args.use_liger_kernel,
+            attention=model.config._attn_implementation,
+        )
+
     return run
+
 
 def _load_unsloth(r, job, plan, tok, examples):
     "This package, as a finetune job does it"
     model = load_model(job, plan)
+
     def run(clock, folder):
         train(model, examples, job, Run(folder), live=clock)
-        changes = read_json(Path(folder)/'plan.json')['changes']
-        return {c['parameter']:c['effective'] for c in changes}
+        changes = read_json(Path(folder) / 'plan.json')['changes']
+        return {c['parameter']: c['effective'] for c in changes}
+
     return run
 
 # %% ../../nbs/jobs/benchmarking.ipynb #f752802c
-_SETTINGS = ('dtype', 'load_in_4bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'max_seq_length')
+_SETTINGS = (
+    'dtype',
+    'load_in_4bit',
+    'per_device_train_batch_size',
+    'gradient_accumulation_steps',
+    'gradient_checkpointing',
+    'optim',
+    'packing',
+    'padding_free',
+    'max_seq_length',
+)
 
-def failure(e:BaseException)->dict: # status and reason
+
+def failure(e: BaseException) -> dict:  # status and reason
     "An exception as a row of the result"
     text = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
-    full = isinstance(e, MemoryError) or any(w in str(e).lower() for w in ('out of memory', 'alloc_failed', "can't allocate memory"))
+    full = isinstance(e, MemoryError) or any(
+        w in str(e).lower() for w in ('out of memory', 'alloc_failed', "can't allocate memory")
+    )
     return dict(status='out_of_memory' if full or 'OutOfMemory' in type(e).__name__ else 'failed', reason=text)
+
 
 def _measure(r, run, res):
     "Load, wait, train; `res` is filled as things become known"
-    start,ours,cuda = time.perf_counter(),r['engine'] == 'unsloth',r['device']['kind'] == 'cuda'
+    start, ours, cuda = time.perf_counter(), r['engine'] == 'unsloth', r['device']['kind'] == 'cuda'
     job = FinetuneJob(**r['job'])
     with run.stage('loading'):
-        if ours: start_engine()
+        if ours:
+            start_engine()
         import torch
+
         tok = load_tokenizer(job, engine=ours)
-        tok.padding_side,examples = 'right',read_examples(r['examples'], tok)
+        tok.padding_side, examples = 'right', read_examples(r['examples'], tok)
         plan = make_plan(job, examples, Device(**r['device']))
-        res['effective'] = {k:getattr(plan, k) for k in _SETTINGS}
-        if ours: res |= dict(predicted_peak_bytes=plan.peak or None, predicted_tokens_per_second=plan.tokens_per_second)
-        write_json(run.path/'measured.json', res)
+        res['effective'] = {k: getattr(plan, k) for k in _SETTINGS}
+        if ours:
+            res |= dict(predicted_peak_bytes=plan.peak or None, predicted_tokens_per_second=plan.tokens_per_second)
+        write_json(run.path / 'measured.json', res)
         go = (_load_unsloth if ours else _load_plain)(r, job, plan, tok, examples)
-    res |= dict(load_seconds=time.perf_counter()-start, load_peak_bytes=peak_memory(plan.device.kind))
+    res |= dict(load_seconds=time.perf_counter() - start, load_peak_bytes=peak_memory(plan.device.kind))
     with ExitStack() as stack:
-        with run.stage('waiting'): stack.enter_context(exclusive(r['lock']))
-        if cuda: torch.cuda.reset_peak_memory_stats()
-        with run.stage('training'): res['effective'] |= go(clock := Clock(cuda), run.path)
-    res |= clock.figures(r['warmup'])|dict(unsloth='unsloth' in sys.modules, peak_bytes=peak_memory(plan.device.kind), reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None)
+        with run.stage('waiting'):
+            stack.enter_context(exclusive(r['lock']))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with run.stage('training'):
+            res['effective'] |= go(clock := Clock(cuda), run.path)
+    res |= clock.figures(r['warmup']) | dict(
+        unsloth='unsloth' in sys.modules,
+        peak_bytes=peak_memory(plan.device.kind),
+        reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+    )
 
 # %% ../../nbs/jobs/benchmarking.ipynb #ad440f11
 def measure(
-    request, # JSON file, as `benchmark` writes it
+    request,  # JSON file, as `benchmark` writes it
 ):
     "What a child process does with its request; writes `measured.json` beside it"
-    r,run,res = read_json(request),Run(Path(request).parent),dict(status='running')
+    r, run, res = read_json(request), Run(Path(request).parent), dict(status='running')
     try:
         _measure(r, run, res)
         res['status'] = 'ok'
     except Exception as e:
         traceback.print_exc()
         res |= failure(e)
-    write_json(run.path/'measured.json', res|dict(seconds=run.seconds()))
+    write_json(run.path / 'measured.json', res | dict(seconds=run.seconds()))
 
 # %% ../../nbs/jobs/benchmarking.ipynb #d19c8912
 def _follow(parent):
     "End this process when its parent has ended, however that was: no GPU stays taken"
-    while os.getppid() == parent: time.sleep(1)
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(1)
+
 
 if __name__ == '__main__' and Path(sys.argv[0]).stem == 'benchmarking':
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     measure(sys.argv[1])
 
 # %% ../../nbs/jobs/benchmarking.ipynb #414d71cd
-def _waited(run)->float: # [s]
+def _waited(run) -> float:  # [s]
     "How long a child has waited for the lock, so far"
-    marks = {l['state']:l['time'] for l in read_lines(run.path/'progress.jsonl') if l.get('stage') == 'waiting'}
-    return marks.get('done', time.time())-marks['started'] if marks else 0.0
+    marks = {l['state']: l['time'] for l in read_lines(run.path / 'progress.jsonl') if l.get('stage') == 'waiting'}
+    return marks.get('done', time.time()) - marks['started'] if marks else 0.0
 
-def _watch(child, run, timeout, stop)->bool: # Was it killed for its time?
+
+def _watch(child, run, timeout, stop) -> bool:  # Was it killed for its time?
     "Wait for a child; kill it with all its own children when its time is up"
     start = time.time()
     while child.poll() is None:
-        late = time.time()-start-_waited(run) > timeout
+        late = time.time() - start - _waited(run) > timeout
         if late or stop.is_set():
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
@@ -269,99 +468,178 @@ def _watch(child, run, timeout, stop)->bool: # Was it killed for its time?
 
 # %% ../../nbs/jobs/benchmarking.ipynb #26156ba6
 def outcome(
-    folder, # Of the measurement
-    code:int, # The child's exit code
-    late:bool, # Killed for its time?
-    timeout:float, # [s]
-)->dict:
+    folder,  # Of the measurement
+    code: int,  # The child's exit code
+    late: bool,  # Killed for its time?
+    timeout: float,  # [s]
+) -> dict:
     "What a child has measured, or why it has not"
-    res = read_json(Path(folder)/'measured.json') or {}
-    if res.get('status', 'running') != 'running': return res
-    if late: return res|dict(status='timeout', reason=f'not over after {timeout:g} s; raise time_limit')
-    if code == -signal.SIGKILL: return res|dict(status='failed', reason='the process was killed, most often because memory ran out')
-    lines = (Path(folder)/'log.txt').read_text(errors='replace').strip().splitlines() or ['no output']
-    return res|dict(status='failed', reason=f'the process ended with exit code {code}: {lines[-1]}')
+    res = read_json(Path(folder) / 'measured.json') or {}
+    if res.get('status', 'running') != 'running':
+        return res
+    if late:
+        return res | dict(status='timeout', reason=f'not over after {timeout:g} s; raise time_limit')
+    if code == -signal.SIGKILL:
+        return res | dict(status='failed', reason='the process was killed, most often because memory ran out')
+    lines = (Path(folder) / 'log.txt').read_text(errors='replace').strip().splitlines() or ['no output']
+    return res | dict(status='failed', reason=f'the process ended with exit code {code}: {lines[-1]}')
 
 # %% ../../nbs/jobs/benchmarking.ipynb #b84ee8e5
 def _start(request, log):
     "A child process for a request"
-    env = os.environ|dict(UNSLOTH_COMPILE_LOCATION=str(Path(request).parent/'compiled'))
-    return subprocess.Popen([sys.executable, '-m', 'unsloth_nb.jobs.benchmarking', str(request)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    env = os.environ | dict(UNSLOTH_COMPILE_LOCATION=str(Path(request).parent / 'compiled'))
+    return subprocess.Popen(
+        [sys.executable, '-m', 'unsloth_nb.jobs.benchmarking', str(request)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=env,
+        start_new_session=True,
+    )
 
-def _child(folder, request, timeout, stop)->dict:
+
+def _child(folder, request, timeout, stop) -> dict:
     "One measurement in a process of its own"
     folder.mkdir()
-    if stop.is_set(): return dict(status='failed', reason='interrupted')
-    write_json(folder/'request.json', request)
-    with (folder/'log.txt').open('w') as log: late = _watch(child := _start(folder/'request.json', log), Run(folder), timeout, stop)
+    if stop.is_set():
+        return dict(status='failed', reason='interrupted')
+    write_json(folder / 'request.json', request)
+    with (folder / 'log.txt').open('w') as log:
+        late = _watch(child := _start(folder / 'request.json', log), Run(folder), timeout, stop)
     return outcome(folder, child.returncode, late, timeout)
 
 # %% ../../nbs/jobs/benchmarking.ipynb #87cad0a2
 def benchmark(
-    job:BenchmarkJob, # What is measured
-    run:Run, # Where it is written down
-    configurations:dict[str,Configuration]|None=None, # Others than `CONFIGURATIONS`; all of them are measured
-)->Benchmark:
+    job: BenchmarkJob,  # What is measured
+    run: Run,  # Where it is written down
+    configurations: dict[str, Configuration] | None = None,  # Others than `CONFIGURATIONS`; all of them are measured
+) -> Benchmark:
     "Measure configurations side by side; what fails is a row of the result"
-    device,table = device_info(),configurations or {n:CONFIGURATIONS[n] for n in job.configurations or CONFIGURATIONS}
-    home,why = run.path/'measurements',{n:obstacle(c, device, bool(configurations or job.configurations)) for n,c in table.items()}
+    device, table = (
+        device_info(),
+        configurations or {n: CONFIGURATIONS[n] for n in job.configurations or CONFIGURATIONS},
+    )
+    home, why = (
+        run.path / 'measurements',
+        {n: obstacle(c, device, bool(configurations or job.configurations)) for n, c in table.items()},
+    )
     home.mkdir()
     examples = _make_examples(finetune_job(job))
-    write_examples(examples, home/'examples.parquet')
-    rounds = [(k, n) for k in range(1, job.repeats+1) for n in table if not why[n]]
+    write_examples(examples, home / 'examples.parquet')
+    rounds = [(k, n) for k in range(1, job.repeats + 1) for n in table if not why[n]]
+
     def one(k, n):
-        res = _child(home/f'{k}-{n}', _request(job, n, table[n], device, home), job.time_limit, stop)
-        run.note(f"{n}: "+(f"{res['tokens_per_second']:,.0f} tokens/s" if res['status'] == 'ok' else f"{res['status']}, {res['reason']}"))
+        res = _child(home / f'{k}-{n}', _request(job, n, table[n], device, home), job.time_limit, stop)
+        run.note(
+            f"{n}: "
+            + (
+                f"{res['tokens_per_second']:,.0f} tokens/s"
+                if res['status'] == 'ok'
+                else f"{res['status']}, {res['reason']}"
+            )
+        )
         return dict(name=n, about=table[n].about, round=k, **res)
+
     stop = threading.Event()
     with ThreadPoolExecutor(job.preload) as pool:
-        try: got = list(pool.map(one, *zip(*rounds))) if rounds else []
-        finally: stop.set()
-    skipped = [dict(name=n, about=table[n].about, round=1, status='skipped', reason=w) for n,w in why.items() if w]
-    res = Benchmark(date.today().isoformat(), device.to_dict(), _versions(), job.to_dict(), dict(examples=len(examples), tokens=int(examples.lengths.sum()), trained=int(examples.trained().sum()), length=length_profile(examples)),
-        sorted([*got, *skipped], key=lambda m: (list(table).index(m['name']), m['round'])))
+        try:
+            got = list(pool.map(one, *zip(*rounds))) if rounds else []
+        finally:
+            stop.set()
+    skipped = [dict(name=n, about=table[n].about, round=1, status='skipped', reason=w) for n, w in why.items() if w]
+    res = Benchmark(
+        date.today().isoformat(),
+        device.to_dict(),
+        _versions(),
+        job.to_dict(),
+        dict(
+            examples=len(examples),
+            tokens=int(examples.lengths.sum()),
+            trained=int(examples.trained().sum()),
+            length=length_profile(examples),
+        ),
+        sorted([*got, *skipped], key=lambda m: (list(table).index(m['name']), m['round'])),
+    )
     run.save('benchmark', res)
     return res
 
 # %% ../../nbs/jobs/benchmarking.ipynb #b3729741
 def _request(job, name, c, device, home):
     "What a child is told; the text has been formatted, so the template is of no concern to it"
-    src,ft = locate(finetune_job(job)),finetune_job(job, **c.settings)
-    if src.ref.kind != 'hub': ft = ft.replace(model=src.path)
-    return dict(name=name, engine=c.engine, liger=c.liger, warmup=job.warmup, job=ft.replace(template='auto').to_dict(), device=device.to_dict(), examples=str(home/'examples.parquet'), lock=str(home/'lock'))
+    src, ft = locate(finetune_job(job)), finetune_job(job, **c.settings)
+    if src.ref.kind != 'hub':
+        ft = ft.replace(model=src.path)
+    return dict(
+        name=name,
+        engine=c.engine,
+        liger=c.liger,
+        warmup=job.warmup,
+        job=ft.replace(template='auto').to_dict(),
+        device=device.to_dict(),
+        examples=str(home / 'examples.parquet'),
+        lock=str(home / 'lock'),
+    )
+
 
 def _versions():
     "The versions that decide a result, Liger's included"
-    try: return versions()|dict(liger_kernel=importlib.metadata.version('liger_kernel'))
-    except importlib.metadata.PackageNotFoundError: return versions()
+    try:
+        return versions() | dict(liger_kernel=importlib.metadata.version('liger_kernel'))
+    except importlib.metadata.PackageNotFoundError:
+        return versions()
 
 # %% ../../nbs/jobs/benchmarking.ipynb #130c2e25
-_MODEL_TYPES = {'gemma-2':'gemma2', 'gemma-3':'gemma3_text', 'mixtral':'mixtral', 'mistral':'mistral', 'phi':'phi3', 'qwen2':'qwen2', 'qwen3-30b':'qwen3_moe', 'qwen3':'qwen3', 'llama':'llama', 'smollm2':'llama', 'tinyllama':'llama'}
+_MODEL_TYPES = {
+    'gemma-2': 'gemma2',
+    'gemma-3': 'gemma3_text',
+    'mixtral': 'mixtral',
+    'mistral': 'mistral',
+    'phi': 'phi3',
+    'qwen2': 'qwen2',
+    'qwen3-30b': 'qwen3_moe',
+    'qwen3': 'qwen3',
+    'llama': 'llama',
+    'smollm2': 'llama',
+    'tinyllama': 'llama',
+}
 
-def _shape(of)->dict: # Entries of config.json, with `model_type`
+
+def _shape(of) -> dict:  # Entries of config.json, with `model_type`
     "The shape that a preset's name, a folder or a dict stands for"
-    if isinstance(of, dict): return dict(model_type='llama')|of
-    if of not in presets() and (Path(of)/'config.json').exists(): return read_json(Path(of)/'config.json')
-    kind = next((t for k,t in _MODEL_TYPES.items() if preset(of).name.startswith(k)), None)
-    if kind is None: raise SpecError(f"{of}: no architecture is known for this preset; give a config.json")
-    return dict({k:v for k,v in preset(of).shape.items() if k != 'vision_config'}, model_type=kind)
+    if isinstance(of, dict):
+        return dict(model_type='llama') | of
+    if of not in presets() and (Path(of) / 'config.json').exists():
+        return read_json(Path(of) / 'config.json')
+    kind = next((t for k, t in _MODEL_TYPES.items() if preset(of).name.startswith(k)), None)
+    if kind is None:
+        raise SpecError(f"{of}: no architecture is known for this preset; give a config.json")
+    return dict({k: v for k, v in preset(of).shape.items() if k != 'vision_config'}, model_type=kind)
+
 
 def random_model(
-    shape, # Preset name, folder with config.json, or a dict of its entries
-    folder, # A new folder
-    seed:int=0, # Of the weights
-    tokenizer=None, # Folder with a tokenizer; default: the embedded model's
-)->Path:
+    shape,  # Preset name, folder with config.json, or a dict of its entries
+    folder,  # A new folder
+    seed: int = 0,  # Of the weights
+    tokenizer=None,  # Folder with a tokenizer; default: the embedded model's
+) -> Path:
     "A model of a true shape with random weights, in bfloat16, as safetensors; made on the GPU where there is one"
-    entries,source = _shape(shape),tokenizer or embedded_model()
+    entries, source = _shape(shape), tokenizer or embedded_model()
     import torch
-    with quiet(): from transformers import AutoConfig,AutoModelForCausalLM,AutoTokenizer
+
+    with quiet():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     tok = AutoTokenizer.from_pretrained(source)
-    if len(tok) > entries['vocab_size']: raise SpecError(f"tokenizer: it has {len(tok):,} tokens, the shape {entries['vocab_size']:,}; give a folder with a smaller one")
+    if len(tok) > entries['vocab_size']:
+        raise SpecError(
+            f"tokenizer: it has {len(tok):,} tokens, the shape {entries['vocab_size']:,}; give a folder with a smaller one"
+        )
     special = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
-    config = AutoConfig.for_model(**entries|special)
+    config = AutoConfig.for_model(**entries | special)
     Path(folder).mkdir(parents=True)
     torch.manual_seed(seed)
-    with quiet(), torch.device('cuda' if torch.cuda.is_available() else 'cpu'): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with quiet(): model.save_pretrained(folder); tok.save_pretrained(folder)
+    with quiet(), torch.device('cuda' if torch.cuda.is_available() else 'cpu'):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with quiet():
+        model.save_pretrained(folder)
+        tok.save_pretrained(folder)
     return Path(folder)

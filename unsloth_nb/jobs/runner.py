@@ -7,111 +7,139 @@ __all__ = ['preflight', 'run_job', 'resume_run', 'replay_run', 'read_pairs']
 
 # %% ../../nbs/jobs/runner.ipynb #1ff21b7a
 from .benchmarking import finetune_job
-from ..runs.comparing import Replay,replayed
+from ..runs.comparing import Replay, replayed
 from ..data.load import load_data
 from ..core.engine import device_info
-from ..export.gguf import check_gguf_kind,find_llama
+from ..export.gguf import check_gguf_kind, find_llama
 from ..evaluation.harness import check_tasks
-from ..training.launching import check_rendezvous,tidy
+from ..training.launching import check_rendezvous, tidy
 from ..training.loading import check_model
 from ..planning.plan import check_devices
-from ..runs.run import Run,new_run_dir,open_run,record_job
-from ..core.schema import Job,SpecError,fields,nearest,read_value
+from ..runs.run import Run, new_run_dir, open_run, record_job
+from ..core.schema import Job, SpecError, fields, nearest, read_value
 from ..data.sources import find_source
-from ..core.spec import JOBS,BenchmarkJob,FinetuneJob,make_job
-from .supervising import Supervisor,Watcher,conclude,execute
+from ..core.spec import JOBS, BenchmarkJob, FinetuneJob, make_job
+from .supervising import Supervisor, Watcher, conclude, execute
 
 # %% ../../nbs/jobs/runner.ipynb #ed482f31
-def preflight(job:Job, runs_dir=None):
+def preflight(job: Job, runs_dir=None):
     "Raise `SpecError` for what can be known to fail before anything starts"
-    if isinstance(job, BenchmarkJob): job = finetune_job(job)
-    if (form := getattr(job, 'save', getattr(job, 'to', ''))).startswith('gguf_'): check_gguf_kind(form[5:]); find_llama()
-    if getattr(job, 'tasks', None): check_tasks(job.tasks, job.task_dir)
+    if isinstance(job, BenchmarkJob):
+        job = finetune_job(job)
+    if (form := getattr(job, 'save', getattr(job, 'to', ''))).startswith('gguf_'):
+        check_gguf_kind(form[5:])
+        find_llama()
+    if getattr(job, 'tasks', None):
+        check_tasks(job.tasks, job.task_dir)
     if isinstance(job, FinetuneJob):
         check_model(job)
         check_rendezvous(job.nodes)
-        if job.devices not in (1, 'auto'): check_devices(job, device_info())
-        if find_source(job.dataset, job.dataset_split).kind != 'hub': load_data(job).check_supervised()
+        if job.devices not in (1, 'auto'):
+            check_devices(job, device_info())
+        if find_source(job.dataset, job.dataset_split).kind != 'hub':
+            load_data(job).check_supervised()
         return
     run = open_run(job.run, runs_dir, kind='finetune')
-    if run.status != 'finished': raise SpecError(f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest")
-    if getattr(job, 'dataset', None): find_source(job.dataset)
+    if run.status != 'finished':
+        raise SpecError(
+            f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest"
+        )
+    if getattr(job, 'dataset', None):
+        find_source(job.dataset)
 
 # %% ../../nbs/jobs/runner.ipynb #ce5b58f9
 def _attempts(run, name, show, retries, **watch):
     "Execute a run's notebook, again while that may help"
-    for home in run.path.glob('attempts/*/launch'): tidy(home) # Nobody has concluded an attempt whose runner was killed
+    for home in run.path.glob('attempts/*/launch'):
+        tidy(home)  # Nobody has concluded an attempt whose runner was killed
     for left in range(retries, -1, -1):
-        watcher,sup,error = Watcher(run),Supervisor(run, **watch),None
+        watcher, sup, error = Watcher(run), Supervisor(run, **watch), None
         sup.start()
-        if show: watcher.say(f'{run.path}: starting a kernel …'); watcher.start()
-        try: execute(run.job, name, run, sup)
-        except (Exception, KeyboardInterrupt) as e: error = e
+        if show:
+            watcher.say(f'{run.path}: starting a kernel …')
+            watcher.start()
+        try:
+            execute(run.job, name, run, sup)
+        except (Exception, KeyboardInterrupt) as e:
+            error = e
         finally:
             sup.over.set()
-            if show: watcher.stop()
+            if show:
+                watcher.stop()
         again = conclude(run, error, sup)
-        if not again or not left: return run
-        if (by := run.stop_asked()):
+        if not again or not left:
+            return run
+        if by := run.stop_asked():
             run.note(f'not tried again: {by} had asked it to stop')
             return run
         run.note(f"attempt {run.attempt}: {run.result['reason']}; trying again")
-        run.reopen(run.allowed) # What a person has allowed stays allowed
+        run.reopen(run.allowed)  # What a person has allowed stays allowed
 
 # %% ../../nbs/jobs/runner.ipynb #1bd03b21
 def _check_retries(job, retries):
-    if retries and getattr(job, 'nodes', 1) > 1: raise SpecError('retries: where several machines train, the others end with an attempt, so the next one would wait for them in vain; set retries to 0, and go on with unsloth-nb run --resume RUN here and launch join RUN there')
+    if retries and getattr(job, 'nodes', 1) > 1:
+        raise SpecError(
+            'retries: where several machines train, the others end with an attempt, so the next one would wait for them in vain; set retries to 0, and go on with unsloth-nb run --resume RUN here and launch join RUN there'
+        )
+
 
 def run_job(
-    name:str='finetune', # `finetune`, `evaluate`, `export` or `benchmark`
-    preset:str|None=None, # Model preset
-    params_file=None, # YAML file with parameters
-    runs_dir=None, # Where runs go; default: `settings().runs_dir`
-    show:bool=True, # Print progress?
-    retries:int=0, # More attempts when the kernel dies or hangs, or time is up
-    reuse=None, # A run whose stages with the same inputs are taken over
-    hang_after:float=300, # [s] of silence
-    timeout:float|None=None, # [s] for an attempt
-    **params, # Parameters by name
-)->Run:
+    name: str = 'finetune',  # `finetune`, `evaluate`, `export` or `benchmark`
+    preset: str | None = None,  # Model preset
+    params_file=None,  # YAML file with parameters
+    runs_dir=None,  # Where runs go; default: `settings().runs_dir`
+    show: bool = True,  # Print progress?
+    retries: int = 0,  # More attempts when the kernel dies or hangs, or time is up
+    reuse=None,  # A run whose stages with the same inputs are taken over
+    hang_after: float = 300,  # [s] of silence
+    timeout: float | None = None,  # [s] for an attempt
+    **params,  # Parameters by name
+) -> Run:
     "Run a job notebook: check, execute, conclude; returns the run, finished, failed or interrupted"
-    job,other = make_job(name, preset, params_file, **params),reuse and open_run(reuse, runs_dir, kind=name)
+    job, other = make_job(name, preset, params_file, **params), reuse and open_run(reuse, runs_dir, kind=name)
     _check_retries(job, retries)
     preflight(job, runs_dir)
     run = Run(new_run_dir(name, runs_dir))
-    try: record_job(run.path, job, preset=preset, reuse=other and other.name)
-    except OSError as e: raise SpecError(f"runs_dir: {run.path} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
+    try:
+        record_job(run.path, job, preset=preset, reuse=other and other.name)
+    except OSError as e:
+        raise SpecError(
+            f"runs_dir: {run.path} cannot be written: {e.strerror}; choose another one with --runs-dir"
+        ) from None
     return _attempts(run, name, show, retries, hang_after=hang_after, timeout=timeout)
 
 # %% ../../nbs/jobs/runner.ipynb #4b4b3093
 def resume_run(
-    run='latest', # Name, unique part of a name, or directory
-    runs_dir=None, # Where runs are
-    allow=(), # What may differ from before: parameter names, or data, model, code, plan
-    show:bool=True, # Print progress?
-    retries:int=0, # As in `run_job`
-    hang_after:float=300, # [s]
-    timeout:float|None=None, # [s]
-    **params, # Parameters that are to be other from now on
-)->Run:
+    run='latest',  # Name, unique part of a name, or directory
+    runs_dir=None,  # Where runs are
+    allow=(),  # What may differ from before: parameter names, or data, model, code, plan
+    show: bool = True,  # Print progress?
+    retries: int = 0,  # As in `run_job`
+    hang_after: float = 300,  # [s]
+    timeout: float | None = None,  # [s]
+    **params,  # Parameters that are to be other from now on
+) -> Run:
     "Go on with a run"
     run = open_run(run, runs_dir)
-    known = [f['name'] for f in fields(JOBS[run.kind])]+['data', 'model', 'code', 'plan']
-    if (bad := next((n for n in allow if n not in known), None)): raise SpecError(f"allow: {bad!r} is nothing that could differ{nearest(bad, known)}")
-    if run.status == 'finished' and not params: return run
+    known = [f['name'] for f in fields(JOBS[run.kind])] + ['data', 'model', 'code', 'plan']
+    if bad := next((n for n in allow if n not in known), None):
+        raise SpecError(f"allow: {bad!r} is nothing that could differ{nearest(bad, known)}")
+    if run.status == 'finished' and not params:
+        return run
     _check_retries(job := run.job.replace(**params), retries)
     preflight(job, run.path.parent)
     return _attempts(run.reopen(allow, **params), run.kind, show, retries, hang_after=hang_after, timeout=timeout)
 
 # %% ../../nbs/jobs/runner.ipynb #61de3c4c
 def replay_run(
-    run='latest', # Name, unique part of a name, or directory
-    runs_dir=None, # Where runs are
-    show:bool=True, # Print progress?
-)->Replay:
+    run='latest',  # Name, unique part of a name, or directory
+    runs_dir=None,  # Where runs are
+    show: bool = True,  # Print progress?
+) -> Replay:
     "Do a run again, and judge whether it repeats"
     first = open_run(run, runs_dir, kind='finetune')
-    if first.status != 'finished': raise SpecError(f"run: {first.name} is {first.status}; only a finished run can be replayed")
+    if first.status != 'finished':
+        raise SpecError(f"run: {first.name} is {first.status}; only a finished run can be replayed")
     preflight(first.job, first.path.parent)
     again = Run(new_run_dir('finetune', first.path.parent))
     record_job(again.path, first.job, replays=first.name)
@@ -119,8 +147,9 @@ def replay_run(
     return replayed(first, again)
 
 # %% ../../nbs/jobs/runner.ipynb #97bec2b2
-def read_pairs(cls, pairs:list[str])->dict:
+def read_pairs(cls, pairs: list[str]) -> dict:
     "`name=value` texts as parameters"
     bad = [p for p in pairs if '=' not in p]
-    if bad: raise SpecError(f"-p {bad[0]}: expected name=value, as in -p max_steps=20")
-    return {k.strip():read_value(cls, k.strip(), v.strip()) for k,v in (p.split('=', 1) for p in pairs)}
+    if bad:
+        raise SpecError(f"-p {bad[0]}: expected name=value, as in -p max_steps=20")
+    return {k.strip(): read_value(cls, k.strip(), v.strip()) for k, v in (p.split('=', 1) for p in pairs)}

@@ -6,242 +6,387 @@
 __all__ = ['STOPPED', 'Watcher', 'write_notebook', 'mark_died', 'Supervisor', 'execute', 'reason', 'conclude', 'write_report']
 
 # %% ../../nbs/jobs/supervising.ipynb #4f913127
-import logging,os,signal,sys,threading,time
+import logging
+import os
+import signal
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..core.escaping import mask_secrets,plain_text
+from ..core.escaping import mask_secrets, plain_text
 from ..training.launching import tidy_after
 from ..core.settings import settings
-from ..runs.run import RUN_DIR_VARIABLE,Run,read_json,read_lines
+from ..runs.run import RUN_DIR_VARIABLE, Run, read_json, read_lines
 from ..core.schema import fields
 from ..core.spec import jobs_dir
 
 # %% ../../nbs/jobs/supervising.ipynb #dd3470c9
 class Watcher(threading.Thread):
     "Prints the progress of a run as the notebook writes it"
-    def __init__(self, run:Run, every:float=5.0, out=None): # seconds between two lines of training
+
+    def __init__(self, run: Run, every: float = 5.0, out=None):  # seconds between two lines of training
         super().__init__(daemon=True)
-        self.run_dir,self.every,self.out,self.start_time,self.over = run,every,out or sys.stdout,time.time(),threading.Event()
-        self.seen,self.step,self.last,self.stage,self.total = 0,0,time.time(),None,getattr(run.job, 'max_steps', None)
+        self.run_dir, self.every, self.out, self.start_time, self.over = (
+            run,
+            every,
+            out or sys.stdout,
+            time.time(),
+            threading.Event(),
+        )
+        self.seen, self.step, self.last, self.stage, self.total = (
+            0,
+            0,
+            time.time(),
+            None,
+            getattr(run.job, 'max_steps', None),
+        )
+
     def say(self, text):
         self.last = time.time()
-        print(f'[{self.last-self.start_time:5.0f}s] {plain_text(text)}', file=self.out, flush=True)
+        print(f'[{self.last - self.start_time:5.0f}s] {plain_text(text)}', file=self.out, flush=True)
+
     def run(self):
-        while not self.over.wait(0.5): self.look()
+        while not self.over.wait(0.5):
+            self.look()
         self.look(final=True)
-    def stop(self): self.over.set(); self.join()
+
+    def stop(self):
+        self.over.set()
+        self.join()
+
 
 def _stage_line(l):
     "One line of `progress.jsonl` in words"
-    if 'note' in l: return l['note']
+    if 'note' in l:
+        return l['note']
     return f"{l['stage']} …" if l['state'] == 'started' else f"{l['stage']} done in {l['seconds']:.1f} s"
+
 
 def _step_line(m, total):
     "One line of `metrics.jsonl` in words"
-    left = f", about {(total-m['step'])*m['seconds']:.0f} s left" if total else f" (epoch {m['epoch']:.2f})"
+    left = f", about {(total - m['step']) * m['seconds']:.0f} s left" if total else f" (epoch {m['epoch']:.2f})"
     return f"step {m['step']}{f'/{total}' if total else ''}: loss {m['loss']:.4f}, {m['seconds']:.1f} s a step{left}"
 
 # %% ../../nbs/jobs/supervising.ipynb #e5604a1c
 @patch
-def say_step(self:Watcher)->bool: # Was there one that nobody has been told of?
+def say_step(self: Watcher) -> bool:  # Was there one that nobody has been told of?
     "Print the newest step"
     steps = self.run_dir.metrics
-    if not steps or steps[-1]['step'] <= self.step: return False
+    if not steps or steps[-1]['step'] <= self.step:
+        return False
     self.step = steps[-1]['step']
     self.say(_step_line(steps[-1], self.total))
     return True
 
+
 @patch
-def look(self:Watcher, final=False):
+def look(self: Watcher, final=False):
     "Print what is new"
-    lines = read_lines(self.run_dir.path/'progress.jsonl')
-    for l in lines[self.seen:]:
-        if l.get('state', 'started') != 'started': self.say_step() # What a stage did comes before its end
+    lines = read_lines(self.run_dir.path / 'progress.jsonl')
+    for l in lines[self.seen :]:
+        if l.get('state', 'started') != 'started':
+            self.say_step()  # What a stage did comes before its end
         self.say(_stage_line(l))
-        if 'stage' in l: self.stage = (l['stage'], l['time']) if l['state'] == 'started' else None
-    self.seen,quiet = len(lines),time.time()-self.last
-    if (final or quiet >= self.every) and self.say_step(): return
-    if quiet >= 15 and self.stage: self.say(f'{self.stage[0]} … {time.time()-self.stage[1]:.0f} s')
+        if 'stage' in l:
+            self.stage = (l['stage'], l['time']) if l['state'] == 'started' else None
+    self.seen, quiet = len(lines), time.time() - self.last
+    if (final or quiet >= self.every) and self.say_step():
+        return
+    if quiet >= 15 and self.stage:
+        self.say(f'{self.stage[0]} … {time.time() - self.stage[1]:.0f} s')
 
 # %% ../../nbs/jobs/supervising.ipynb #dda32ab9
 def write_notebook(nb, path):
     "Write a notebook whole or not at all"
     import nbformat
+
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     with tmp.open('w') as f:
-        f.write(mask_secrets(nbformat.writes(nb), named=False)) # What a library's message may have quoted
-        f.flush(); os.fsync(f.fileno())
+        f.write(mask_secrets(nbformat.writes(nb), named=False))  # What a library's message may have quoted
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(tmp, path)
+
 
 def _engine(sup):
     "Papermill's engine, saving through a `Supervisor`"
     from papermill.engines import NBClientEngine
+
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, **kw):
-            sup.nb,nb_man.save = nb_man.nb,lambda **_: sup.save()
+            sup.nb, nb_man.save = nb_man.nb, lambda **_: sup.save()
             return super().execute_managed_notebook(nb_man, kernel_name, **kw)
+
     return Engine
 
 # %% ../../nbs/jobs/supervising.ipynb #5d8134e2
-def mark_died(nb, reason:str):
+def mark_died(nb, reason: str):
     "Say in a notebook where its kernel ended, and that the rest has not run"
     import nbformat
+
     cells = [c for c in nb.cells if c.cell_type == 'code']
     ran = [c for c in cells if c.metadata.get('papermill', {}).get('start_time')]
     for c in cells:
-        if c in ran and c is not ran[-1]: continue
-        c.metadata.setdefault('papermill', {}).update(status='failed' if ran and c is ran[-1] else 'pending', exception=bool(ran) and c is ran[-1])
-    if ran: ran[-1].outputs.append(nbformat.v4.new_output('error', ename='KernelEnded', evalue=reason, traceback=[f'KernelEnded: {reason}']))
+        if c in ran and c is not ran[-1]:
+            continue
+        c.metadata.setdefault('papermill', {}).update(
+            status='failed' if ran and c is ran[-1] else 'pending', exception=bool(ran) and c is ran[-1]
+        )
+    if ran:
+        ran[-1].outputs.append(
+            nbformat.v4.new_output('error', ename='KernelEnded', evalue=reason, traceback=[f'KernelEnded: {reason}'])
+        )
     nb.metadata.setdefault('papermill', {})['exception'] = True
     return nb
 
 # %% ../../nbs/jobs/supervising.ipynb #e6ef8a89
 class Supervisor(threading.Thread):
     "Stands beside one execution of a run's notebook"
-    def __init__(self,
-        run:Run, # What is executed
-        hang_after:float=300, # [s] of silence
-        timeout:float|None=None, # [s] for this attempt
-        grace:float=120, # [s] that a checkpoint may take after a request to stop
+
+    def __init__(
+        self,
+        run: Run,  # What is executed
+        hang_after: float = 300,  # [s] of silence
+        timeout: float | None = None,  # [s] for this attempt
+        grace: float = 120,  # [s] that a checkpoint may take after a request to stop
     ):
         super().__init__(daemon=True)
-        self.run_dir,self.hang_after,self.timeout,self.grace,self.over = run,hang_after,timeout,grace,threading.Event()
-        self.nb,self.why,self.started,self.longest,self.last_step = None,'',time.time(),0.0,None
-        self.asked,self.called,self.from_step = None,None,None # When first and when last, and the first step that ended long after
+        self.run_dir, self.hang_after, self.timeout, self.grace, self.over = (
+            run,
+            hang_after,
+            timeout,
+            grace,
+            threading.Event(),
+        )
+        self.nb, self.why, self.started, self.longest, self.last_step = None, '', time.time(), 0.0, None
+        self.asked, self.called, self.from_step = (
+            None,
+            None,
+            None,
+        )  # When first and when last, and the first step that ended long after
+
     @property
-    def beat(self)->dict: # Empty before the kernel has said anything
-        b = read_json(self.run_dir.path/'heartbeat.json') or {}
-        return b if b.get('time', 0) >= self.started-1 else {}
-    def save(self): write_notebook(self.nb, self.run_dir.path/'notebook.ipynb')
+    def beat(self) -> dict:  # Empty before the kernel has said anything
+        b = read_json(self.run_dir.path / 'heartbeat.json') or {}
+        return b if b.get('time', 0) >= self.started - 1 else {}
+
+    def save(self):
+        write_notebook(self.nb, self.run_dir.path / 'notebook.ipynb')
+
     def run(self):
-        while not self.over.wait(0.5): self.look(time.time())
+        while not self.over.wait(0.5):
+            self.look(time.time())
 
 # %% ../../nbs/jobs/supervising.ipynb #55fca0a3
 @patch
-def look(self:Supervisor, now:float):
+def look(self: Supervisor, now: float):
     "End what is silent, stuck or late"
-    b,over_time = self.beat,self.timeout and now-self.started > self.timeout
+    b, over_time = self.beat, self.timeout and now - self.started > self.timeout
     if b.get('step_time'):
-        if self.last_step and b['step'] != self.last_step[0]: self.longest = max(self.longest, (b['step_time']-self.last_step[1])/(b['step']-self.last_step[0]))
-        if not self.last_step or b['step'] != self.last_step[0]: self.last_step = (b['step'], b['step_time'])
-    silent = now-b.get('time', self.started)
-    if silent > self.hang_after: self.end(f'the kernel hangs: no sign of life for {silent:.0f} s', b)
-    elif self._training() and self.longest and now-b['step_time'] > max(self.hang_after, 50*self.longest): self.end(f"training hangs: no step for {now-b['step_time']:.0f} s, where the longest took {self.longest:.1f} s", b)
-    elif over_time and not self.asked and self.ask(): self.why = f'it took longer than its {self.timeout:g} s'
-    if self.asked and now-self.asked > self.grace: self.end(self.why or f'it did not stop within {self.grace:g} s', b)
-    elif self.asked and self._unheard(b): self.ask()
+        if self.last_step and b['step'] != self.last_step[0]:
+            self.longest = max(self.longest, (b['step_time'] - self.last_step[1]) / (b['step'] - self.last_step[0]))
+        if not self.last_step or b['step'] != self.last_step[0]:
+            self.last_step = (b['step'], b['step_time'])
+    silent = now - b.get('time', self.started)
+    if silent > self.hang_after:
+        self.end(f'the kernel hangs: no sign of life for {silent:.0f} s', b)
+    elif self._training() and self.longest and now - b['step_time'] > max(self.hang_after, 50 * self.longest):
+        self.end(
+            f"training hangs: no step for {now - b['step_time']:.0f} s, where the longest took {self.longest:.1f} s", b
+        )
+    elif over_time and not self.asked and self.ask():
+        self.why = f'it took longer than its {self.timeout:g} s'
+    if self.asked and now - self.asked > self.grace:
+        self.end(self.why or f'it did not stop within {self.grace:g} s', b)
+    elif self.asked and self._unheard(b):
+        self.ask()
+
 
 @patch
-def _training(self:Supervisor)->bool:
-    last = [l for l in read_lines(self.run_dir.path/'progress.jsonl') if 'stage' in l][-1:]
+def _training(self: Supervisor) -> bool:
+    last = [l for l in read_lines(self.run_dir.path / 'progress.jsonl') if 'stage' in l][-1:]
     return bool(last) and last[0]['stage'] == 'training' and last[0]['state'] == 'started'
 
 # %% ../../nbs/jobs/supervising.ipynb #f8fd3bfc
 @patch
-def ask(self:Supervisor)->bool: # Is there a process to ask?
+def ask(self: Supervisor) -> bool:  # Is there a process to ask?
     "Ask the kernel to stop, as its stop button would"
-    if not (pid := self.beat.get('pid')): return False
-    self.called,self.from_step = time.time(),None
+    if not (pid := self.beat.get('pid')):
+        return False
+    self.called, self.from_step = time.time(), None
     self.asked = self.asked or self.called
     os.kill(pid, signal.SIGINT)
     return True
 
-@patch
-def _unheard(self:Supervisor, beat:dict)->bool:
-    "Has the kernel gone on, ten seconds after it was asked last: with a new stage, or with three steps?"
-    late,began = self.called+10,[l['time'] for l in read_lines(self.run_dir.path/'progress.jsonl') if l.get('state') == 'started'][-1:]
-    if self.from_step is None and (beat.get('step_time') or 0) > late: self.from_step = beat['step']
-    return bool(began and began[0] > late) or (self.from_step is not None and (beat.get('step') or 0) > self.from_step+2)
 
 @patch
-def end(self:Supervisor, why:str, beat:dict):
+def _unheard(self: Supervisor, beat: dict) -> bool:
+    "Has the kernel gone on, ten seconds after it was asked last: with a new stage, or with three steps?"
+    late, began = (
+        self.called + 10,
+        [l['time'] for l in read_lines(self.run_dir.path / 'progress.jsonl') if l.get('state') == 'started'][-1:],
+    )
+    if self.from_step is None and (beat.get('step_time') or 0) > late:
+        self.from_step = beat['step']
+    return bool(began and began[0] > late) or (
+        self.from_step is not None and (beat.get('step') or 0) > self.from_step + 2
+    )
+
+
+@patch
+def end(self: Supervisor, why: str, beat: dict):
     "Kill the kernel"
     self.why = why
-    if (pid := beat.get('pid') or (read_json(self.run_dir.path/'heartbeat.json') or {}).get('pid')):
-        try: os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError: pass
+    if pid := beat.get('pid') or (read_json(self.run_dir.path / 'heartbeat.json') or {}).get('pid'):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
     self.over.set()
 
 # %% ../../nbs/jobs/supervising.ipynb #c566ef90
 @contextmanager
 def _passing_on(sup):
     "SIGINT and SIGTERM go to the kernel inside"
-    if threading.current_thread() is not threading.main_thread(): yield; return
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
     def got(number, frame):
-        if sup.asked: raise KeyboardInterrupt
+        if sup.asked:
+            raise KeyboardInterrupt
         sup.why = f'stopped by {signal.Signals(number).name}'
-        if not sup.ask(): raise KeyboardInterrupt # Nothing has started that could be stopped in order
-    old = {s:signal.signal(s, got) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+        if not sup.ask():
+            raise KeyboardInterrupt  # Nothing has started that could be stopped in order
+
+    old = {s: signal.signal(s, got) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for s,h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)
 
 # %% ../../nbs/jobs/supervising.ipynb #ef01f071
 def _changed(job):
     "Parameters that differ from their defaults"
-    default = {f['name']:f['default'] for f in fields(type(job))}
-    return {k:v for k,v in job.to_dict().items() if v != default[k]}
+    default = {f['name']: f['default'] for f in fields(type(job))}
+    return {k: v for k, v in job.to_dict().items() if v != default[k]}
+
 
 @contextmanager
 def _environment(**vals):
     "Environment variables for the kernel that is started inside"
-    old = {k:os.environ.get(k) for k in vals}
+    old = {k: os.environ.get(k) for k in vals}
     os.environ.update(vals)
-    try: yield
+    try:
+        yield
     finally:
-        for k,v in old.items(): os.environ.pop(k) if v is None else os.environ.update({k:v})
+        for k, v in old.items():
+            os.environ.pop(k) if v is None else os.environ.update({k: v})
+
 
 def _literal(path):
     "A path as papermill takes it: braces would be filled with parameters"
     return str(path).replace('{', '{{').replace('}', '}}')
 
+
 def execute(job, name, run, sup):
     "The job's notebook through papermill, in the caller's directory; the executed copy goes into the run"
     import papermill as pm
     from papermill.engines import papermill_engines
+
     logging.getLogger('papermill').setLevel(logging.ERROR)
     papermill_engines.register('unsloth_nb', _engine(sup))
-    with _passing_on(sup), _environment(**{RUN_DIR_VARIABLE:str(run.path), 'HF_HUB_DISABLE_PROGRESS_BARS':'1', 'UNSLOTH_NB_RUNS_DIR':str(run.path.parent)}):
-        pm.execute_notebook(_literal(jobs_dir()/f'{name}.ipynb'), None, _changed(job), engine_name='unsloth_nb', kernel_name=settings().kernel, cwd=Path.cwd(), progress_bar=False, log_output=False, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+    with (
+        _passing_on(sup),
+        _environment(
+            **{
+                RUN_DIR_VARIABLE: str(run.path),
+                'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+                'UNSLOTH_NB_RUNS_DIR': str(run.path.parent),
+            }
+        ),
+    ):
+        pm.execute_notebook(
+            _literal(jobs_dir() / f'{name}.ipynb'),
+            None,
+            _changed(job),
+            engine_name='unsloth_nb',
+            kernel_name=settings().kernel,
+            cwd=Path.cwd(),
+            progress_bar=False,
+            log_output=False,
+            extra_arguments=['--IPKernelApp.log_level=CRITICAL'],
+        )
 
 # %% ../../nbs/jobs/supervising.ipynb #2426726f
-STOPPED = ('Interrupted', 'KeyboardInterrupt') # Ends that a person or a machine has asked for
+STOPPED = ('Interrupted', 'KeyboardInterrupt')  # Ends that a person or a machine has asked for
 
-def reason(e, sup:Supervisor)->tuple[str,str,bool]: # (interrupted or failed, why, would another attempt be worth it?)
+
+def reason(
+    e, sup: Supervisor
+) -> tuple[str, str, bool]:  # (interrupted or failed, why, would another attempt be worth it?)
     "How and why an execution ended"
-    kind,told = type(e).__name__ if e is not None else '',sup.why.startswith('stopped by')
-    if e is None: return 'failed','the notebook ended without finishing its run',False
+    kind, told = type(e).__name__ if e is not None else '', sup.why.startswith('stopped by')
+    if e is None:
+        return 'failed', 'the notebook ended without finishing its run', False
     if kind == 'PapermillExecutionError':
-        if e.ename in STOPPED: return 'interrupted',sup.why or f'cell {e.cell_index}: {e.evalue or e.ename}',bool(sup.timeout) and sup.why.startswith('it took')
-        return 'failed',f'cell {e.cell_index}: {e.ename}: {e.evalue}',e.ename == 'RankLost' and not told # Of a process that was killed, the next attempt may know nothing
-    if kind == 'DeadKernelError': return 'failed',sup.why or 'the kernel died: it was killed, most often because memory ran out; see plan.json for what was predicted',not told
-    if isinstance(e, KeyboardInterrupt): return 'interrupted',sup.why or 'interrupted from the keyboard',False
-    return 'failed',f'{kind}: {e}',False
+        if e.ename in STOPPED:
+            return (
+                'interrupted',
+                sup.why or f'cell {e.cell_index}: {e.evalue or e.ename}',
+                bool(sup.timeout) and sup.why.startswith('it took'),
+            )
+        return (
+            'failed',
+            f'cell {e.cell_index}: {e.ename}: {e.evalue}',
+            e.ename == 'RankLost' and not told,
+        )  # Of a process that was killed, the next attempt may know nothing
+    if kind == 'DeadKernelError':
+        return (
+            'failed',
+            sup.why
+            or 'the kernel died: it was killed, most often because memory ran out; see plan.json for what was predicted',
+            not told,
+        )
+    if isinstance(e, KeyboardInterrupt):
+        return 'interrupted', sup.why or 'interrupted from the keyboard', False
+    return 'failed', f'{kind}: {e}', False
 
-def conclude(run:Run, error, sup:Supervisor)->bool: # Would another attempt be worth it?
+
+def conclude(run: Run, error, sup: Supervisor) -> bool:  # Would another attempt be worth it?
     "Give the run its result if the notebook did not, its executed notebook and its report"
-    how,why,again = reason(error, sup)
+    how, why, again = reason(error, sup)
     tidy_after(run)
-    if run.result is None: run.interrupt(why) if how == 'interrupted' else run.fail(why)
+    if run.result is None:
+        run.interrupt(why) if how == 'interrupted' else run.fail(why)
     if sup.nb is not None:
-        if type(error).__name__ == 'DeadKernelError': mark_died(sup.nb, why)
+        if type(error).__name__ == 'DeadKernelError':
+            mark_died(sup.nb, why)
         sup.save()
-    try: write_report(run)
-    except Exception as e: run.note(f'report.html could not be written: {type(e).__name__}: {e}')
+    try:
+        write_report(run)
+    except Exception as e:
+        run.note(f'report.html could not be written: {type(e).__name__}: {e}')
     return again and run.status != 'finished'
 
 # %% ../../nbs/jobs/supervising.ipynb #d69eca8d
-def write_report(run:Run)->Path|None: # None when no notebook was written
+def write_report(run: Run) -> Path | None:  # None when no notebook was written
     "The run's executed notebook as `report.html`"
-    nb = run.path/'notebook.ipynb'
-    if not nb.exists(): return None
+    nb = run.path / 'notebook.ipynb'
+    if not nb.exists():
+        return None
     from nbconvert import HTMLExporter
-    body,_ = HTMLExporter(mathjax_url='', require_js_url='', jquery_url='', embed_images=True).from_filename(str(nb), resources=dict(metadata=dict(name=run.name)))
-    tmp = run.path/'.report.html'
+
+    body, _ = HTMLExporter(mathjax_url='', require_js_url='', jquery_url='', embed_images=True).from_filename(
+        str(nb), resources=dict(metadata=dict(name=run.name))
+    )
+    tmp = run.path / '.report.html'
     tmp.write_text(body)
-    os.replace(tmp, run.path/'report.html')
-    return run.path/'report.html'
+    os.replace(tmp, run.path / 'report.html')
+    return run.path / 'report.html'

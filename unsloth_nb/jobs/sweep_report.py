@@ -8,315 +8,553 @@ __all__ = ['STATES', 'TOGETHER', 'SHOWN', 'TABLE', 'Trial', 'SweepResult', 'swee
 
 # %% ../../nbs/jobs/sweep_report.ipynb #13dbe5ae
 import math
-from dataclasses import asdict,dataclass,replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..core.escaping import markdown_text,plain_text
-from ..evaluation.leaderboard import Leaderboard,compare_runs
+from ..core.escaping import markdown_text, plain_text
+from ..evaluation.leaderboard import Leaderboard, compare_runs
 from ..core.settings import settings
-from ..runs.run import Run,RunError,_num,read_json,read_lines
-from ..core.schema import SpecError,nearest
-from ..evaluation.significance import caution,interval,number
+from ..runs.run import Run, RunError, _num, read_json, read_lines
+from ..core.schema import SpecError, nearest
+from ..evaluation.significance import caution, interval, number
 from .supervising import write_notebook
-from .sweeping import Range,Sweep,distributions,is_whole,key_of,markdown_table,need,show_params,show_value,text_table
+from unsloth_nb.jobs.sweeping import (
+    Range,
+    Sweep,
+    distributions,
+    is_whole,
+    key_of,
+    markdown_table,
+    need,
+    show_params,
+    show_value,
+    text_table,
+)
 
 # %% ../../nbs/jobs/sweep_report.ipynb #544f8e0d
 STATES = ('finished', 'pruned', 'failed', 'interrupted', 'running')
 
+
 @dataclass
 class Trial:
     "One combination of a sweep and what became of it"
-    number:int # From 0
-    params:dict # What varies
-    run:str # Name of its run
-    state:str='running' # One of `STATES`
-    value:float|None=None # Of the objective
-    reason:str='' # Why it is not finished
-    asked:str='' # Why it was asked to stop early
-    def to_dict(self): return asdict(self)
+
+    number: int  # From 0
+    params: dict  # What varies
+    run: str  # Name of its run
+    state: str = 'running'  # One of `STATES`
+    value: float | None = None  # Of the objective
+    reason: str = ''  # Why it is not finished
+    asked: str = ''  # Why it was asked to stop early
+
+    def to_dict(self):
+        return asdict(self)
 
 # %% ../../nbs/jobs/sweep_report.ipynb #3d45fc3b
 class SweepResult:
     "A sweep that was carried out, or is being: its trials, best first in `ranking`"
-    def __init__(self, path): self.path = Path(path).resolve()
+
+    def __init__(self, path):
+        self.path = Path(path).resolve()
+
     @property
-    def name(self)->str: return self.path.name
+    def name(self) -> str:
+        return self.path.name
+
     @property
-    def runs_dir(self)->Path: return self.path.parent.parent
+    def runs_dir(self) -> Path:
+        return self.path.parent.parent
+
     @cached_property
-    def sweep(self)->Sweep:
-        try: d = read_json(self.path/'sweep.json')['sweep']
-        except (TypeError, KeyError, ValueError) as e: raise RunError(f"{self.name}: sweep.json does not hold a sweep: {e}") from None
-        if not isinstance(d, dict) or {*d} != {*Sweep.model_fields}: raise RunError(f"{self.name}: sweep.json does not hold a sweep: other names than those of a Sweep")
-        return Sweep.model_construct(**d) # As it was checked when it began; a relative path in it need not lead anywhere from here
+    def sweep(self) -> Sweep:
+        try:
+            d = read_json(self.path / 'sweep.json')['sweep']
+        except (TypeError, KeyError, ValueError) as e:
+            raise RunError(f"{self.name}: sweep.json does not hold a sweep: {e}") from None
+        if not isinstance(d, dict) or {*d} != {*Sweep.model_fields}:
+            raise RunError(f"{self.name}: sweep.json does not hold a sweep: other names than those of a Sweep")
+        return Sweep.model_construct(
+            **d
+        )  # As it was checked when it began; a relative path in it need not lead anywhere from here
+
     @property
-    def trials(self)->list[Trial]:
-        try: last = {l['number']:Trial(**l) for l in read_lines(self.path/'trials.jsonl')}
-        except (TypeError, KeyError) as e: raise RunError(f"{self.name}: trials.jsonl does not hold trials: {e}") from None
+    def trials(self) -> list[Trial]:
+        try:
+            last = {l['number']: Trial(**l) for l in read_lines(self.path / 'trials.jsonl')}
+        except (TypeError, KeyError) as e:
+            raise RunError(f"{self.name}: trials.jsonl does not hold trials: {e}") from None
         return [last[n] for n in sorted(last)]
+
     @property
-    def status(self)->str: # finished, failed (some trials did), interrupted; unfinished: running, or ended without a word
-        return (read_json(self.path/'result.json') or {}).get('status', 'unfinished')
-    def run_of(self, t:Trial)->Run: return Run(self.runs_dir/Path(t.run).name)
+    def status(
+        self,
+    ) -> str:  # finished, failed (some trials did), interrupted; unfinished: running, or ended without a word
+        return (read_json(self.path / 'result.json') or {}).get('status', 'unfinished')
+
+    def run_of(self, t: Trial) -> Run:
+        return Run(self.runs_dir / Path(t.run).name)
 
 # %% ../../nbs/jobs/sweep_report.ipynb #ad32e2cc
 @patch(as_prop=True)
-def ranking(self:SweepResult)->list[Trial]:
+def ranking(self: SweepResult) -> list[Trial]:
     "The finished trials, best first"
-    return sorted((t for t in self.trials if t.state == 'finished'), key=lambda t: -t.value if self.sweep.larger else t.value)
+    return sorted(
+        (t for t in self.trials if t.state == 'finished'), key=lambda t: -t.value if self.sweep.larger else t.value
+    )
+
 
 @patch(as_prop=True)
-def best(self:SweepResult)->Trial|None: return next(iter(self.ranking), None)
+def best(self: SweepResult) -> Trial | None:
+    return next(iter(self.ranking), None)
 
-def sweep_dirs(runs_dir=None)->list[Path]: # Oldest first
+
+def sweep_dirs(runs_dir=None) -> list[Path]:  # Oldest first
     "All sweeps under a runs directory"
-    return sorted((f.parent for f in (Path(runs_dir or settings().runs_dir)/'sweeps').glob('*/sweep.json')), key=lambda p: (p/'sweep.json').stat().st_mtime_ns)
+    return sorted(
+        (f.parent for f in (Path(runs_dir or settings().runs_dir) / 'sweeps').glob('*/sweep.json')),
+        key=lambda p: (p / 'sweep.json').stat().st_mtime_ns,
+    )
+
 
 def open_sweep(
-    ref='latest', # Name, unique part of a name, directory, or `latest`
-    runs_dir=None, # Where runs are
-)->SweepResult:
+    ref='latest',  # Name, unique part of a name, directory, or `latest`
+    runs_dir=None,  # Where runs are
+) -> SweepResult:
     "A sweep to read"
-    if isinstance(ref, SweepResult): return ref
+    if isinstance(ref, SweepResult):
+        return ref
     if isinstance(ref, Path) or str(ref).startswith(('.', '/')):
-        if not (Path(ref)/'sweep.json').is_file(): raise SpecError(f"sweep: {ref} holds no sweep.json")
+        if not (Path(ref) / 'sweep.json').is_file():
+            raise SpecError(f"sweep: {ref} holds no sweep.json")
         return SweepResult(ref)
-    found = {p.name:p for p in sweep_dirs(runs_dir)}
-    if not found: raise SpecError(f"sweep: no sweep under {Path(runs_dir or settings().runs_dir)/'sweeps'} yet")
+    found = {p.name: p for p in sweep_dirs(runs_dir)}
+    if not found:
+        raise SpecError(f"sweep: no sweep under {Path(runs_dir or settings().runs_dir) / 'sweeps'} yet")
     hits = [*found][-1:] if ref == 'latest' else [n for n in found if n == ref] or [n for n in found if ref in n]
-    if len(hits) > 1: raise SpecError(f"sweep: {ref!r} fits {', '.join(hits)}; give more of the name")
-    if not hits: raise SpecError(f"sweep: there is no sweep {ref!r}{nearest(str(ref), found)}")
+    if len(hits) > 1:
+        raise SpecError(f"sweep: {ref!r} fits {', '.join(hits)}; give more of the name")
+    if not hits:
+        raise SpecError(f"sweep: there is no sweep {ref!r}{nearest(str(ref), found)}")
     return SweepResult(found[hits[0]])
 
 # %% ../../nbs/jobs/sweep_report.ipynb #73e67f3c
-TOGETHER,SHOWN = 0.95,10 # Confidence of all comparisons together; how many trials are compared
+TOGETHER, SHOWN = 0.95, 10  # Confidence of all comparisons together; how many trials are compared
+
 
 @patch
-def board(self:SweepResult)->Leaderboard: # Raises RunError or SpecError where there is nothing to compare
+def board(self: SweepResult) -> Leaderboard:  # Raises RunError or SpecError where there is nothing to compare
     "The best trials beside the best one, on the same rows"
-    side,_,score = self.sweep.objective.partition('.')
-    if side not in ('tuned', 'base'): raise SpecError(f"{self.sweep.objective} is one number a run, so it has no interval; repeat trials with other seeds to see how it varies")
+    side, _, score = self.sweep.objective.partition('.')
+    if side not in ('tuned', 'base'):
+        raise SpecError(
+            f"{self.sweep.objective} is one number a run, so it has no interval; repeat trials with other seeds to see how it varies"
+        )
     top = self.ranking[:SHOWN]
-    return compare_runs([self.run_of(t) for t in top], scores=['loss' if score == 'perplexity' else score], side=side, confidence=1-(1-TOGETHER)/max(1, len(top)-1))
+    return compare_runs(
+        [self.run_of(t) for t in top],
+        scores=['loss' if score == 'perplexity' else score],
+        side=side,
+        confidence=1 - (1 - TOGETHER) / max(1, len(top) - 1),
+    )
+
 
 @patch
-def _compared(self:SweepResult):
+def _compared(self: SweepResult):
     "Standing of each compared trial by its number, the confidence, and why there is none"
-    try: board = self.board()
-    except (RunError, SpecError) as e: return {},TOGETHER,str(e).split(';')[0].removeprefix('runs: ') if self.ranking else 'no trial has finished'
+    try:
+        board = self.board()
+    except (RunError, SpecError) as e:
+        return {}, TOGETHER, str(e).split(';')[0].removeprefix('runs: ') if self.ranking else 'no trial has finished'
     (rows,) = board.standings.values()
-    return {t.number:r for t,r in zip(self.ranking, rows)},board.confidence,''
+    return {t.number: r for t, r in zip(self.ranking, rows)}, board.confidence, ''
+
 
 @patch
-def ties(self:SweepResult)->list[Trial]:
+def ties(self: SweepResult) -> list[Trial]:
     "Trials that cannot be told apart from the best one on the rows that both have answered"
-    standings,confidence,_ = self._compared()
-    return [t for t in self.ranking[1:] if (s := standings.get(t.number)) and s.difference and s.difference.p > 1-confidence]
+    standings, confidence, _ = self._compared()
+    return [
+        t
+        for t in self.ranking[1:]
+        if (s := standings.get(t.number)) and s.difference and s.difference.p > 1 - confidence
+    ]
 
 # %% ../../nbs/jobs/sweep_report.ipynb #34bc59a5
 @patch
-def importances(self:SweepResult)->dict[str,float]: # Share of each parameter; empty with too few trials
+def importances(self: SweepResult) -> dict[str, float]:  # Share of each parameter; empty with too few trials
     "How much each parameter decides whether a trial is among the good ones"
-    done,names = self.ranking,self.sweep.names
-    if len(done) < max(8, 4*len(names)) or len({t.value for t in done}) < 2: return {}
-    optuna,d = need('optuna'),distributions(self.sweep)
+    done, names = self.ranking, self.sweep.names
+    if len(done) < max(8, 4 * len(names)) or len({t.value for t in done}) < 2:
+        return {}
+    optuna, d = need('optuna'), distributions(self.sweep)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction='maximize' if self.sweep.larger else 'minimize')
-    for t in done: study.add_trial(optuna.trial.create_trial(params={n:key_of(t.params[n]) for n in names}, distributions=d, value=t.value))
-    return {n:round(v, 3) for n,v in optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()).items()}
+    for t in done:
+        study.add_trial(
+            optuna.trial.create_trial(params={n: key_of(t.params[n]) for n in names}, distributions=d, value=t.value)
+        )
+    return {
+        n: round(v, 3)
+        for n, v in optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        ).items()
+    }
 
 # %% ../../nbs/jobs/sweep_report.ipynb #c38319e6
 @patch
-def next_steps(self:SweepResult)->list[str]:
+def next_steps(self: SweepResult) -> list[str]:
     "What the outcome suggests, with reasons"
-    return [*self._unfinished(), *(self._edges() if self.best else ()), *(self._undecided() if self.best else ()), *(self._falling() if self.best else ())]
+    return [
+        *self._unfinished(),
+        *(self._edges() if self.best else ()),
+        *(self._undecided() if self.best else ()),
+        *(self._falling() if self.best else ()),
+    ]
+
 
 @patch
-def _unfinished(self:SweepResult):
+def _unfinished(self: SweepResult):
     states = [t.state for t in self.trials]
-    failed,left = [t for t in self.trials if t.state == 'failed'],sum(s in ('interrupted', 'running') for s in states)+self.sweep.count()-len(states)
+    failed, left = (
+        [t for t in self.trials if t.state == 'failed'],
+        sum(s in ('interrupted', 'running') for s in states) + self.sweep.count() - len(states),
+    )
     if failed:
-        common = {n:v for n,v in failed[0].params.items() if len(failed) > 1 and all(t.params[n] == v for t in failed) and any(t.params[n] != v for t in self.trials)}
-        yield f"{len(failed)} of {len(states)} trials failed"+(f", all with {show_params(common)}" if common else '')+f": {failed[0].reason.splitlines()[0][:160] if failed[0].reason else 'see their reports'}; once that is mended, repeat them with --retry-failed"
-    if left: yield f"{left} trial{'s'*(left > 1)} not carried out yet: unsloth-nb sweep --resume {self.name}"
-    if states.count('pruned') > len(states)/2: yield f"{states.count('pruned')} of {len(states)} trials were pruned; if good ones may be among them (slow starters, small learning rates), raise prune_after"
+        common = {
+            n: v
+            for n, v in failed[0].params.items()
+            if len(failed) > 1 and all(t.params[n] == v for t in failed) and any(t.params[n] != v for t in self.trials)
+        }
+        yield (
+            f"{len(failed)} of {len(states)} trials failed"
+            + (f", all with {show_params(common)}" if common else '')
+            + f": {failed[0].reason.splitlines()[0][:160] if failed[0].reason else 'see their reports'}; once that is mended, repeat them with --retry-failed"
+        )
+    if left:
+        yield f"{left} trial{'s' * (left > 1)} not carried out yet: unsloth-nb sweep --resume {self.name}"
+    if states.count('pruned') > len(states) / 2:
+        yield f"{states.count('pruned')} of {len(states)} trials were pruned; if good ones may be among them (slow starters, small learning rates), raise prune_after"
 
 # %% ../../nbs/jobs/sweep_report.ipynb #ff3a1fe3
 @patch
-def _edges(self:SweepResult):
+def _edges(self: SweepResult):
     "Values of the best trial at the end of what was tried"
-    for n,v in self.best.params.items():
-        if n == 'seed': continue # A name, not an amount
+    for n, v in self.best.params.items():
+        if n == 'seed':
+            continue  # A name, not an amount
         tried = sorted({t.params[n] for t in self.trials if _is_number(t.params[n])})
-        if not _is_number(v) or len(tried) < 2: continue
+        if not _is_number(v) or len(tried) < 2:
+            continue
         spec = self.sweep.search.get(n)
-        low,high = (float(spec['low']), float(spec['high'])) if isinstance(spec, dict) else (tried[0], tried[-1])
-        near = (lambda a: abs(math.log(v/a)) < 0.05*math.log(high/low)) if low > 0 and high/low >= 10 else (lambda a: abs(v-a) < 0.05*(high-low))
-        beyond = v/2 if near(low) else v*2 if near(high) else v
+        low, high = (float(spec['low']), float(spec['high'])) if isinstance(spec, dict) else (tried[0], tried[-1])
+        near = (
+            (lambda a: abs(math.log(v / a)) < 0.05 * math.log(high / low))
+            if low > 0 and high / low >= 10
+            else (lambda a: abs(v - a) < 0.05 * (high - low))
+        )
+        beyond = v / 2 if near(low) else v * 2 if near(high) else v
         beyond = int(beyond) if is_whole(self.sweep, n) else beyond
-        if beyond != v and self._accepts(n, beyond): yield f"the best trial has {n}={show_value(v)}, at the edge of what was tried ({show_value(low)} to {show_value(high)}): try {n}={show_value(beyond)} too, and beyond"
+        if beyond != v and self._accepts(n, beyond):
+            yield f"the best trial has {n}={show_value(v)}, at the edge of what was tried ({show_value(low)} to {show_value(high)}): try {n}={show_value(beyond)} too, and beyond"
+
 
 @patch
-def _accepts(self:SweepResult, name, v):
+def _accepts(self: SweepResult, name, v):
     "Could the best trial have this value?"
-    try: return bool(self.sweep.point(self.best.params|{name:v}, name))
-    except SpecError: return False
+    try:
+        return bool(self.sweep.point(self.best.params | {name: v}, name))
+    except SpecError:
+        return False
 
-def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+def _is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
 
 # %% ../../nbs/jobs/sweep_report.ipynb #0c47f25b
 @patch
-def _undecided(self:SweepResult):
+def _undecided(self: SweepResult):
     "Is the winner told apart from the others?"
-    ties,(standings,confidence,why),best = self.ties(),self._compared(),self.best
-    if why: yield why
+    ties, (standings, confidence, why), best = self.ties(), self._compared(), self.best
+    if why:
+        yield why
     apart = [s for s in standings.values() if s.note.startswith('scored on other')]
-    if apart: yield f"{len(apart)} trial{'s'*(len(apart) > 1)} answered other held-out rows than the best one; name the rows for all by test_dataset"
+    if apart:
+        yield f"{len(apart)} trial{'s' * (len(apart) > 1)} answered other held-out rows than the best one; name the rows for all by test_dataset"
     few = caution(standings[best.number].estimate.n, confidence) if len(standings) > 1 else ''
-    if 'too few' in few: yield f'whether trial {best.number} is better than others cannot be said: {few}'
+    if 'too few' in few:
+        yield f'whether trial {best.number} is better than others cannot be said: {few}'
     elif ties:
         seconds = lambda t: sum(self.run_of(t).seconds().values())
         cheap = min(ties, key=seconds)
         n = standings[best.number].estimate.n
-        yield f"trial {best.number} is not told apart from trial{'s'*(len(ties) > 1)} {', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
-        if seconds(cheap) < 0.8*seconds(best): yield f"until then take the cheapest of them, trial {cheap.number} ({show_params(cheap.params)})"
-    elif len(standings) > 1 and not apart: yield f"trial {best.number} is told apart from the next {len(standings)-1}; it was chosen on these rows, so expect a little less on new ones: score it once on rows that no trial has seen (unsloth-nb run evaluate -p run={best.run} -p dataset=…)"
+        yield f"trial {best.number} is not told apart from trial{'s' * (len(ties) > 1)} {', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
+        if seconds(cheap) < 0.8 * seconds(best):
+            yield f"until then take the cheapest of them, trial {cheap.number} ({show_params(cheap.params)})"
+    elif len(standings) > 1 and not apart:
+        yield f"trial {best.number} is told apart from the next {len(standings) - 1}; it was chosen on these rows, so expect a little less on new ones: score it once on rows that no trial has seen (unsloth-nb run evaluate -p run={best.run} -p dataset=…)"
+
 
 @patch
-def _falling(self:SweepResult):
+def _falling(self: SweepResult):
     "Was the best trial's loss still falling?"
-    loss = [m['loss'] for m in self.run_of(self.best).metrics if isinstance(m.get('loss'), (int, float)) and math.isfinite(m['loss'])]
-    q = len(loss)//4
-    if q < 3: return
-    before,last = sum(loss[-2*q:-q])/q,sum(loss[-q:])/q
-    if last < 0.95*before: yield f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): try more steps (max_steps)"
+    loss = [
+        m['loss']
+        for m in self.run_of(self.best).metrics
+        if isinstance(m.get('loss'), (int, float)) and math.isfinite(m['loss'])
+    ]
+    q = len(loss) // 4
+    if q < 3:
+        return
+    before, last = sum(loss[-2 * q : -q]) / q, sum(loss[-q:]) / q
+    if last < 0.95 * before:
+        yield f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): try more steps (max_steps)"
 
 # %% ../../nbs/jobs/sweep_report.ipynb #91a932c7
 @patch
-def _head(self:SweepResult)->str:
-    n = {s:sum(t.state == s for t in self.trials) for s in STATES}
-    counts = ', '.join(f'{k} {s}' for s,k in n.items() if k) or 'none carried out'
+def _head(self: SweepResult) -> str:
+    n = {s: sum(t.state == s for t in self.trials) for s in STATES}
+    counts = ', '.join(f'{k} {s}' for s, k in n.items() if k) or 'none carried out'
     b = self.best
-    return f"{self.name}: {self.sweep.count()} trials, {counts}"+(f"; best is trial {b.number} with {self.sweep.objective} {_num(b.value)}: {show_params(b.params)}" if b else '')
+    return f"{self.name}: {self.sweep.count()} trials, {counts}" + (
+        f"; best is trial {b.number} with {self.sweep.objective} {_num(b.value)}: {show_params(b.params)}" if b else ''
+    )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #fd62633c
-TABLE = 40 # Trials in the table
+TABLE = 40  # Trials in the table
+
 
 @patch(as_prop=True)
-def _by_loss(self:SweepResult)->bool:
+def _by_loss(self: SweepResult) -> bool:
     "Is the objective the perplexity? Rows have a loss, whose exponential it is"
     return self.sweep.objective.endswith('.perplexity')
 
+
 @patch
-def _estimate(self:SweepResult, s): # s: a Standing
+def _estimate(self: SweepResult, s):  # s: a Standing
     "The objective of a trial with its interval"
     f = lambda v: v if v is None else math.exp(min(v, 700))
-    return replace(s.estimate, mean=f(s.estimate.mean), low=f(s.estimate.low), high=f(s.estimate.high)) if s.estimate and self._by_loss else s.estimate
+    return (
+        replace(s.estimate, mean=f(s.estimate.mean), low=f(s.estimate.low), high=f(s.estimate.high))
+        if s.estimate and self._by_loss
+        else s.estimate
+    )
+
 
 @patch
-def _notes(self:SweepResult):
+def _notes(self: SweepResult):
     "What stands below the table"
-    if len(self.trials) > TABLE: yield f'and {len(self.trials)-TABLE} more, in trials.jsonl'
-    if len(self._compared()[0]) > 2: yield f'intervals and differences: all comparisons together have {100*TOGETHER:g}%'
+    if len(self.trials) > TABLE:
+        yield f'and {len(self.trials) - TABLE} more, in trials.jsonl'
+    if len(self._compared()[0]) > 2:
+        yield f'intervals and differences: all comparisons together have {100 * TOGETHER:g}%'
+
 
 @patch
-def _rows(self:SweepResult):
+def _rows(self: SweepResult):
     "The table: a head, and a row for each trial, the best first"
-    standings,confidence,_ = self._compared()
+    standings, confidence, _ = self._compared()
     rest = sorted((t for t in self.trials if t.state != 'finished'), key=lambda t: (STATES.index(t.state), t.number))
-    yield ['trial', *self.sweep.names, self.sweep.objective, f'{100*confidence:.3g}% interval', 'to the best'+' (loss)'*self._by_loss, 'state', 'attempts', 'minutes', 'run']
+    yield [
+        'trial',
+        *self.sweep.names,
+        self.sweep.objective,
+        f'{100 * confidence:.3g}% interval',
+        'to the best' + ' (loss)' * self._by_loss,
+        'state',
+        'attempts',
+        'minutes',
+        'run',
+    ]
     for t in [*self.ranking, *rest][:TABLE]:
-        s,run = standings.get(t.number),self.run_of(t)
-        e,d = (self._estimate(s),s.difference) if s else (None,None)
-        yield [str(t.number), *(show_value(v) for v in t.params.values()), _num(t.value), interval(e) if e else '', f'{number(d.difference, True)} {interval(d, True)}' if d else '', t.state, str(run.attempt), f'{sum(run.seconds().values())/60:.1f}', t.run]
+        s, run = standings.get(t.number), self.run_of(t)
+        e, d = (self._estimate(s), s.difference) if s else (None, None)
+        yield [
+            str(t.number),
+            *(show_value(v) for v in t.params.values()),
+            _num(t.value),
+            interval(e) if e else '',
+            f'{number(d.difference, True)} {interval(d, True)}' if d else '',
+            t.state,
+            str(run.attempt),
+            f'{sum(run.seconds().values()) / 60:.1f}',
+            t.run,
+        ]
 
 # %% ../../nbs/jobs/sweep_report.ipynb #d2b3e447
 @patch
-def __repr__(self:SweepResult):
+def __repr__(self: SweepResult):
     steps = [f'- {s}' for s in self.next_steps()]
-    return '\n'.join([plain_text(self._head()), '', text_table([*self._rows()]), *map(plain_text, self._notes()), *(['', 'What to try next', *map(plain_text, steps)] if steps else [])])
+    return '\n'.join(
+        [
+            plain_text(self._head()),
+            '',
+            text_table([*self._rows()]),
+            *map(plain_text, self._notes()),
+            *(['', 'What to try next', *map(plain_text, steps)] if steps else []),
+        ]
+    )
+
 
 @patch
-def _repr_markdown_(self:SweepResult):
+def _repr_markdown_(self: SweepResult):
     steps = [f'- {markdown_text(s)}' for s in self.next_steps()]
-    return '\n'.join([f'**{markdown_text(self._head())}**', '', markdown_table([*self._rows()]), '', *map(markdown_text, self._notes()), *(['', '**What to try next**', '', *steps] if steps else [])])
+    return '\n'.join(
+        [
+            f'**{markdown_text(self._head())}**',
+            '',
+            markdown_table([*self._rows()]),
+            '',
+            *map(markdown_text, self._notes()),
+            *(['', '**What to try next**', '', *steps] if steps else []),
+        ]
+    )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #c6968fcc
 def _scale(values, log):
     "Where values stand on an axis from 0 to 1, and its ticks"
     if all(map(_is_number, values)) and len(set(values)) > 1:
         f = math.log if log else float
-        low,high = f(min(values)),f(max(values))
+        low, high = f(min(values)), f(max(values))
         ticks = sorted(set(values)) if len(set(values)) <= 6 else [min(values), max(values)]
-        at = lambda v: (f(v)-low)/(high-low)
+        at = lambda v: (f(v) - low) / (high - low)
     else:
-        ticks = sorted({show_value(v):v for v in values}.values(), key=show_value)
-        at = lambda v: ticks.index(v)/max(1, len(ticks)-1) if len(ticks) > 1 else 0.5
-    return at,[(at(v), plain_text(show_value(v))[:24].replace('$', r'\$')) for v in ticks]
+        ticks = sorted({show_value(v): v for v in values}.values(), key=show_value)
+        at = lambda v: ticks.index(v) / max(1, len(ticks) - 1) if len(ticks) > 1 else 0.5
+    return at, [(at(v), plain_text(show_value(v))[:24].replace('$', r'\$')) for v in ticks]
+
 
 def _logarithmic(sweep, name, values):
     spec = sweep.search.get(name)
-    if isinstance(spec, dict): return Range(**spec).log
-    return all(_is_number(v) and v > 0 for v in values) and max(values)/min(values) >= 10
+    if isinstance(spec, dict):
+        return Range(**spec).log
+    return all(_is_number(v) and v > 0 for v in values) and max(values) / min(values) >= 10
 
 # %% ../../nbs/jobs/sweep_report.ipynb #b52b508c
 @patch
-def plot(self:SweepResult, ax=None):
+def plot(self: SweepResult, ax=None):
     "Parallel coordinates of all trials with their objective; returns the axes"
     import matplotlib.pyplot as plt
-    names,shown = self.sweep.names,[t for t in self.trials if t.state in ('finished', 'pruned')]
-    ax = ax or plt.figure(figsize=(1.6*len(names)+2.4, 3.2), layout='tight').gca()
+
+    names, shown = self.sweep.names, [t for t in self.trials if t.state in ('finished', 'pruned')]
+    ax = ax or plt.figure(figsize=(1.6 * len(names) + 2.4, 3.2), layout='tight').gca()
     axes = [_scale(vals, _logarithmic(self.sweep, n, vals)) for n in names if (vals := [t.params[n] for t in shown])]
-    if self.best: axes.append(_scale([t.value for t in self.ranking], False))
+    if self.best:
+        axes.append(_scale([t.value for t in self.ranking], False))
     for t in shown:
-        ys = [at(t.params[n]) for n,(at,_) in zip(names, axes)]+([axes[-1][0](t.value)] if t.value is not None else [])
-        colour = plt.cm.viridis(ys[-1] if self.sweep.larger else 1-ys[-1]) if t.value is not None else 'grey'
-        ax.plot(range(len(ys)), ys, color=colour, lw=3 if t == self.best else 1.2, ls='-' if t.state == 'finished' else '--', alpha=0.9)
-    for x,(_,ticks) in enumerate(axes):
+        ys = [at(t.params[n]) for n, (at, _) in zip(names, axes)] + (
+            [axes[-1][0](t.value)] if t.value is not None else []
+        )
+        colour = plt.cm.viridis(ys[-1] if self.sweep.larger else 1 - ys[-1]) if t.value is not None else 'grey'
+        ax.plot(
+            range(len(ys)),
+            ys,
+            color=colour,
+            lw=3 if t == self.best else 1.2,
+            ls='-' if t.state == 'finished' else '--',
+            alpha=0.9,
+        )
+    for x, (_, ticks) in enumerate(axes):
         ax.axvline(x, color='black', lw=0.8)
-        for y,text in ticks: ax.annotate(text, (x, y), xytext=(4, 0), textcoords='offset points', fontsize=8, va='center', bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.5))
-    ax.set(xticks=range(len(axes)), xticklabels=[*names, self.sweep.objective][:len(axes)], yticks=[], xlim=(-0.1, max(len(axes)-1, 0)+0.6))
-    for s in ax.spines.values(): s.set_visible(False)
+        for y, text in ticks:
+            ax.annotate(
+                text,
+                (x, y),
+                xytext=(4, 0),
+                textcoords='offset points',
+                fontsize=8,
+                va='center',
+                bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.5),
+            )
+    ax.set(
+        xticks=range(len(axes)),
+        xticklabels=[*names, self.sweep.objective][: len(axes)],
+        yticks=[],
+        xlim=(-0.1, max(len(axes) - 1, 0) + 0.6),
+    )
+    for s in ax.spines.values():
+        s.set_visible(False)
     return ax
 
 # %% ../../nbs/jobs/sweep_report.ipynb #c56ab338
 @patch
-def plot_intervals(self:SweepResult, ax=None):
+def plot_intervals(self: SweepResult, ax=None):
     "The objective of the best trials with its intervals; returns the axes"
     import matplotlib.pyplot as plt
-    standings,confidence,why = self._compared()
-    ax = ax or plt.figure(figsize=(6, 0.8+0.28*max(1, len(standings))), layout='tight').gca()
-    for y,(n,s) in enumerate(standings.items()):
+
+    standings, confidence, why = self._compared()
+    ax = ax or plt.figure(figsize=(6, 0.8 + 0.28 * max(1, len(standings))), layout='tight').gca()
+    for y, (n, s) in enumerate(standings.items()):
         e = self._estimate(s)
-        if e is None: continue
-        tied = y == 0 or s.difference is None or s.difference.p > 1-confidence
-        ax.errorbar(e.mean, -y, xerr=None if e.low is None else [[e.mean-e.low], [e.high-e.mean]], fmt='o', color='C0' if tied else 'grey', capsize=3)
-    ax.set(yticks=[-y for y in range(len(standings))], yticklabels=[f'trial {n}' for n in standings], xlabel=why or f'{self.sweep.objective}, {100*confidence:.3g}% intervals; blue: not told apart from the best')
+        if e is None:
+            continue
+        tied = y == 0 or s.difference is None or s.difference.p > 1 - confidence
+        ax.errorbar(
+            e.mean,
+            -y,
+            xerr=None if e.low is None else [[e.mean - e.low], [e.high - e.mean]],
+            fmt='o',
+            color='C0' if tied else 'grey',
+            capsize=3,
+        )
+    ax.set(
+        yticks=[-y for y in range(len(standings))],
+        yticklabels=[f'trial {n}' for n in standings],
+        xlabel=why or f'{self.sweep.objective}, {100 * confidence:.3g}% intervals; blue: not told apart from the best',
+    )
     ax.grid(alpha=0.3, axis='x')
     return ax
 
 # %% ../../nbs/jobs/sweep_report.ipynb #49e335fc
-def comparison_cells(res:SweepResult)->list:
+def comparison_cells(res: SweepResult) -> list:
     "The notebook that compares a sweep's trials"
     import nbformat
-    md,code,(_,_,why) = nbformat.v4.new_markdown_cell,nbformat.v4.new_code_cell,res._compared()
-    sure = [md(markdown_text(f'Nothing to compare row by row: {why}.'))] if why else [code('sweep.plot_intervals();'), code('sweep.board()')]
-    return [md(f'# Sweep {markdown_text(res.name)}\n\nAll trials, best first. Each is a run of its own beside this folder; `open_run(name)` opens one.'),
-        code("%matplotlib inline\nfrom unsloth_nb import open_sweep\nsweep = open_sweep('./')\nsweep"),
-        md('## All trials at once\n\nA line a trial. Pruned trials are dashed, the best one is thick.'), code('sweep.plot();'),
-        md('## How sure\n\nThe best trials on the same held-out rows. The intervals hold for all comparisons together; the best trial was chosen on these rows, so its score is a little too good.'), *sure,
-        md('## Which parameter matters\n\nEmpty with too few finished trials to say.'), code('sweep.importances()'),
-        md('## What to try next'), code("print(*sweep.next_steps(), sep='\\n')"),
-        md('## What was asked'), code('sweep.sweep')]
 
-def write_sweep_notebook(res:SweepResult)->Path:
+    md, code, (_, _, why) = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell, res._compared()
+    sure = (
+        [md(markdown_text(f'Nothing to compare row by row: {why}.'))]
+        if why
+        else [code('sweep.plot_intervals();'), code('sweep.board()')]
+    )
+    return [
+        md(
+            f'# Sweep {markdown_text(res.name)}\n\nAll trials, best first. Each is a run of its own beside this folder; `open_run(name)` opens one.'
+        ),
+        code("%matplotlib inline\nfrom unsloth_nb import open_sweep\nsweep = open_sweep('./')\nsweep"),
+        md('## All trials at once\n\nA line a trial. Pruned trials are dashed, the best one is thick.'),
+        code('sweep.plot();'),
+        md(
+            '## How sure\n\nThe best trials on the same held-out rows. The intervals hold for all comparisons together; the best trial was chosen on these rows, so its score is a little too good.'
+        ),
+        *sure,
+        md('## Which parameter matters\n\nEmpty with too few finished trials to say.'),
+        code('sweep.importances()'),
+        md('## What to try next'),
+        code("print(*sweep.next_steps(), sep='\\n')"),
+        md('## What was asked'),
+        code('sweep.sweep'),
+    ]
+
+
+def write_sweep_notebook(res: SweepResult) -> Path:
     "Write and execute `sweep.ipynb` in the sweep's directory"
     import nbformat
     from nbclient import NotebookClient
+
     kernel = settings().kernel
-    nb = nbformat.v4.new_notebook(cells=comparison_cells(res), metadata=dict(kernelspec=dict(name=kernel, display_name=kernel, language='python')))
-    try: NotebookClient(nb, timeout=300, kernel_name=kernel, allow_errors=True, extra_arguments=['--IPKernelApp.log_level=CRITICAL'], resources=dict(metadata=dict(path=str(res.path)))).execute()
-    finally: write_notebook(nb, res.path/'sweep.ipynb')
-    return res.path/'sweep.ipynb'
+    nb = nbformat.v4.new_notebook(
+        cells=comparison_cells(res), metadata=dict(kernelspec=dict(name=kernel, display_name=kernel, language='python'))
+    )
+    try:
+        NotebookClient(
+            nb,
+            timeout=300,
+            kernel_name=kernel,
+            allow_errors=True,
+            extra_arguments=['--IPKernelApp.log_level=CRITICAL'],
+            resources=dict(metadata=dict(path=str(res.path))),
+        ).execute()
+    finally:
+        write_notebook(nb, res.path / 'sweep.ipynb')
+    return res.path / 'sweep.ipynb'

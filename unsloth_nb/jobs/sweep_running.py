@@ -7,7 +7,14 @@ __all__ = ['processes_of', 'end_leftovers', 'carry_out', 'ask_to_stop', 'Search'
            'cluster_workers', 'left_over', 'Conductor', 'value_of', 'foresee', 'run_sweep', 'resume_sweep']
 
 # %% ../../nbs/jobs/sweep_running.ipynb #bc13b88e
-import logging,math,os,secrets,shutil,signal,socket,time
+import logging
+import math
+import os
+import secrets
+import shutil
+import signal
+import socket
+import time
 from asyncio import CancelledError
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,130 +25,194 @@ from fastcore.basics import patch
 from ..runs.checkpoints import only_writer
 from ..core.escaping import plain_text
 from ..training.guards import stop_requests
-from .runner import _attempts,preflight
+from .runner import _attempts, preflight
 from ..core.settings import settings
-from ..runs.run import RUN_DIR_VARIABLE,Run,RunError,_num,append_line,new_run_dir,read_json,record_job,write_json
+from unsloth_nb.runs.run import (
+    RUN_DIR_VARIABLE,
+    Run,
+    RunError,
+    _num,
+    append_line,
+    new_run_dir,
+    read_json,
+    record_job,
+    write_json,
+)
 from ..core.schema import SpecError
 from ..core.spec import JOBS
-from .sweep_report import SweepResult,Trial,open_sweep,write_sweep_notebook
-from .sweeping import Forecast,Sweep,distributions,draw,forecast,key_of,need,read_parallel,read_sweep,show_params
+from .sweep_report import SweepResult, Trial, open_sweep, write_sweep_notebook
+from unsloth_nb.jobs.sweeping import (
+    Forecast,
+    Sweep,
+    distributions,
+    draw,
+    forecast,
+    key_of,
+    need,
+    read_parallel,
+    read_sweep,
+    show_params,
+)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #168bcb16
-def processes_of(run:Run)->list: # psutil processes, with their children
+def processes_of(run: Run) -> list:  # psutil processes, with their children
     "Processes of this machine that were started for a run"
     import psutil
+
     found = []
     for p in psutil.process_iter():
         try:
-            if p.pid != os.getpid() and p.environ().get(RUN_DIR_VARIABLE) == str(run.path): found += [p, *p.children(recursive=True)]
-        except (psutil.Error, OSError): continue
+            if p.pid != os.getpid() and p.environ().get(RUN_DIR_VARIABLE) == str(run.path):
+                found += [p, *p.children(recursive=True)]
+        except (psutil.Error, OSError):
+            continue
     return found
 
+
 def end_leftovers(
-    run:Run,
-    wait:float=60, # [s] for one on another machine to fall silent
+    run: Run,
+    wait: float = 60,  # [s] for one on another machine to fall silent
 ):
     "Kill what an attempt before has left here; raises `RunError` when another machine still works on the run"
     import psutil
-    left,until = processes_of(run),time.time()+wait
+
+    left, until = processes_of(run), time.time() + wait
     for p in left:
-        try: p.kill()
-        except psutil.NoSuchProcess: pass
+        try:
+            p.kill()
+        except psutil.NoSuchProcess:
+            pass
     psutil.wait_procs(left, 10)
     while run.status == 'running':
-        if time.time() > until: raise RunError(f"{run.name} is still being written on {(read_json(run.path/'heartbeat.json') or {}).get('host')}; two writers would mix their steps")
+        if time.time() > until:
+            raise RunError(
+                f"{run.name} is still being written on {(read_json(run.path / 'heartbeat.json') or {}).get('host')}; two writers would mix their steps"
+            )
         time.sleep(0.5)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #18580b76
 def carry_out(
-    path, # The run's directory, with its job.json
-    retries:int=0, # More attempts when the kernel dies or hangs
-    cwd=None, # Folder that relative paths start from; None: as it is
+    path,  # The run's directory, with its job.json
+    retries: int = 0,  # More attempts when the kernel dies or hangs
+    cwd=None,  # Folder that relative paths start from; None: as it is
 ):
     "Start a run, or go on with it, in a fresh kernel; the outcome stands in its directory"
     run = Run(path)
     end_leftovers(run)
-    if run.status == 'finished': return
-    if cwd and Path(cwd).is_dir(): os.chdir(cwd)
+    if run.status == 'finished':
+        return
+    if cwd and Path(cwd).is_dir():
+        os.chdir(cwd)
     preflight(run.job, run.path.parent)
-    if run.result or (run.path/'heartbeat.json').exists(): run.reopen()
+    if run.result or (run.path / 'heartbeat.json').exists():
+        run.reopen()
     _attempts(run, run.kind, False, retries)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #3d5c5075
 def _work(execute, path):
     "Carry out a trial in a worker; a run that was begun in this process ends with it"
-    run,why = Run(path),'its task ended without a result'
-    try: return execute(path)
+    run, why = Run(path), 'its task ended without a result'
+    try:
+        return execute(path)
     except Exception as e:
         why = f'its task ended: {type(e).__name__}: {e}'
         raise
     finally:
-        beat = read_json(run.path/'heartbeat.json') or {}
-        if run.result is None and (beat.get('host'), beat.get('pid')) == (socket.gethostname(), os.getpid()): run.fail(why)
+        beat = read_json(run.path / 'heartbeat.json') or {}
+        if run.result is None and (beat.get('host'), beat.get('pid')) == (socket.gethostname(), os.getpid()):
+            run.fail(why)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #a515623e
 def ask_to_stop(
-    run:Run,
-    why:str, # By whom
-    asked:set, # Processes that have got their signal
+    run: Run,
+    why: str,  # By whom
+    asked: set,  # Processes that have got their signal
 ):
     "Have a run stop in order; may be called again until it does"
-    beat = read_json(run.path/'heartbeat.json') or {}
+    beat = read_json(run.path / 'heartbeat.json') or {}
     pid = beat.get('pid') if beat.get('host') == socket.gethostname() else None
     if pid and pid not in asked and any(p.pid == pid for p in processes_of(run)):
         os.kill(pid, signal.SIGINT)
         asked.add(pid)
-    if not (run.path/'stop.json').exists(): run.stop(why)
+    if not (run.path / 'stop.json').exists():
+        run.stop(why)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #ba4df838
 class Search:
     "Optuna's side of a sweep: which trial is next, which one is too far behind"
-    def __init__(self, sweep:Sweep, name:str='sweep', done:int=0): # done: trials of before, whose draws are not to be drawn again
+
+    def __init__(
+        self, sweep: Sweep, name: str = 'sweep', done: int = 0
+    ):  # done: trials of before, whose draws are not to be drawn again
         optuna = self.optuna = need('optuna')
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        pruner = dict(none=optuna.pruners.NopPruner, median=partial(optuna.pruners.MedianPruner, sweep.prune_trials, sweep.prune_after), hyperband=partial(optuna.pruners.HyperbandPruner, sweep.prune_after))[sweep.pruner]()
-        sampler = optuna.samplers.TPESampler(seed=sweep.seed+done) if sweep.how == 'tpe' else optuna.samplers.RandomSampler(sweep.seed)
-        self.sweep,self.known,self.space,self.live,self.said = sweep,sweep.points(),distributions(sweep),{},{}
-        self.study = optuna.create_study(study_name=name, direction='maximize' if sweep.larger else 'minimize', sampler=sampler, pruner=pruner)
-    def point(self, number:int)->dict:
+        pruner = dict(
+            none=optuna.pruners.NopPruner,
+            median=partial(optuna.pruners.MedianPruner, sweep.prune_trials, sweep.prune_after),
+            hyperband=partial(optuna.pruners.HyperbandPruner, sweep.prune_after),
+        )[sweep.pruner]()
+        sampler = (
+            optuna.samplers.TPESampler(seed=sweep.seed + done)
+            if sweep.how == 'tpe'
+            else optuna.samplers.RandomSampler(sweep.seed)
+        )
+        self.sweep, self.known, self.space, self.live, self.said = sweep, sweep.points(), distributions(sweep), {}, {}
+        self.study = optuna.create_study(
+            study_name=name, direction='maximize' if sweep.larger else 'minimize', sampler=sampler, pruner=pruner
+        )
+
+    def point(self, number: int) -> dict:
         "The parameters of a new trial"
-        if self.known is not None: return self.known[number]
-        self.live[number],p = self.sweep.accepted(lambda: self.study.ask(self.space), lambda t: self.study.tell(t, state=self.optuna.trial.TrialState.FAIL))
+        if self.known is not None:
+            return self.known[number]
+        self.live[number], p = self.sweep.accepted(
+            lambda: self.study.ask(self.space), lambda t: self.study.tell(t, state=self.optuna.trial.TrialState.FAIL)
+        )
         return p
 
 # %% ../../nbs/jobs/sweep_running.ipynb #0181e935
 @patch
-def begin(self:Search, t:Trial):
+def begin(self: Search, t: Trial):
     "A trial runs, now or again"
-    if t.number in self.live: return
-    self.study.enqueue_trial({n:key_of(v) for n,v in t.params.items()})
+    if t.number in self.live:
+        return
+    self.study.enqueue_trial({n: key_of(v) for n, v in t.params.items()})
     self.live[t.number] = self.study.ask(self.space)
 
-@patch
-def behind(self:Search, t:Trial, metrics:list)->str: # Why it should be pruned; empty: go on
-    "Report what is new in a run's metrics, and ask the pruner at each step"
-    mine,sign,late = self.live[t.number],-1 if self.sweep.larger else 1,[]
-    for m in metrics:
-        loss,step = m.get('loss'),m['step']
-        if step <= self.said.get(t.number, 0) or not isinstance(loss, (int, float)) or not math.isfinite(loss): continue
-        mine.report(sign*loss, step)
-        self.said[t.number] = step
-        if mine.should_prune(): late.append(step) # Asked once for several steps, Hyperband would compare a late loss with early ones
-    return f"the {self.sweep.pruner} pruner (training loss behind at step {late[0]})" if late else ''
 
 @patch
-def end(self:Search, t:Trial, metrics:list=()):
+def behind(self: Search, t: Trial, metrics: list) -> str:  # Why it should be pruned; empty: go on
+    "Report what is new in a run's metrics, and ask the pruner at each step"
+    mine, sign, late = self.live[t.number], -1 if self.sweep.larger else 1, []
+    for m in metrics:
+        loss, step = m.get('loss'), m['step']
+        if step <= self.said.get(t.number, 0) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
+            continue
+        mine.report(sign * loss, step)
+        self.said[t.number] = step
+        if mine.should_prune():
+            late.append(step)  # Asked once for several steps, Hyperband would compare a late loss with early ones
+    return f"the {self.sweep.pruner} pruner (training loss behind at step {late[0]})" if late else ''
+
+
+@patch
+def end(self: Search, t: Trial, metrics: list = ()):
     "A trial is over"
-    if t.number not in self.live: self.begin(t)
-    if self.sweep.pruner != 'none': self.behind(t, metrics)
-    states,mine = self.optuna.trial.TrialState,self.live.pop(t.number)
-    if t.state == 'finished': self.study.tell(mine, t.value)
-    else: self.study.tell(mine, state=states.PRUNED if t.state == 'pruned' else states.FAIL)
+    if t.number not in self.live:
+        self.begin(t)
+    if self.sweep.pruner != 'none':
+        self.behind(t, metrics)
+    states, mine = self.optuna.trial.TrialState, self.live.pop(t.number)
+    if t.state == 'finished':
+        self.study.tell(mine, t.value)
+    else:
+        self.study.tell(mine, state=states.PRUNED if t.state == 'pruned' else states.FAIL)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #55cb94b6
 def dask_setup(worker):
     "Called by Dask in each worker of this machine: Ctrl-C is for the sweep, which then stops its trials in order"
     signal.signal(signal.SIGINT, lambda *_: None)
+
 
 @contextmanager
 def _silent(name='distributed'):
@@ -149,247 +220,387 @@ def _silent(name='distributed'):
     log = logging.getLogger(name)
     was = log.level
     log.setLevel(logging.CRITICAL)
-    try: yield
-    finally: log.setLevel(was)
+    try:
+        yield
+    finally:
+        log.setLevel(was)
+
 
 @contextmanager
 def local_workers(
-    places:list[dict], # Environment of each worker, from `slots`
-    deaths:int=1, # How many workers a trial may outlive
+    places: list[dict],  # Environment of each worker, from `slots`
+    deaths: int = 1,  # How many workers a trial may outlive
 ):
     "A Dask client with worker processes on this machine"
-    dask,d,_ = need('dask'),need('distributed'),need('cryptography')
-    tls,http = d.Security.temporary(),dict(dashboard=False, dashboard_address='127.0.0.1:0')
-    same = dict(nthreads=1, memory_limit=0, host='127.0.0.1', security=tls, silence_logs=logging.CRITICAL, preload=['unsloth_nb.jobs.sweep_running'], **http)
-    workers = {i:dict(cls=d.Nanny, options=dict(same, env=env)) for i,env in enumerate(places)}
+    dask, d, _ = need('dask'), need('distributed'), need('cryptography')
+    tls, http = d.Security.temporary(), dict(dashboard=False, dashboard_address='127.0.0.1:0')
+    same = dict(
+        nthreads=1,
+        memory_limit=0,
+        host='127.0.0.1',
+        security=tls,
+        silence_logs=logging.CRITICAL,
+        preload=['unsloth_nb.jobs.sweep_running'],
+        **http,
+    )
+    workers = {i: dict(cls=d.Nanny, options=dict(same, env=env)) for i, env in enumerate(places)}
     scheduler = dict(cls=d.Scheduler, options=dict(host='127.0.0.1', port=0, security=tls, **http))
-    with _silent(), dask.config.set({'distributed.scheduler.allowed-failures':deaths}), d.SpecCluster(workers=workers, scheduler=scheduler, security=tls, silence_logs=logging.CRITICAL) as cluster, d.Client(cluster) as client: yield client
+    with (
+        _silent(),
+        dask.config.set({'distributed.scheduler.allowed-failures': deaths}),
+        d.SpecCluster(workers=workers, scheduler=scheduler, security=tls, silence_logs=logging.CRITICAL) as cluster,
+        d.Client(cluster) as client,
+    ):
+        yield client
 
 # %% ../../nbs/jobs/sweep_running.ipynb #58d303a3
 @contextmanager
 def cluster_workers(
-    address:str, # As in `tcp://10.0.0.5:8786`
-    gpus:int=0, # That a trial takes
-    wait:float=60, # [s] for the first worker
+    address: str,  # As in `tcp://10.0.0.5:8786`
+    gpus: int = 0,  # That a trial takes
+    wait: float = 60,  # [s] for the first worker
 ):
     "A Dask client of a running cluster, whose workers are looked at first"
     d = need('distributed')
-    try: client = d.Client(address, timeout=10)
-    except (OSError, ValueError, TimeoutError) as e: raise SpecError(f"scheduler: {address} cannot be reached: {e}") from None
+    try:
+        client = d.Client(address, timeout=10)
+    except (OSError, ValueError, TimeoutError) as e:
+        raise SpecError(f"scheduler: {address} cannot be reached: {e}") from None
     with client:
-        try: client.wait_for_workers(1, timeout=wait)
-        except TimeoutError: raise SpecError(f"scheduler: {address} has no worker; start some with: dask worker {address} --nthreads 1") from None
-        if (many := [a for a,n in client.nthreads().items() if n != 1]): raise SpecError(f"scheduler: the worker {many[0]} has more than one thread, and trials in one process would mix; start workers with --nthreads 1")
+        try:
+            client.wait_for_workers(1, timeout=wait)
+        except TimeoutError:
+            raise SpecError(
+                f"scheduler: {address} has no worker; start some with: dask worker {address} --nthreads 1"
+            ) from None
+        if many := [a for a, n in client.nthreads().items() if n != 1]:
+            raise SpecError(
+                f"scheduler: the worker {many[0]} has more than one thread, and trials in one process would mix; start workers with --nthreads 1"
+            )
         have = max(w['resources'].get('GPU', 0) for w in client.scheduler_info(n_workers=-1)['workers'].values())
-        if have and have < gpus: raise SpecError(f"scheduler: a trial takes {gpus} GPUs, and no worker has more than {have:g}; start workers with --resources GPU={gpus}")
+        if have and have < gpus:
+            raise SpecError(
+                f"scheduler: a trial takes {gpus} GPUs, and no worker has more than {have:g}; start workers with --resources GPU={gpus}"
+            )
         client.gpus = gpus if have else 0
         yield client
 
 # %% ../../nbs/jobs/sweep_running.ipynb #de1c670c
-def left_over(res:SweepResult, retry_failed:bool=False)->list[Trial]:
+def left_over(res: SweepResult, retry_failed: bool = False) -> list[Trial]:
     "Trials that were begun and can go on"
     return [t for t in res.trials if t.state in ('running', 'interrupted') or t.state == 'failed' and retry_failed]
 
+
 _LOST = 'the scheduler was lost; no more trials are started'
+
 
 class Conductor:
     "Carries out a sweep, from whatever state it is in"
-    def __init__(self, res:SweepResult, client, room, execute, show=True, retry_failed=False):
-        self.res,self.client,self.room,self.execute,self.show = res,client,room,execute,show
-        self.start,self.live,self.asked,self.in_a_row,self.halted = time.time(),{},set(),0,''
+
+    def __init__(self, res: SweepResult, client, room, execute, show=True, retry_failed=False):
+        self.res, self.client, self.room, self.execute, self.show = res, client, room, execute, show
+        self.start, self.live, self.asked, self.in_a_row, self.halted = time.time(), {}, set(), 0, ''
         self.queue = left_over(res, retry_failed)
-        self.search,self.trials = Search(res.sweep, res.name, len(res.trials)),{t.number:t for t in res.trials}|{t.number:t for t in self.queue}
+        self.search, self.trials = (
+            Search(res.sweep, res.name, len(res.trials)),
+            {t.number: t for t in res.trials} | {t.number: t for t in self.queue},
+        )
         for t in self.trials.values():
-            if t not in self.queue: self.search.end(t, res.run_of(t).metrics)
+            if t not in self.queue:
+                self.search.end(t, res.run_of(t).metrics)
+
     def say(self, text):
-        if self.show: print(f'[{time.time()-self.start:5.0f}s] {plain_text(text)}', flush=True)
-    def write(self, t): append_line(self.res.path/'trials.jsonl', t.to_dict())
+        if self.show:
+            print(f'[{time.time() - self.start:5.0f}s] {plain_text(text)}', flush=True)
+
+    def write(self, t):
+        append_line(self.res.path / 'trials.jsonl', t.to_dict())
+
     def run(self, stop):
         "Until all trials are over, or someone asks for an end"
         while True:
-            while not stop.by and self.free() and (t := self.next()): self.submit(t)
-            for t,task in [*self.live.values()]: self.conclude(t, task) if self.over(t, task) else self.watch(t, stop)
-            if not self.live and (stop.by or self.halted or not (self.queue or len(self.trials) < self.res.sweep.count())): return
+            while not stop.by and self.free() and (t := self.next()):
+                self.submit(t)
+            for t, task in [*self.live.values()]:
+                self.conclude(t, task) if self.over(t, task) else self.watch(t, stop)
+            if not self.live and (
+                stop.by or self.halted or not (self.queue or len(self.trials) < self.res.sweep.count())
+            ):
+                return
             time.sleep(0.2)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #f8a023e1
 @patch
-def free(self:Conductor)->bool:
+def free(self: Conductor) -> bool:
     "May one more trial start?"
-    if self.halted: return False
-    try: return len(self.live) < self.room()
-    except OSError: self.halted = _LOST
+    if self.halted:
+        return False
+    try:
+        return len(self.live) < self.room()
+    except OSError:
+        self.halted = _LOST
     self.say(self.halted)
     return False
 
+
 @patch
-def over(self:Conductor, t:Trial, task)->bool:
+def over(self: Conductor, t: Trial, task) -> bool:
     "Has a trial come to its end? Not while its run still says that it is alive, unless no more can be heard of it"
-    return task.status != 'pending' and (task.status not in ('finished', 'error') or self.res.run_of(t).status != 'running')
+    return task.status != 'pending' and (
+        task.status not in ('finished', 'error') or self.res.run_of(t).status != 'running'
+    )
 
 # %% ../../nbs/jobs/sweep_running.ipynb #f4d17488
 @patch
-def next(self:Conductor)->Trial|None:
+def next(self: Conductor) -> Trial | None:
     "A trial that was left, else a new one"
-    if self.queue: return self.queue.pop(0)
+    if self.queue:
+        return self.queue.pop(0)
     n = len(self.trials)
-    if n >= self.res.sweep.count(): return None
+    if n >= self.res.sweep.count():
+        return None
     params = self.search.point(n)
     path = new_run_dir(self.res.sweep.job, self.res.runs_dir)
     record_job(path, JOBS[self.res.sweep.job](**self.res.sweep.parameters(params)), sweep=self.res.name)
     self.trials[n] = t = Trial(n, params, path.name)
     return t
 
+
 @patch
-def submit(self:Conductor, t:Trial):
+def submit(self: Conductor, t: Trial):
     "Give a trial to whichever worker is free"
     run = self.res.run_of(t)
-    self.say(f"trial {t.number}: {show_params(t.params)}{'; goes on' if t.state != 'running' or (run.path/'heartbeat.json').exists() else ''} ({t.run})")
-    t.state,t.reason,t.asked = 'running','',''
-    (run.path/'stop.json').unlink(missing_ok=True) # What was asked of it before is over
+    self.say(
+        f"trial {t.number}: {show_params(t.params)}{'; goes on' if t.state != 'running' or (run.path / 'heartbeat.json').exists() else ''} ({t.run})"
+    )
+    t.state, t.reason, t.asked = 'running', '', ''
+    (run.path / 'stop.json').unlink(missing_ok=True)  # What was asked of it before is over
     self.write(t)
     self.search.begin(t)
     wants = dict(resources=dict(GPU=self.client.gpus)) if getattr(self.client, 'gpus', 0) else {}
-    self.live[t.number] = (t, self.client.submit(_work, self.execute, str(run.path), key=f'{self.res.name}-{t.number}-{secrets.token_hex(4)}', pure=False, **wants))
+    self.live[t.number] = (
+        t,
+        self.client.submit(
+            _work,
+            self.execute,
+            str(run.path),
+            key=f'{self.res.name}-{t.number}-{secrets.token_hex(4)}',
+            pure=False,
+            **wants,
+        ),
+    )
 
 # %% ../../nbs/jobs/sweep_running.ipynb #dc26d1e3
 @patch
-def watch(self:Conductor, t:Trial, stop):
+def watch(self: Conductor, t: Trial, stop):
     "Prune a trial that is behind; pass on a request to stop"
     run = self.res.run_of(t)
-    if stop.by: return ask_to_stop(run, stop.by, self.asked)
-    if self.res.sweep.pruner == 'none' or t.asked or not (why := self.search.behind(t, run.metrics)): return
+    if stop.by:
+        return ask_to_stop(run, stop.by, self.asked)
+    if self.res.sweep.pruner == 'none' or t.asked or not (why := self.search.behind(t, run.metrics)):
+        return
     t.asked = why
     self.write(t)
     run.stop(why)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #1769def6
-def value_of(run:Run, objective:str)->float:
+def value_of(run: Run, objective: str) -> float:
     "The objective of a finished run; raises `RunError` with the names that are there"
-    v,at = run.result['metrics'],[]
+    v, at = run.result['metrics'], []
     for part in objective.split('.'):
-        if not isinstance(v, dict) or part not in v: raise RunError(f"its result has no {objective}; {'.'.join(at) or 'it'} has: {', '.join(map(str, v)) if isinstance(v, dict) else v}")
-        v,at = v[part],[*at, part]
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v): raise RunError(f"its {objective} is {v}, which is no number to compare")
+        if not isinstance(v, dict) or part not in v:
+            raise RunError(
+                f"its result has no {objective}; {'.'.join(at) or 'it'} has: {', '.join(map(str, v)) if isinstance(v, dict) else v}"
+            )
+        v, at = v[part], [*at, part]
+    if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
+        raise RunError(f"its {objective} is {v}, which is no number to compare")
     return float(v)
 
+
 @patch
-def conclude(self:Conductor, t:Trial, task):
+def conclude(self: Conductor, t: Trial, task):
     "Write down how a trial ended"
-    if task.status not in ('finished', 'error'): return self.lose(t)
-    run,error = self.res.run_of(t),task.exception()
-    if run.result is None: run.fail(f'its task ended: {type(error).__name__}: {error}' if error else 'its task ended without a result')
-    t.state,t.reason = run.status,(run.result or {}).get('reason', '')
-    if t.state == 'interrupted' and t.asked: t.state,t.reason = 'pruned',t.asked
+    if task.status not in ('finished', 'error'):
+        return self.lose(t)
+    run, error = self.res.run_of(t), task.exception()
+    if run.result is None:
+        run.fail(f'its task ended: {type(error).__name__}: {error}' if error else 'its task ended without a result')
+    t.state, t.reason = run.status, (run.result or {}).get('reason', '')
+    if t.state == 'interrupted' and t.asked:
+        t.state, t.reason = 'pruned', t.asked
     if t.state == 'finished':
-        try: t.value = value_of(run, self.res.sweep.objective)
-        except RunError as e: t.state,t.reason = 'failed',str(e)
+        try:
+            t.value = value_of(run, self.res.sweep.objective)
+        except RunError as e:
+            t.state, t.reason = 'failed', str(e)
     self.write(t)
-    if t.state != 'interrupted': self.search.end(t, run.metrics)
+    if t.state != 'interrupted':
+        self.search.end(t, run.metrics)
     del self.live[t.number]
-    self.in_a_row = self.in_a_row+1 if t.state == 'failed' else 0
-    if self.in_a_row >= self.res.sweep.max_failures: self.halted = f'{self.in_a_row} trials in a row have failed; no more are started'
-    self.say(f"trial {t.number}: {t.state}"+(f", {self.res.sweep.objective} {_num(t.value)}" if t.value is not None else f': {t.reason}' if t.reason else '')+(f" (attempt {run.attempt})" if run.attempt > 1 else ''))
-    if self.halted: self.say(self.halted)
+    self.in_a_row = self.in_a_row + 1 if t.state == 'failed' else 0
+    if self.in_a_row >= self.res.sweep.max_failures:
+        self.halted = f'{self.in_a_row} trials in a row have failed; no more are started'
+    self.say(
+        f"trial {t.number}: {t.state}"
+        + (
+            f", {self.res.sweep.objective} {_num(t.value)}"
+            if t.value is not None
+            else f': {t.reason}'
+            if t.reason
+            else ''
+        )
+        + (f" (attempt {run.attempt})" if run.attempt > 1 else '')
+    )
+    if self.halted:
+        self.say(self.halted)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #ea76b240
 @patch
-def lose(self:Conductor, t:Trial):
+def lose(self: Conductor, t: Trial):
     "The scheduler is gone, and with it all word of its trials; their runs can go on"
-    t.state,t.reason = 'interrupted','its scheduler was lost'
+    t.state, t.reason = 'interrupted', 'its scheduler was lost'
     self.write(t)
     del self.live[t.number]
     self.halted = _LOST
     self.say(f'trial {t.number}: {t.reason}')
 
 # %% ../../nbs/jobs/sweep_running.ipynb #36800f2f
-def foresee(sweep:Sweep, parallel='auto', runs_dir=None)->Forecast:
+def foresee(sweep: Sweep, parallel='auto', runs_dir=None) -> Forecast:
     "`forecast`, in a process of its own: a GPU that was only looked at keeps no memory taken"
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool: return pool.submit(forecast, sweep, parallel, runs_dir).result()
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(forecast, sweep, parallel, runs_dir).result()
+
 
 def _places(sweep, parallel, runs_dir, show, elsewhere):
     "The environment of each local worker, after the forecast has been shown"
-    if elsewhere: return [{} for _ in range(1 if parallel == 'auto' else parallel)]
+    if elsewhere:
+        return [{} for _ in range(1 if parallel == 'auto' else parallel)]
     seen = foresee(sweep, parallel, runs_dir)
-    if show: print(f'{seen}\n', flush=True)
+    if show:
+        print(f'{seen}\n', flush=True)
     return seen.places
 
 # %% ../../nbs/jobs/sweep_running.ipynb #4a1ad7d2
-def _outcome(res, given_up=False)->str: # finished, failed or interrupted
+def _outcome(res, given_up=False) -> str:  # finished, failed or interrupted
     "What the trials add up to"
     states = [t.state for t in res.trials]
-    if {'running', 'interrupted'} & {*states} or len(states) < res.sweep.count() and not given_up: return 'interrupted'
+    if {'running', 'interrupted'} & {*states} or len(states) < res.sweep.count() and not given_up:
+        return 'interrupted'
     return 'failed' if 'failed' in states else 'finished'
+
 
 def _before(res):
     "What stays of the result of a sweep that was over already"
-    old = read_json(res.path/'result.json') or {}
+    old = read_json(res.path / 'result.json') or {}
     return dict(seconds=old.get('seconds'), halted=old.get('reason', '') if old.get('status') == 'failed' else '')
 
-def _close(res, say, seconds, by=None, halted=''): # by: who has asked for an end; halted: why no more trials were started
+
+def _close(
+    res, say, seconds, by=None, halted=''
+):  # by: who has asked for an end; halted: why no more trials were started
     "Write how a sweep has ended; compare its trials, unless someone wants it to end"
     status = _outcome(res, halted not in ('', _LOST))
     asked = by and status == 'interrupted'
     reason = f'stopped by {by}' if asked else '' if status == 'finished' else halted
-    write_json(res.path/'result.json', dict(status=status, reason=reason, seconds=seconds, ended=datetime.now().astimezone().isoformat()))
-    if not asked: _compare(res, say)
+    write_json(
+        res.path / 'result.json',
+        dict(status=status, reason=reason, seconds=seconds, ended=datetime.now().astimezone().isoformat()),
+    )
+    if not asked:
+        _compare(res, say)
     return res
+
 
 def _compare(res, say):
     "Leave the notebook that compares the trials"
-    say(f'comparing them in {res.path/"sweep.ipynb"}')
-    try: write_sweep_notebook(res)
-    except (Exception, KeyboardInterrupt, CancelledError) as e: say(f'sweep.ipynb was not executed to its end: {type(e).__name__}: {e}') # The trials are safe, and open_sweep shows them
+    say(f'comparing them in {res.path / "sweep.ipynb"}')
+    try:
+        write_sweep_notebook(res)
+    except (Exception, KeyboardInterrupt, CancelledError) as e:
+        say(
+            f'sweep.ipynb was not executed to its end: {type(e).__name__}: {e}'
+        )  # The trials are safe, and open_sweep shows them
 
 # %% ../../nbs/jobs/sweep_running.ipynb #7b05eb44
 def _conduct(res, parallel, scheduler, execute, show, retry_failed):
     "Carry out what is left of a sweep"
-    Sweep(**res.sweep.to_dict()) # Is it still right, here?
+    Sweep(**res.sweep.to_dict())  # Is it still right, here?
     parallel = read_parallel(parallel)
-    if scheduler and parallel != 'auto': raise SpecError(f"parallel: got {parallel}, and a scheduler, which does as many trials at once as it has workers; leave one of them out")
-    if len(res.trials) == res.sweep.count() and not left_over(res, retry_failed): return _close(res, (lambda s: show and print(plain_text(s), flush=True)), **_before(res))
+    if scheduler and parallel != 'auto':
+        raise SpecError(
+            f"parallel: got {parallel}, and a scheduler, which does as many trials at once as it has workers; leave one of them out"
+        )
+    if len(res.trials) == res.sweep.count() and not left_over(res, retry_failed):
+        return _close(res, (lambda s: show and print(plain_text(s), flush=True)), **_before(res))
     places = [] if scheduler else _places(res.sweep, parallel, res.runs_dir, show, execute)
-    gpus = max((getattr(JOBS[res.sweep.job](**res.sweep.parameters(p)), 'devices', 1) for p in res.sweep.points() or draw(res.sweep, 1)), key=lambda n: n if n != 'auto' else 0)
-    workers = cluster_workers(scheduler, 1 if gpus == 'auto' else gpus) if scheduler else local_workers(places, res.sweep.retries)
-    execute,start = execute or partial(carry_out, retries=res.sweep.retries, cwd=str(Path.cwd())),time.time()
+    gpus = max(
+        (
+            getattr(JOBS[res.sweep.job](**res.sweep.parameters(p)), 'devices', 1)
+            for p in res.sweep.points() or draw(res.sweep, 1)
+        ),
+        key=lambda n: n if n != 'auto' else 0,
+    )
+    workers = (
+        cluster_workers(scheduler, 1 if gpus == 'auto' else gpus)
+        if scheduler
+        else local_workers(places, res.sweep.retries)
+    )
+    execute, start = execute or partial(carry_out, retries=res.sweep.retries, cwd=str(Path.cwd())), time.time()
     with only_writer(Run(res.path)), stop_requests() as stop, workers as client:
-        (res.path/'result.json').unlink(missing_ok=True)
-        c = Conductor(res, client, (lambda: max(1, len(client.nthreads()))) if scheduler else lambda: len(places), execute, show, retry_failed)
+        (res.path / 'result.json').unlink(missing_ok=True)
+        c = Conductor(
+            res,
+            client,
+            (lambda: max(1, len(client.nthreads()))) if scheduler else lambda: len(places),
+            execute,
+            show,
+            retry_failed,
+        )
         c.run(stop)
-    return _close(res, c.say, round(time.time()-start, 1), stop.by, c.halted)
+    return _close(res, c.say, round(time.time() - start, 1), stop.by, c.halted)
 
 # %% ../../nbs/jobs/sweep_running.ipynb #ac57aa97
 def run_sweep(
-    sweep, # A `Sweep`, or its YAML file
-    runs_dir=None, # Where runs go; default: `settings().runs_dir`
-    parallel:int|str='auto', # Trials at once on this machine
-    scheduler:str|None=None, # Address of a Dask scheduler; None: processes of this machine
-    execute=None, # Carries out one trial, given the directory of its run; default: `carry_out`
-    show:bool=True, # Print what is to come and what happens?
-)->SweepResult:
+    sweep,  # A `Sweep`, or its YAML file
+    runs_dir=None,  # Where runs go; default: `settings().runs_dir`
+    parallel: int | str = 'auto',  # Trials at once on this machine
+    scheduler: str | None = None,  # Address of a Dask scheduler; None: processes of this machine
+    execute=None,  # Carries out one trial, given the directory of its run; default: `carry_out`
+    show: bool = True,  # Print what is to come and what happens?
+) -> SweepResult:
     "Carry out a sweep; an interrupted one can go on with `resume_sweep`. In a script, call it under `if __name__ == '__main__'`"
     s = sweep if isinstance(sweep, Sweep) else read_sweep(sweep)
-    need('distributed'); s.points()
-    path = Path(runs_dir or settings().runs_dir).resolve()/'sweeps'/(s.name or f"{datetime.now():%Y%m%d-%H%M}-{s.job}-{secrets.token_hex(2)}")
-    if path.exists(): raise SpecError(f"name: {path} exists already; go on with it (--resume {path.name}), or choose another name")
+    need('distributed')
+    s.points()
+    path = (
+        Path(runs_dir or settings().runs_dir).resolve()
+        / 'sweeps'
+        / (s.name or f"{datetime.now():%Y%m%d-%H%M}-{s.job}-{secrets.token_hex(2)}")
+    )
+    if path.exists():
+        raise SpecError(f"name: {path} exists already; go on with it (--resume {path.name}), or choose another name")
     path.mkdir(parents=True)
-    write_json(path/'sweep.json', dict(sweep=s.to_dict()))
-    try: return _conduct(SweepResult(path), parallel, scheduler, execute, show, False)
+    write_json(path / 'sweep.json', dict(sweep=s.to_dict()))
+    try:
+        return _conduct(SweepResult(path), parallel, scheduler, execute, show, False)
     except BaseException:
-        if not (path/'trials.jsonl').exists(): shutil.rmtree(path, ignore_errors=True) # Nothing has begun, and the name is free again
+        if not (path / 'trials.jsonl').exists():
+            shutil.rmtree(path, ignore_errors=True)  # Nothing has begun, and the name is free again
         raise
 
 # %% ../../nbs/jobs/sweep_running.ipynb #85f1010b
 def resume_sweep(
-    sweep='latest', # Name, unique part of a name, or directory
-    runs_dir=None, # Where runs are
-    retry_failed:bool=False, # Repeat failed trials too
-    parallel:int|str='auto', # As in `run_sweep`
-    scheduler:str|None=None, # As in `run_sweep`
-    execute=None, # As in `run_sweep`
-    show:bool=True, # As in `run_sweep`
-)->SweepResult:
+    sweep='latest',  # Name, unique part of a name, or directory
+    runs_dir=None,  # Where runs are
+    retry_failed: bool = False,  # Repeat failed trials too
+    parallel: int | str = 'auto',  # As in `run_sweep`
+    scheduler: str | None = None,  # As in `run_sweep`
+    execute=None,  # As in `run_sweep`
+    show: bool = True,  # As in `run_sweep`
+) -> SweepResult:
     "Go on with a sweep: finished trials stay, interrupted ones go on from their checkpoints, new ones are started"
     return _conduct(open_sweep(sweep, runs_dir), parallel, scheduler, execute, show, retry_failed)

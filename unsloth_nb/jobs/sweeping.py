@@ -8,114 +8,160 @@ __all__ = ['SMALLER', 'LARGER', 'MOST', 'Range', 'SweepSpace', 'Sweep', 'is_whol
            'read_parallel', 'slots', 'text_table', 'markdown_table']
 
 # %% ../../nbs/jobs/sweeping.ipynb #d3147c6c
-import itertools,json,math,os,re
-from dataclasses import dataclass,field
+import itertools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fastcore.basics import patch
-from pydantic import TypeAdapter,ValidationError,field_validator,model_validator
+from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
 from ..data.load import load_data
-from ..core.escaping import markdown_text,plain_text
+from ..core.escaping import markdown_text, plain_text
 from .runner import preflight
 from ..planning.plan import make_plan
-from ..core.schema import Job,SpecError,_parts,nearest,param,read_params
+from ..core.schema import Job, SpecError, _parts, nearest, param, read_params
 from ..core.scoring import SCORERS
 from ..evaluation.significance import caution
 from ..data.sources import find_source
-from ..core.spec import JOBS,DataParams,FinetuneJob,FormatParams,LoraParams,TrainParams
+from ..core.spec import JOBS, DataParams, FinetuneJob, FormatParams, LoraParams, TrainParams
 from ..planning.ways import usable
 
 # %% ../../nbs/jobs/sweeping.ipynb #659d43ee
 class Range(Job):
     "Numbers between two ends, both included"
-    low:float
-    high:float
-    log:bool=False # Equal chances for equal ratios
-    step:float|None=None # Only low, low + step, …
+
+    low: float
+    high: float
+    log: bool = False  # Equal chances for equal ratios
+    step: float | None = None  # Only low, low + step, …
 
     @model_validator(mode='after')
     def _ordered(self):
-        if self.low >= self.high: raise ValueError(f"low: {self.low:g} is not below high, {self.high:g}")
-        if self.log and self.low <= 0: raise ValueError(f"low: {self.low:g}, and log needs ends above 0")
-        if self.step is not None and (self.log or self.step <= 0): raise ValueError("step: needs a number above 0, and no log")
+        if self.low >= self.high:
+            raise ValueError(f"low: {self.low:g} is not below high, {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low: {self.low:g}, and log needs ends above 0")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ValueError("step: needs a number above 0, and no log")
         return self
+
 
 def _varied(where, name, v):
     "A list of choices or a `Range`, or a ValueError that says where"
     if isinstance(v, list):
-        if not v: raise ValueError(f"{where}: {name}: the list is empty; give at least one value")
-        twice = next((x for i,x in enumerate(v) if x in v[:i]), None)
-        if twice is not None: raise ValueError(f"{where}: {name}: {twice!r} is there twice")
+        if not v:
+            raise ValueError(f"{where}: {name}: the list is empty; give at least one value")
+        twice = next((x for i, x in enumerate(v) if x in v[:i]), None)
+        if twice is not None:
+            raise ValueError(f"{where}: {name}: {twice!r} is there twice")
         return v
-    if where == 'grid' or not isinstance(v, dict): raise ValueError(f"{where}: {name}: got {v!r}; expected a list of values"+(', or low and high' if where == 'search' else ''))
-    try: return Range(**v)
-    except (SpecError, TypeError) as e: raise ValueError('\n'.join(f'{where}: {name}: {l}' for l in str(e).splitlines())) from None
+    if where == 'grid' or not isinstance(v, dict):
+        raise ValueError(
+            f"{where}: {name}: got {v!r}; expected a list of values"
+            + (', or low and high' if where == 'search' else '')
+        )
+    try:
+        return Range(**v)
+    except (SpecError, TypeError) as e:
+        raise ValueError('\n'.join(f'{where}: {name}: {l}' for l in str(e).splitlines())) from None
 
 # %% ../../nbs/jobs/sweeping.ipynb #7f4f099c
-SMALLER = ('loss', 'perplexity', 'cut_off', 'train_loss', 'seconds', 'peak_bytes') # Metrics of which less is better
+SMALLER = ('loss', 'perplexity', 'cut_off', 'train_loss', 'seconds', 'peak_bytes')  # Metrics of which less is better
 LARGER = (*SCORERS, 'acc', 'acc_norm', 'tokens_per_second', 'steady_tokens_per_second')
 _TRAINING = ('train_loss', 'seconds', 'tokens_per_second', 'steady_tokens_per_second', 'peak_bytes')
 _HELD = ('exact_match', 'valid_json', 'json_fields', 'numeric', 'loss', 'perplexity', 'cut_off')
 
+
 def _check_objective(job, objective):
     "Raise ValueError for a metric that no finetune run has"
-    head,_,leaf = objective.partition('.')
-    if not leaf: raise ValueError(f"objective: got {objective!r}; expected a path in the result's metrics, as in tuned.loss or tuned.exact_match")
-    if job != 'finetune': return
+    head, _, leaf = objective.partition('.')
+    if not leaf:
+        raise ValueError(
+            f"objective: got {objective!r}; expected a path in the result's metrics, as in tuned.loss or tuned.exact_match"
+        )
+    if job != 'finetune':
+        return
     heads = dict(tuned=_HELD, base=_HELD, training=_TRAINING)
-    if head not in heads: raise ValueError(f"objective: a finetune run measures nothing under {head!r}{nearest(head, heads)}")
-    if leaf not in heads[head]: raise ValueError(f"objective: a finetune run measures no {leaf!r} under {head}{nearest(leaf, heads[head])}")
+    if head not in heads:
+        raise ValueError(f"objective: a finetune run measures nothing under {head!r}{nearest(head, heads)}")
+    if leaf not in heads[head]:
+        raise ValueError(f"objective: a finetune run measures no {leaf!r} under {head}{nearest(leaf, heads[head])}")
 
 # %% ../../nbs/jobs/sweeping.ipynb #25046f19
 _NAME = re.compile(r'[\w-]{1,64}')
-MOST = 10_000 # Trials
+MOST = 10_000  # Trials
+
 
 class SweepSpace(Job):
     "What is fixed, what varies, and how trials are chosen"
-    name:str|None = param(None, 'Folder under runs_dir/sweeps; null: made from the date', 'Run')
-    job:Literal[*JOBS] = param('finetune', 'The job that each trial runs', 'Run')
-    params:dict = param({}, 'Parameters that are the same in all trials', 'Run')
-    grid:dict = param({}, 'Parameters with a list of values each; every combination is a trial', 'Run')
-    search:dict = param({}, 'Parameters with a list of values, or low, high, log and step, from which trials are drawn', 'Run')
-    method:Literal['auto','grid','random','tpe'] = param('auto', 'How trials are chosen; auto: grid for a grid, tpe for a search', 'Run', '', 'TPE: arXiv:2304.11127')
-    trials:int|None = param(None, 'How many trials a search draws; null: 20', 'Run', 'trials', ge=1, le=MOST)
-    seed:int = param(0, 'Seed of the draws', 'Run', ge=0, lt=2**32)
+
+    name: str | None = param(None, 'Folder under runs_dir/sweeps; null: made from the date', 'Run')
+    job: Literal[*JOBS] = param('finetune', 'The job that each trial runs', 'Run')
+    params: dict = param({}, 'Parameters that are the same in all trials', 'Run')
+    grid: dict = param({}, 'Parameters with a list of values each; every combination is a trial', 'Run')
+    search: dict = param(
+        {}, 'Parameters with a list of values, or low, high, log and step, from which trials are drawn', 'Run'
+    )
+    method: Literal['auto', 'grid', 'random', 'tpe'] = param(
+        'auto', 'How trials are chosen; auto: grid for a grid, tpe for a search', 'Run', '', 'TPE: arXiv:2304.11127'
+    )
+    trials: int | None = param(None, 'How many trials a search draws; null: 20', 'Run', 'trials', ge=1, le=MOST)
+    seed: int = param(0, 'Seed of the draws', 'Run', ge=0, lt=2**32)
 
     @field_validator('name')
     @classmethod
     def _usable_name(cls, v):
-        if v is not None and not _NAME.fullmatch(v): raise ValueError(f"got {v!r}; take letters, digits, _ and -, 64 at most")
+        if v is not None and not _NAME.fullmatch(v):
+            raise ValueError(f"got {v!r}; take letters, digits, _ and -, 64 at most")
         return v
 
     @field_validator('grid', 'search')
     @classmethod
-    def _values(cls, v, info): return {n:[_as_read(info.data.get('job'), n, x) for x in xs] if isinstance(xs, list) else xs for n,xs in v.items()}
+    def _values(cls, v, info):
+        return {
+            n: [_as_read(info.data.get('job'), n, x) for x in xs] if isinstance(xs, list) else xs for n, xs in v.items()
+        }
 
 # %% ../../nbs/jobs/sweeping.ipynb #f93214a4
 def _as_read(job, name, x):
     "A choice as the job reads it: YAML takes 1e-4 for a text, and it is a number"
     f = JOBS[job].model_fields.get(name) if job in JOBS else None
-    if f is None or isinstance(x, bool) and bool not in _parts(f.annotation): return x # Pydantic would make a 1 of True
-    try: return TypeAdapter(f.annotation).validate_python(x)
-    except ValidationError: return x # Refused below, with its place
+    if f is None or isinstance(x, bool) and bool not in _parts(f.annotation):
+        return x  # Pydantic would make a 1 of True
+    try:
+        return TypeAdapter(f.annotation).validate_python(x)
+    except ValidationError:
+        return x  # Refused below, with its place
 
 # %% ../../nbs/jobs/sweeping.ipynb #0227bf7e
 class Sweep(SweepSpace):
     "Trials of one job: what is fixed, what varies, what counts"
-    objective:str = param('tuned.loss', "Metric of a run's result, as tuned.loss or tuned.exact_match", 'Run')
-    direction:Literal['auto','minimize','maximize'] = param('auto', 'What is better; auto: known for metrics of this package', 'Run')
-    pruner:Literal['none','median','hyperband'] = param('none', 'Stop trials early whose training loss is behind', 'Run', '', 'Hyperband: arXiv:1603.06560')
-    prune_after:int = param(5, 'Steps that every trial may do before it is pruned', 'Run', 'steps', ge=1)
-    prune_trials:int = param(5, 'Finished trials before the median prunes', 'Run', 'trials', 'optuna.pruners.MedianPruner', ge=1)
-    max_failures:int = param(3, 'Start no more trials after so many failed in a row', 'Run', 'trials', ge=1)
-    retries:int = param(1, 'How often a trial goes on after its kernel or its worker has died', 'Run', 'times', ge=0, le=100)
+
+    objective: str = param('tuned.loss', "Metric of a run's result, as tuned.loss or tuned.exact_match", 'Run')
+    direction: Literal['auto', 'minimize', 'maximize'] = param(
+        'auto', 'What is better; auto: known for metrics of this package', 'Run'
+    )
+    pruner: Literal['none', 'median', 'hyperband'] = param(
+        'none', 'Stop trials early whose training loss is behind', 'Run', '', 'Hyperband: arXiv:1603.06560'
+    )
+    prune_after: int = param(5, 'Steps that every trial may do before it is pruned', 'Run', 'steps', ge=1)
+    prune_trials: int = param(
+        5, 'Finished trials before the median prunes', 'Run', 'trials', 'optuna.pruners.MedianPruner', ge=1
+    )
+    max_failures: int = param(3, 'Start no more trials after so many failed in a row', 'Run', 'trials', ge=1)
+    retries: int = param(
+        1, 'How often a trial goes on after its kernel or its worker has died', 'Run', 'times', ge=0, le=100
+    )
 
     @model_validator(mode='after')
     def _consistent(self):
         _check_sweep(self)
         return self
 
-    def parameters(self, point:dict)->dict:
+    def parameters(self, point: dict) -> dict:
         "All parameters of a trial, given those that vary"
         return {**self.params, **point}
 
@@ -124,238 +170,352 @@ def _check_names(s):
     known = JOBS[s.job].model_fields
     for where in ('params', 'grid', 'search'):
         for n in getattr(s, where):
-            if n not in known: raise ValueError(f"{where}: {n}: {JOBS[s.job].__name__} has no such parameter{nearest(str(n), known)}")
-            if where != 'params' and n in s.params: raise ValueError(f"{where}: {n} is under params as well, as {s.params[n]!r}; leave one of them out")
-    if bool(s.grid) == bool(s.search): raise ValueError("grid: give either grid, with lists, or search, with lists and ranges; "+('both are here' if s.grid else 'neither is here'))
-    if s.grid and s.method not in ('auto', 'grid') or s.search and s.method == 'grid': raise ValueError(f"method: {s.method} does not go with {'grid' if s.grid else 'search'}; grid tries every combination of grid, random and tpe draw from search")
-    if s.grid and s.trials is not None: raise ValueError(f"trials: a grid has as many trials as combinations, {math.prod(len(v) for v in s.grid.values() if isinstance(v, list))} here; leave trials out, or use search")
+            if n not in known:
+                raise ValueError(f"{where}: {n}: {JOBS[s.job].__name__} has no such parameter{nearest(str(n), known)}")
+            if where != 'params' and n in s.params:
+                raise ValueError(f"{where}: {n} is under params as well, as {s.params[n]!r}; leave one of them out")
+    if bool(s.grid) == bool(s.search):
+        raise ValueError(
+            "grid: give either grid, with lists, or search, with lists and ranges; "
+            + ('both are here' if s.grid else 'neither is here')
+        )
+    if s.grid and s.method not in ('auto', 'grid') or s.search and s.method == 'grid':
+        raise ValueError(
+            f"method: {s.method} does not go with {'grid' if s.grid else 'search'}; grid tries every combination of grid, random and tpe draw from search"
+        )
+    if s.grid and s.trials is not None:
+        raise ValueError(
+            f"trials: a grid has as many trials as combinations, {math.prod(len(v) for v in s.grid.values() if isinstance(v, list))} here; leave trials out, or use search"
+        )
+
 
 def _combinations(s):
     "Every combination that is checked beforehand, with its number"
-    vary = {n:_varied('grid' if s.grid else 'search', n, v) for n,v in (s.grid or s.search).items()}
-    if math.prod(len(v) if isinstance(v, list) else 2 for v in vary.values()) > MOST: raise ValueError(f"{'grid' if s.grid else 'search'}: more than {MOST:,} combinations; vary fewer parameters")
-    for n,v in vary.items():
-        if isinstance(v, Range) and v.step is not None: _number(s, n, v.step)
-    ends = {n:v if isinstance(v, list) else [_number(s, n, x) for x in (v.low, v.high)] for n,v in vary.items()}
-    for vals in itertools.product(*ends.values()): yield dict(zip(ends, vals))
+    vary = {n: _varied('grid' if s.grid else 'search', n, v) for n, v in (s.grid or s.search).items()}
+    if math.prod(len(v) if isinstance(v, list) else 2 for v in vary.values()) > MOST:
+        raise ValueError(f"{'grid' if s.grid else 'search'}: more than {MOST:,} combinations; vary fewer parameters")
+    for n, v in vary.items():
+        if isinstance(v, Range) and v.step is not None:
+            _number(s, n, v.step)
+    ends = {n: v if isinstance(v, list) else [_number(s, n, x) for x in (v.low, v.high)] for n, v in vary.items()}
+    for vals in itertools.product(*ends.values()):
+        yield dict(zip(ends, vals))
 
-def is_whole(s:Sweep, name:str)->bool:
+
+def is_whole(s: Sweep, name: str) -> bool:
     "Does this parameter take whole numbers only?"
     parts = _parts(JOBS[s.job].model_fields[name].annotation)
     return int in parts and float not in parts
 
+
 def _number(s, name, x):
-    if not is_whole(s, name): return x
-    if x != int(x): raise ValueError(f"search: {name}: {x:g} is no whole number, and {name} takes only those")
+    if not is_whole(s, name):
+        return x
+    if x != int(x):
+        raise ValueError(f"search: {name}: {x:g} is no whole number, and {name} takes only those")
     return int(x)
 
 # %% ../../nbs/jobs/sweeping.ipynb #a5664b61
 def _check_sweep(s):
     "Raise ValueError for the first thing that cannot be as written"
     _check_names(s)
-    for i,point in enumerate(_combinations(s), 1): check_point(s, point, f"{'grid' if s.grid else 'search'}: combination {i}")
+    for i, point in enumerate(_combinations(s), 1):
+        check_point(s, point, f"{'grid' if s.grid else 'search'}: combination {i}")
     _check_objective(s.job, s.objective)
     leaf = s.objective.split('.')[-1]
-    if s.direction == 'auto' and leaf not in SMALLER+LARGER: raise ValueError(f"direction: say minimize or maximize; which is better is not known for {leaf!r}")
-    if s.pruner == 'none': return
-    if s.job != 'finetune': raise ValueError(f"pruner: a {s.job} job has no training loss to prune by")
+    if s.direction == 'auto' and leaf not in SMALLER + LARGER:
+        raise ValueError(f"direction: say minimize or maximize; which is better is not known for {leaf!r}")
+    if s.pruner == 'none':
+        return
+    if s.job != 'finetune':
+        raise ValueError(f"pruner: a {s.job} job has no training loss to prune by")
     apart = sorted(set(s.grid or s.search) & _OTHER_LOSS)
-    if apart: raise ValueError(f"pruner: {s.pruner} compares training losses, and those of trials with different {', '.join(apart)} cannot be compared; leave the pruner out")
+    if apart:
+        raise ValueError(
+            f"pruner: {s.pruner} compares training losses, and those of trials with different {', '.join(apart)} cannot be compared; leave the pruner out"
+        )
 
 # %% ../../nbs/jobs/sweeping.ipynb #badc26f7
-_OTHER_LOSS = ({*DataParams.model_fields, *FormatParams.model_fields, 'model', 'revision', 'max_seq_length'})-{'seed'} # Parameters that change what the loss is measured on
+_OTHER_LOSS = ({*DataParams.model_fields, *FormatParams.model_fields, 'model', 'revision', 'max_seq_length'}) - {
+    'seed'
+}  # Parameters that change what the loss is measured on
 
-def check_point(s:Sweep, point:dict, where:str)->Job:
+
+def check_point(s: Sweep, point: dict, where: str) -> Job:
     "The job of one combination, or a ValueError that says which and why"
-    try: return JOBS[s.job](**s.parameters(point))
-    except SpecError as e: raise ValueError('\n'.join(f"{where} ({show_params(point)}): {l}" for l in str(e).splitlines())) from None
+    try:
+        return JOBS[s.job](**s.parameters(point))
+    except SpecError as e:
+        raise ValueError('\n'.join(f"{where} ({show_params(point)}): {l}" for l in str(e).splitlines())) from None
 
-def show_value(v)->str: return f'{v:.4g}' if isinstance(v, float) else v if isinstance(v, str) else json.dumps(v)
 
-def show_params(p:dict)->str:
+def show_value(v) -> str:
+    return f'{v:.4g}' if isinstance(v, float) else v if isinstance(v, str) else json.dumps(v)
+
+
+def show_params(p: dict) -> str:
     "As in `r=8, learning_rate=0.0002`"
-    return ', '.join(f'{k}={show_value(v)}' for k,v in p.items())
+    return ', '.join(f'{k}={show_value(v)}' for k, v in p.items())
 
 # %% ../../nbs/jobs/sweeping.ipynb #ebd7b084
 def read_sweep(
-    path, # YAML file
-    job:str|None=None, # Job that it must be a sweep of; None: as in the file
-    params:dict|None=None, # Fixed parameters that win over the file's
-    **over, # Other values of the sweep
-)->Sweep:
+    path,  # YAML file
+    job: str | None = None,  # Job that it must be a sweep of; None: as in the file
+    params: dict | None = None,  # Fixed parameters that win over the file's
+    **over,  # Other values of the sweep
+) -> Sweep:
     "A sweep from a file; raises `SpecError` for whatever is wrong in it"
     d = read_params(path)
-    if job and d.get('job', job) != job: raise SpecError(f"{path}: is a sweep of {d['job']!r}, not of {job!r}")
+    if job and d.get('job', job) != job:
+        raise SpecError(f"{path}: is a sweep of {d['job']!r}, not of {job!r}")
     fixed = d.get('params') or {}
-    if not isinstance(fixed, dict): raise SpecError(f"{path}: params must hold 'name: value' lines, got a {type(fixed).__name__}")
-    return Sweep(**{**d, **({'job':job} if job else {}), 'params':{**fixed, **(params or {})}, **over})
+    if not isinstance(fixed, dict):
+        raise SpecError(f"{path}: params must hold 'name: value' lines, got a {type(fixed).__name__}")
+    return Sweep(**{**d, **({'job': job} if job else {}), 'params': {**fixed, **(params or {})}, **over})
+
 
 @patch(as_prop=True)
-def larger(self:Sweep)->bool: # Is more better?
+def larger(self: Sweep) -> bool:  # Is more better?
     "The direction of the objective"
     return self.direction == 'maximize' or self.direction == 'auto' and self.objective.split('.')[-1] in LARGER
 
 # %% ../../nbs/jobs/sweeping.ipynb #d5580d1d
 @patch(as_prop=True)
-def how(self:Sweep)->str: # grid, random or tpe
+def how(self: Sweep) -> str:  # grid, random or tpe
     "The method, decided"
     return self.method if self.method != 'auto' else 'grid' if self.grid else 'tpe'
 
+
 @patch(as_prop=True)
-def names(self:Sweep)->list[str]: # of the parameters
+def names(self: Sweep) -> list[str]:  # of the parameters
     "What varies"
     return [*(self.grid or self.search)]
 
 # %% ../../nbs/jobs/sweeping.ipynb #a2276ea9
-def need(package:str):
+def need(package: str):
     "Import a package of the extra `sweep`"
     import importlib
-    try: return importlib.import_module(package)
-    except ImportError: raise SpecError(f"sweep: {package} is not installed; install it with: pip install 'unsloth_nb[sweep]'") from None
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise SpecError(
+            f"sweep: {package} is not installed; install it with: pip install 'unsloth_nb[sweep]'"
+        ) from None
+
 
 def key_of(v):
     "A choice as Optuna keeps it: lists and dicts as JSON"
     return json.dumps(v) if isinstance(v, (list, dict)) else v
 
-def distributions(s:Sweep)->dict:
+
+def distributions(s: Sweep) -> dict:
     "What varies, as Optuna's distributions"
-    d,res = need('optuna').distributions,{}
-    for n,v in (s.grid or s.search).items():
+    d, res = need('optuna').distributions, {}
+    for n, v in (s.grid or s.search).items():
         v = _varied('grid' if s.grid else 'search', n, v)
-        if isinstance(v, list): res[n] = d.CategoricalDistribution([key_of(x) for x in v])
-        elif is_whole(s, n): res[n] = d.IntDistribution(int(v.low), int(v.high), v.log, int(v.step or 1))
-        else: res[n] = d.FloatDistribution(v.low, v.high, v.log, v.step)
+        if isinstance(v, list):
+            res[n] = d.CategoricalDistribution([key_of(x) for x in v])
+        elif is_whole(s, n):
+            res[n] = d.IntDistribution(int(v.low), int(v.high), v.log, int(v.step or 1))
+        else:
+            res[n] = d.FloatDistribution(v.low, v.high, v.log, v.step)
     return res
 
-def values_of(s:Sweep, drawn:dict)->dict:
+
+def values_of(s: Sweep, drawn: dict) -> dict:
     "What Optuna has drawn as parameters of the job"
-    back = {n:{key_of(x):x for x in v} for n,v in (s.grid or s.search).items() if isinstance(v, list)}
-    return {n:back[n][v] if n in back else v for n,v in drawn.items()}
+    back = {n: {key_of(x): x for x in v} for n, v in (s.grid or s.search).items() if isinstance(v, list)}
+    return {n: back[n][v] if n in back else v for n, v in drawn.items()}
 
 # %% ../../nbs/jobs/sweeping.ipynb #ec774cf9
 @patch
-def points(self:Sweep)->list[dict]|None: # None: chosen one by one
+def points(self: Sweep) -> list[dict] | None:  # None: chosen one by one
     "The varied parameters of each trial, where they are known beforehand, as the job has them"
-    if self.how == 'tpe': return None
-    return [self.point(p, f'trial {i}') for i,p in enumerate(_combinations(self))] if self.grid else draw(self, self.count())
+    if self.how == 'tpe':
+        return None
+    return (
+        [self.point(p, f'trial {i}') for i, p in enumerate(_combinations(self))]
+        if self.grid
+        else draw(self, self.count())
+    )
+
 
 @patch
-def point(self:Sweep, p:dict, where:str)->dict:
+def point(self: Sweep, p: dict, where: str) -> dict:
     "One combination, each value as the job reads it: the text '1e-4' is a number; raises `SpecError`"
-    try: job = check_point(self, p, where).to_dict()
-    except ValueError as e: raise SpecError(str(e)) from None
-    return {n:job[n] for n in p}
+    try:
+        job = check_point(self, p, where).to_dict()
+    except ValueError as e:
+        raise SpecError(str(e)) from None
+    return {n: job[n] for n in p}
+
 
 @patch
-def count(self:Sweep)->int: # trials
+def count(self: Sweep) -> int:  # trials
     "How many trials there will be"
     return math.prod(map(len, self.grid.values())) if self.grid else self.trials or 20
 
 # %% ../../nbs/jobs/sweeping.ipynb #8ad92142
 @patch
-def accepted(self:Sweep, ask, refused=lambda t: None)->tuple: # A trial of Optuna, its parameters
+def accepted(self: Sweep, ask, refused=lambda t: None) -> tuple:  # A trial of Optuna, its parameters
     "The first draw that the job accepts; each one that it refuses goes to `refused`"
     for _ in range(100):
         t = ask()
-        try: return t,self.point(values_of(self, t.params), 'a draw')
-        except SpecError: refused(t)
+        try:
+            return t, self.point(values_of(self, t.params), 'a draw')
+        except SpecError:
+            refused(t)
     raise SpecError(f"search: 100 draws in a row were refused by {self.job}; narrow the ranges")
 
+
 def draw(
-    s:Sweep,
-    n:int, # How many
-)->list[dict]:
+    s: Sweep,
+    n: int,  # How many
+) -> list[dict]:
     "Parameters drawn at random from the ranges of a sweep, as the job has them; what it refuses is drawn again"
     optuna = need('optuna')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study,d = optuna.create_study(sampler=optuna.samplers.RandomSampler(s.seed)),distributions(s)
+    study, d = optuna.create_study(sampler=optuna.samplers.RandomSampler(s.seed)), distributions(s)
     return [s.accepted(lambda: study.ask(d))[1] for _ in range(n)]
 
 # %% ../../nbs/jobs/sweeping.ipynb #783e3c3d
 @dataclass
 class Forecast:
     "What a sweep would do"
-    sweep:Sweep
-    rows:list # dicts with params, seconds (None: not known), peak_bytes
-    places:list # Environment of each worker, as `slots` gives them
-    device:str # Its name
-    shared:bool # Do trials share the device?
-    notes:list=field(default_factory=list) # What to know before starting
-    @property
-    def parallel(self)->int: return len(self.places) # Trials at once
-    @property
-    def seconds(self)->float|None: # [s] of training
-        s = [r['seconds'] for r in self.rows]
-        if not s or None in s: return None
-        return sum(s)/len(s)*self.sweep.count()/(1 if self.shared else min(self.parallel, self.sweep.count()))
 
-def _duration(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
+    sweep: Sweep
+    rows: list  # dicts with params, seconds (None: not known), peak_bytes
+    places: list  # Environment of each worker, as `slots` gives them
+    device: str  # Its name
+    shared: bool  # Do trials share the device?
+    notes: list = field(default_factory=list)  # What to know before starting
+
+    @property
+    def parallel(self) -> int:
+        return len(self.places)  # Trials at once
+
+    @property
+    def seconds(self) -> float | None:  # [s] of training
+        s = [r['seconds'] for r in self.rows]
+        if not s or None in s:
+            return None
+        return sum(s) / len(s) * self.sweep.count() / (1 if self.shared else min(self.parallel, self.sweep.count()))
+
+
+def _duration(s):
+    return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s < 7200 else f'{s / 3600:.1f} h'
+
 
 @patch
-def warnings(self:Sweep)->list[str]:
+def warnings(self: Sweep) -> list[str]:
     "What would make the outcome hard to read"
-    job,res = JOBS[self.job](**self.parameters(next(_combinations(self)))),[]
-    other = [n for n in self.names if n in ('dataset', 'dataset_split', 'dataset_format', 'dataset_revision', 'test_size', 'test_dataset', 'seed')]
-    if self.job == 'finetune' and other and not ({'test_dataset'} & {*self.params}-{*self.names}): res.append(f"trials that differ in {', '.join(other)} hold out other rows, and are not compared row by row; test_dataset names the same rows for all")
-    if self.objective.startswith('training.'): res.append(f'{self.objective} is measured in training, not on held-out rows')
-    elif getattr(job, 'test_size', None) and 'test_size' not in self.names and (few := caution(job.test_size)): res.append(f'test_size: {few}')
-    if self.pruner != 'none': res.append(f'{self.pruner} prunes by the training loss, step by step; {self.objective} is measured at the end only')
+    job, res = JOBS[self.job](**self.parameters(next(_combinations(self)))), []
+    other = [
+        n
+        for n in self.names
+        if n in ('dataset', 'dataset_split', 'dataset_format', 'dataset_revision', 'test_size', 'test_dataset', 'seed')
+    ]
+    if self.job == 'finetune' and other and not ({'test_dataset'} & {*self.params} - {*self.names}):
+        res.append(
+            f"trials that differ in {', '.join(other)} hold out other rows, and are not compared row by row; test_dataset names the same rows for all"
+        )
+    if self.objective.startswith('training.'):
+        res.append(f'{self.objective} is measured in training, not on held-out rows')
+    elif getattr(job, 'test_size', None) and 'test_size' not in self.names and (few := caution(job.test_size)):
+        res.append(f'test_size: {few}')
+    if self.pruner != 'none':
+        res.append(
+            f'{self.pruner} prunes by the training loss, step by step; {self.objective} is measured at the end only'
+        )
     return res
 
 # %% ../../nbs/jobs/sweeping.ipynb #532337b7
-_HOW = {*TrainParams.model_fields, *LoraParams.model_fields} # Parameters that neither data nor model depend on
+_HOW = {*TrainParams.model_fields, *LoraParams.model_fields}  # Parameters that neither data nor model depend on
+
 
 def forecast(
-    s:Sweep,
-    parallel:int|str='auto', # Trials at once
-    runs_dir=None, # Where past runs are, which correct the predictions
-)->Forecast:
+    s: Sweep,
+    parallel: int | str = 'auto',  # Trials at once
+    runs_dir=None,  # Where past runs are, which correct the predictions
+) -> Forecast:
     "Check the data and the model of every trial, and predict time and memory; raises `SpecError` for what can be known to fail"
     from unsloth_nb.core.engine import device_info
+
     points = s.points() or draw(s, min(8, s.count()))
-    dev,seen,rows,jobs = device_info(),{},[],[JOBS[s.job](**s.parameters(p)) for p in points]
-    for p,job in zip(points, jobs):
-        key = json.dumps({k:v for k,v in job.to_dict().items() if s.job != 'finetune' or k not in _HOW}, sort_keys=True)
-        if key not in seen: seen[key] = _look(job, runs_dir)
+    dev, seen, rows, jobs = device_info(), {}, [], [JOBS[s.job](**s.parameters(p)) for p in points]
+    for p, job in zip(points, jobs):
+        key = json.dumps(
+            {k: v for k, v in job.to_dict().items() if s.job != 'finetune' or k not in _HOW}, sort_keys=True
+        )
+        if key not in seen:
+            seen[key] = _look(job, runs_dir)
         plan = make_plan(job, seen[key], runs_dir=runs_dir) if s.job == 'finetune' else None
         rows.append(dict(params=p, seconds=plan.seconds or None if plan else None, peak_bytes=plan.peak if plan else 0))
-        if plan and plan.fits is False: raise SpecError(f"trial {len(rows)-1} ({show_params(p)}): {plan.peak/2**30:.1f} GiB are needed, {usable(dev)/2**30:.1f} GiB are there; {plan.mend}")
+        if plan and plan.fits is False:
+            raise SpecError(
+                f"trial {len(rows) - 1} ({show_params(p)}): {plan.peak / 2**30:.1f} GiB are needed, {usable(dev) / 2**30:.1f} GiB are there; {plan.mend}"
+            )
     places = slots(jobs, parallel, dev, max(r['peak_bytes'] for r in rows))
     return Forecast(s, rows, places, dev.name, dev.kind != 'cuda', s.warnings())
+
 
 def _look(job, runs_dir):
     "Refuse what can be known to fail; the data where it is at hand"
     preflight(job, runs_dir)
-    return load_data(job) if isinstance(job, FinetuneJob) and find_source(job.dataset, job.dataset_split).kind != 'hub' else None
+    return (
+        load_data(job)
+        if isinstance(job, FinetuneJob) and find_source(job.dataset, job.dataset_split).kind != 'hub'
+        else None
+    )
 
 # %% ../../nbs/jobs/sweeping.ipynb #e8289d4c
-def read_parallel(v:int|str)->int|str:
+def read_parallel(v: int | str) -> int | str:
     "Trials at once, as a number or a text says it; raises `SpecError`"
-    if v == 'auto': return v
-    if isinstance(v, str) and v.isdecimal(): v = int(v)
-    if isinstance(v, bool) or not isinstance(v, int) or v < 1: raise SpecError(f"parallel: got {v!r}; expected 'auto', or a whole number (at least 1)")
+    if v == 'auto':
+        return v
+    if isinstance(v, str) and v.isdecimal():
+        v = int(v)
+    if isinstance(v, bool) or not isinstance(v, int) or v < 1:
+        raise SpecError(f"parallel: got {v!r}; expected 'auto', or a whole number (at least 1)")
     return v
 
 # %% ../../nbs/jobs/sweeping.ipynb #11f723cd
 def slots(
-    jobs:list, # Of all trials
-    parallel:int|str='auto', # Trials at once
-    dev=None, # A `Device`; default: this machine's
-    peak:int=0, # [bytes] of the largest trial; 0: not known
-)->list[dict]: # Environment of each worker
+    jobs: list,  # Of all trials
+    parallel: int | str = 'auto',  # Trials at once
+    dev=None,  # A `Device`; default: this machine's
+    peak: int = 0,  # [bytes] of the largest trial; 0: not known
+) -> list[dict]:  # Environment of each worker
     "The places in which trials run, one at a time in each"
     from unsloth_nb.core.engine import device_info
-    dev,parallel = dev or device_info(),read_parallel(parallel)
+
+    dev, parallel = dev or device_info(), read_parallel(parallel)
     if dev.kind == 'cuda':
         each = max(_gpus(j, dev) for j in jobs)
-        ids = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if os.environ.get('CUDA_VISIBLE_DEVICES') else [str(i) for i in range(dev.count)]
-        groups = [','.join(ids[i:i+each]) for i in range(0, len(ids)-each+1, each)]
-        if not groups: raise SpecError(f"devices: a trial asks for {each} GPUs, and there are {len(ids)}")
-        if parallel != 'auto' and parallel > len(groups): raise SpecError(f"parallel: {parallel} trials of {each} GPU{'s'*(each > 1)} at once, and there are {len(ids)}; at most {len(groups)}")
-        return [dict(CUDA_VISIBLE_DEVICES=g) for g in groups[:None if parallel == 'auto' else parallel]]
-    n = parallel if parallel != 'auto' else max(1, min(dev.cores//2, usable(dev)//peak if peak else 1))
-    if peak and n*peak > usable(dev): raise SpecError(f"parallel: {n} trials of {peak/2**30:.1f} GiB at once need more than the {usable(dev)/2**30:.1f} GiB that are there")
-    return [dict(OMP_NUM_THREADS=str(max(1, dev.cores//n)), OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0') for _ in range(n)]
+        ids = (
+            os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+            if os.environ.get('CUDA_VISIBLE_DEVICES')
+            else [str(i) for i in range(dev.count)]
+        )
+        groups = [','.join(ids[i : i + each]) for i in range(0, len(ids) - each + 1, each)]
+        if not groups:
+            raise SpecError(f"devices: a trial asks for {each} GPUs, and there are {len(ids)}")
+        if parallel != 'auto' and parallel > len(groups):
+            raise SpecError(
+                f"parallel: {parallel} trials of {each} GPU{'s' * (each > 1)} at once, and there are {len(ids)}; at most {len(groups)}"
+            )
+        return [dict(CUDA_VISIBLE_DEVICES=g) for g in groups[: None if parallel == 'auto' else parallel]]
+    n = parallel if parallel != 'auto' else max(1, min(dev.cores // 2, usable(dev) // peak if peak else 1))
+    if peak and n * peak > usable(dev):
+        raise SpecError(
+            f"parallel: {n} trials of {peak / 2**30:.1f} GiB at once need more than the {usable(dev) / 2**30:.1f} GiB that are there"
+        )
+    return [
+        dict(OMP_NUM_THREADS=str(max(1, dev.cores // n)), OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0')
+        for _ in range(n)
+    ]
+
 
 def _gpus(job, dev):
     "GPUs that one trial takes"
@@ -364,33 +524,50 @@ def _gpus(job, dev):
 
 # %% ../../nbs/jobs/sweeping.ipynb #243f3177
 @patch
-def _lines(self:Forecast):
+def _lines(self: Forecast):
     "What stands below the table"
-    n,s = self.sweep.count(),self.seconds
-    at_once = f"{n} trial{'s'*(n != 1)} on {self.device}, {self.parallel} at once"
-    yield at_once+(f'; training takes about {_duration(s)} in all, which is {s*(1 if self.shared else self.parallel)/3600:.2g} device hours; loading, answering and saving come on top' if s else '; the time is not known beforehand')
-    if self.sweep.how == 'tpe': yield f'tpe chooses the trials one by one; these {len(self.rows)} are random draws from the same ranges'
+    n, s = self.sweep.count(), self.seconds
+    at_once = f"{n} trial{'s' * (n != 1)} on {self.device}, {self.parallel} at once"
+    yield at_once + (
+        f'; training takes about {_duration(s)} in all, which is {s * (1 if self.shared else self.parallel) / 3600:.2g} device hours; loading, answering and saving come on top'
+        if s
+        else '; the time is not known beforehand'
+    )
+    if self.sweep.how == 'tpe':
+        yield f'tpe chooses the trials one by one; these {len(self.rows)} are random draws from the same ranges'
     yield from self.notes
 
+
 @patch
-def _cells(self:Forecast):
+def _cells(self: Forecast):
     "The table: a head, and a row for each trial"
     yield ['trial', *self.sweep.names, 'training', 'peak GiB']
-    for i,r in enumerate(self.rows): yield [str(i), *(show_value(v) for v in r['params'].values()), _duration(r['seconds']) if r['seconds'] else '', f"{r['peak_bytes']/2**30:.2f}" if r['peak_bytes'] else '']
+    for i, r in enumerate(self.rows):
+        yield [
+            str(i),
+            *(show_value(v) for v in r['params'].values()),
+            _duration(r['seconds']) if r['seconds'] else '',
+            f"{r['peak_bytes'] / 2**30:.2f}" if r['peak_bytes'] else '',
+        ]
 
 # %% ../../nbs/jobs/sweeping.ipynb #afc204d1
-def text_table(rows)->str:
+def text_table(rows) -> str:
     "Rows of cells in columns, for a terminal"
     rows = [[' '.join(plain_text(c).split()) for c in r] for r in rows]
     wide = [max(map(len, c)) for c in zip(*rows)]
-    return '\n'.join('  '.join(c.ljust(w) for c,w in zip(r, wide)).rstrip() for r in rows)
+    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, wide)).rstrip() for r in rows)
 
-def markdown_table(rows)->str:
-    line = lambda r: '| '+' | '.join(map(markdown_text, r))+' |'
-    return '\n'.join([line(rows[0]), '|'+'---|'*len(rows[0]), *map(line, rows[1:])])
+
+def markdown_table(rows) -> str:
+    line = lambda r: '| ' + ' | '.join(map(markdown_text, r)) + ' |'
+    return '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
+
 
 @patch
-def __repr__(self:Forecast): return '\n'.join([text_table([*self._cells()]), '', *map(plain_text, self._lines())])
+def __repr__(self: Forecast):
+    return '\n'.join([text_table([*self._cells()]), '', *map(plain_text, self._lines())])
+
 
 @patch
-def _repr_markdown_(self:Forecast): return '\n\n'.join([markdown_table([*self._cells()]), *map(markdown_text, self._lines())])
+def _repr_markdown_(self: Forecast):
+    return '\n\n'.join([markdown_table([*self._cells()]), *map(markdown_text, self._lines())])

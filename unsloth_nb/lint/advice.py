@@ -8,100 +8,329 @@ __all__ = ['RULES', 'BIG', 'Rule', 'RuleTable', 'Finding', 'Findings', 'finding'
 
 # %% ../../nbs/lint/advice.ipynb #ee74c815
 import re
-from dataclasses import asdict,dataclass
+from dataclasses import asdict, dataclass
 
-from ..core.escaping import find_secrets,markdown_text,mask_secrets,plain_text
+from ..core.escaping import find_secrets, markdown_text, mask_secrets, plain_text
 from ..planning.plan import make_plan
 from ..core.schema import SpecError
-from ..core.spec import LINEARS,FinetuneJob,presets,split_batch
+from ..core.spec import LINEARS, FinetuneJob, presets, split_batch
 
 # %% ../../nbs/lint/advice.ipynb #ca60f998
 @dataclass(frozen=True)
 class Rule:
     "One thing to look for"
-    title:str # In a few words
-    severity:str # `error`, `warning` or `info`; a rule may report less where it is less sure
-    why:str # Why it matters
-    mend:str # What to write instead
-    source:str # Where that comes from
+
+    title: str  # In a few words
+    severity: str  # `error`, `warning` or `info`; a rule may report less where it is less sure
+    why: str  # Why it matters
+    mend: str  # What to write instead
+    source: str  # Where that comes from
 
 # %% ../../nbs/lint/advice.ipynb #5ccb460e
-def _table(head, rows)->str:
+def _table(head, rows) -> str:
     "A table in markdown; bars, markup and line ends in its cells are made harmless"
     cell = lambda s: re.sub(r'\s+', ' ', s).replace('|', r'\|').replace('<', '&lt;')
-    return '\n'.join(f"| {' | '.join(map(cell, r))} |" for r in [head, ['---']*len(head), *rows])
+    return '\n'.join(f"| {' | '.join(map(cell, r))} |" for r in [head, ['---'] * len(head), *rows])
+
 
 class RuleTable(dict):
     "Rules by id, shown as a table"
-    def _repr_markdown_(self): return _table(['rule', 'severity', 'what', 'why', 'mend', 'source'], [[f'`{k}`', r.severity, r.title, r.why, r.mend, r.source] for k,r in self.items()])
+
+    def _repr_markdown_(self):
+        return _table(
+            ['rule', 'severity', 'what', 'why', 'mend', 'source'],
+            [[f'`{k}`', r.severity, r.title, r.why, r.mend, r.source] for k, r in self.items()],
+        )
 
 # %% ../../nbs/lint/advice.ipynb #6aeb9244
-_TF,_TRL,_UN,_QL = 'transformers 5.17','TRL 1.15','Unsloth 2026.10.9','QLoRA, arXiv:2305.14314'
-RULES = RuleTable({k:Rule(*r) for k,*r in [
-    ('unknown-parameter', 'A name that no parameter has', 'error', 'the job is refused', 'use the name that exists', 'FinetuneJob'),
-    ('wrong-value', 'A value that the parameter does not take', 'error', 'the job is refused', 'use a value that it takes', 'FinetuneJob'),
-    ('does-not-fit', 'More memory than the device has', 'error', 'training ends out of memory', "leave load_in_4bit, gradient_checkpointing, optim and the batch 'auto'; else a shorter max_seq_length", 'planning'),
-    ('full-precision', 'float32, or all weights trained, above 7B', 'warning', 'all weights trained take about 16 bytes a parameter, float32 weights 4, NF4 weights half a byte', "load_in_4bit=True with LoRA, or 16-bit LoRA where it fits; in a job both 'auto'", _QL),
-    ('float16', 'float16 on hardware with bfloat16', 'warning', 'float16 overflows above 65,504 and needs loss scaling; bfloat16 has the range of float32', "bf16=True, or let the dtype be chosen; in a job dtype='auto'", 'arXiv:1905.12322'),
-    ('tiny-batch', 'One or two rows to an optimizer step', 'warning', 'each step follows the noise of one or two rows', "gradient_accumulation_steps=4 or more, or larger batches; in a job batch_size='auto', about 8 rows", "Unsloth's LoRA recipe: 2 × 4"),
-    ('lora-embeddings', 'Embeddings or output layer trained without need', 'warning', 'they are the largest matrices of the model and are needed only for new tokens or a new language', 'leave embed_tokens and lm_head out', 'LoRA, arXiv:2106.09685'),
-    ('lora-few-layers', 'Adapter on few of the linear layers', 'warning', 'adapters on all linear layers are what matches full fine-tuning', 'target_modules='+repr(LINEARS), _QL),
-    ('rank-high', 'Rank of 128 or more', 'info', 'beyond 16 or so rank seldom changes the result of instruction tuning, and memory grows with it', 'r=16 or 32, unless held-out loss says otherwise', _QL),
-    ('lora-alpha', 'Scale of the adapter', 'info', 'lora_alpha / r multiplies the update; far above 2 it acts as a larger learning rate', 'lora_alpha between r and 2 r', 'LoRA, arXiv:2106.09685'),
-    ('lora-dropout', 'Dropout in the adapter', 'info', "0 is Unsloth's fastest path: older releases leave their fused kernels for it, newer ones draw a mask in every layer", 'lora_dropout=0', _UN),
-    ('length-unused', 'max_seq_length far above the longest row', 'info', 'packed rows are filled, and memory is planned before the data are seen, for a length that no row has', 'the length that the profile suggests', 'profiling'),
-    ('rows-too-long', 'Rows longer than max_seq_length', 'warning', 'their ends, often the answers, are cut, or the rows refused', 'a longer max_seq_length, or over_length as you want it', 'profiling'),
-    ('no-checkpointing', 'Gradient checkpointing off', 'error', 'the activations of every layer are kept, which takes most memory of all with long rows', "gradient_checkpointing='unsloth'; in a job 'auto', which turns it off only where that fits", 'arXiv:1604.06174'),
-    ('full-checkpoints', 'Checkpoints of the full model without limit', 'warning', 'each holds all weights and the state of the optimizer, up to 12 bytes a parameter', 'save_total_limit=2, or LoRA, whose checkpoints are small', _TF),
-    ('plain-adamw', 'AdamW in 32 bits where 8 bits save what is needed', 'warning', 'two moments take 8 bytes for each trained parameter, 2 in 8 bits', "optim='adamw_8bit'; in a job optim='auto'", 'arXiv:2110.02861'),
-    ('padding', 'Rows padded where packing would pay', 'warning', 'padding is computed like text and teaches nothing', "packing=True; in a job padding_free='auto' where the device can", 'batching'),
-    ('dead-name', '`merged_4bit`', 'error', 'Unsloth raises RuntimeError for this name', "save_method='merged_16bit', or 'merged_4bit_forced' for NF4", _UN),
-    ('no-response-mask', 'The loss counts the questions', 'warning', 'the model is trained to write the prompt as well as the answer', 'train_on_responses_only(…), prompt and completion columns, or assistant_only_loss=True', _QL),
-    ('no-evaluation', 'Nothing is evaluated', 'warning', 'training loss falls also while the model gets worse on what it has not seen', "eval_dataset=… held out, and eval_strategy='steps'", _TF),
-    ('unpinned-install', 'Packages without a version', 'warning', 'the same file installs something else next month', 'name==version, or @ and a commit for git', 'pip'),
-    ('old-argument', 'Arguments of TRL before 1.0 or transformers before 5', 'error', 'the current releases refuse it', 'the new name', f'{_TRL}, {_TF}'),
-    ('import-order', 'Unsloth imported late', 'warning', 'its patches do not reach what was imported before it', 'import unsloth first of all', _UN),
-    ('dead-switch', 'Code behind `if False:`', 'info', 'to run it somebody must edit the notebook, so no run can record it', 'make it a parameter: if save_merged:', 'papermill'),
-    ('secret', 'A secret in the file', 'error', 'whoever gets the file has it, and its history keeps it', "os.environ['HF_TOKEN'] or a secret store; and revoke this one", 'Hugging Face Hub'),
-    ('remote-code', 'Code from a model repository is run', 'warning', 'its owner can change it, and it can do all that you can', 'a model that needs none; else read it and pin revision=commit', _TF),
-    ('not-parsed', 'A cell that is not Python', 'info', 'only the parts that parse were checked', 'mend the syntax', 'Python'),
-]})
+_TF, _TRL, _UN, _QL = 'transformers 5.17', 'TRL 1.15', 'Unsloth 2026.10.9', 'QLoRA, arXiv:2305.14314'
+RULES = RuleTable(
+    {
+        k: Rule(*r)
+        for k, *r in [
+            (
+                'unknown-parameter',
+                'A name that no parameter has',
+                'error',
+                'the job is refused',
+                'use the name that exists',
+                'FinetuneJob',
+            ),
+            (
+                'wrong-value',
+                'A value that the parameter does not take',
+                'error',
+                'the job is refused',
+                'use a value that it takes',
+                'FinetuneJob',
+            ),
+            (
+                'does-not-fit',
+                'More memory than the device has',
+                'error',
+                'training ends out of memory',
+                "leave load_in_4bit, gradient_checkpointing, optim and the batch 'auto'; else a shorter max_seq_length",
+                'planning',
+            ),
+            (
+                'full-precision',
+                'float32, or all weights trained, above 7B',
+                'warning',
+                'all weights trained take about 16 bytes a parameter, float32 weights 4, NF4 weights half a byte',
+                "load_in_4bit=True with LoRA, or 16-bit LoRA where it fits; in a job both 'auto'",
+                _QL,
+            ),
+            (
+                'float16',
+                'float16 on hardware with bfloat16',
+                'warning',
+                'float16 overflows above 65,504 and needs loss scaling; bfloat16 has the range of float32',
+                "bf16=True, or let the dtype be chosen; in a job dtype='auto'",
+                'arXiv:1905.12322',
+            ),
+            (
+                'tiny-batch',
+                'One or two rows to an optimizer step',
+                'warning',
+                'each step follows the noise of one or two rows',
+                "gradient_accumulation_steps=4 or more, or larger batches; in a job batch_size='auto', about 8 rows",
+                "Unsloth's LoRA recipe: 2 × 4",
+            ),
+            (
+                'lora-embeddings',
+                'Embeddings or output layer trained without need',
+                'warning',
+                'they are the largest matrices of the model and are needed only for new tokens or a new language',
+                'leave embed_tokens and lm_head out',
+                'LoRA, arXiv:2106.09685',
+            ),
+            (
+                'lora-few-layers',
+                'Adapter on few of the linear layers',
+                'warning',
+                'adapters on all linear layers are what matches full fine-tuning',
+                'target_modules=' + repr(LINEARS),
+                _QL,
+            ),
+            (
+                'rank-high',
+                'Rank of 128 or more',
+                'info',
+                'beyond 16 or so rank seldom changes the result of instruction tuning, and memory grows with it',
+                'r=16 or 32, unless held-out loss says otherwise',
+                _QL,
+            ),
+            (
+                'lora-alpha',
+                'Scale of the adapter',
+                'info',
+                'lora_alpha / r multiplies the update; far above 2 it acts as a larger learning rate',
+                'lora_alpha between r and 2 r',
+                'LoRA, arXiv:2106.09685',
+            ),
+            (
+                'lora-dropout',
+                'Dropout in the adapter',
+                'info',
+                "0 is Unsloth's fastest path: older releases leave their fused kernels for it, newer ones draw a mask in every layer",
+                'lora_dropout=0',
+                _UN,
+            ),
+            (
+                'length-unused',
+                'max_seq_length far above the longest row',
+                'info',
+                'packed rows are filled, and memory is planned before the data are seen, for a length that no row has',
+                'the length that the profile suggests',
+                'profiling',
+            ),
+            (
+                'rows-too-long',
+                'Rows longer than max_seq_length',
+                'warning',
+                'their ends, often the answers, are cut, or the rows refused',
+                'a longer max_seq_length, or over_length as you want it',
+                'profiling',
+            ),
+            (
+                'no-checkpointing',
+                'Gradient checkpointing off',
+                'error',
+                'the activations of every layer are kept, which takes most memory of all with long rows',
+                "gradient_checkpointing='unsloth'; in a job 'auto', which turns it off only where that fits",
+                'arXiv:1604.06174',
+            ),
+            (
+                'full-checkpoints',
+                'Checkpoints of the full model without limit',
+                'warning',
+                'each holds all weights and the state of the optimizer, up to 12 bytes a parameter',
+                'save_total_limit=2, or LoRA, whose checkpoints are small',
+                _TF,
+            ),
+            (
+                'plain-adamw',
+                'AdamW in 32 bits where 8 bits save what is needed',
+                'warning',
+                'two moments take 8 bytes for each trained parameter, 2 in 8 bits',
+                "optim='adamw_8bit'; in a job optim='auto'",
+                'arXiv:2110.02861',
+            ),
+            (
+                'padding',
+                'Rows padded where packing would pay',
+                'warning',
+                'padding is computed like text and teaches nothing',
+                "packing=True; in a job padding_free='auto' where the device can",
+                'batching',
+            ),
+            (
+                'dead-name',
+                '`merged_4bit`',
+                'error',
+                'Unsloth raises RuntimeError for this name',
+                "save_method='merged_16bit', or 'merged_4bit_forced' for NF4",
+                _UN,
+            ),
+            (
+                'no-response-mask',
+                'The loss counts the questions',
+                'warning',
+                'the model is trained to write the prompt as well as the answer',
+                'train_on_responses_only(…), prompt and completion columns, or assistant_only_loss=True',
+                _QL,
+            ),
+            (
+                'no-evaluation',
+                'Nothing is evaluated',
+                'warning',
+                'training loss falls also while the model gets worse on what it has not seen',
+                "eval_dataset=… held out, and eval_strategy='steps'",
+                _TF,
+            ),
+            (
+                'unpinned-install',
+                'Packages without a version',
+                'warning',
+                'the same file installs something else next month',
+                'name==version, or @ and a commit for git',
+                'pip',
+            ),
+            (
+                'old-argument',
+                'Arguments of TRL before 1.0 or transformers before 5',
+                'error',
+                'the current releases refuse it',
+                'the new name',
+                f'{_TRL}, {_TF}',
+            ),
+            (
+                'import-order',
+                'Unsloth imported late',
+                'warning',
+                'its patches do not reach what was imported before it',
+                'import unsloth first of all',
+                _UN,
+            ),
+            (
+                'dead-switch',
+                'Code behind `if False:`',
+                'info',
+                'to run it somebody must edit the notebook, so no run can record it',
+                'make it a parameter: if save_merged:',
+                'papermill',
+            ),
+            (
+                'secret',
+                'A secret in the file',
+                'error',
+                'whoever gets the file has it, and its history keeps it',
+                "os.environ['HF_TOKEN'] or a secret store; and revoke this one",
+                'Hugging Face Hub',
+            ),
+            (
+                'remote-code',
+                'Code from a model repository is run',
+                'warning',
+                'its owner can change it, and it can do all that you can',
+                'a model that needs none; else read it and pin revision=commit',
+                _TF,
+            ),
+            (
+                'not-parsed',
+                'A cell that is not Python',
+                'info',
+                'only the parts that parse were checked',
+                'mend the syntax',
+                'Python',
+            ),
+        ]
+    }
+)
 
 # %% ../../nbs/lint/advice.ipynb #b566e5b8
 _ORDER = ('error', 'warning', 'info')
 
+
 @dataclass(frozen=True)
 class Finding:
     "One thing to mend"
-    rule:str # Id of the rule
-    severity:str # `error`, `warning` or `info`
-    source:str # File, or the job's name
-    cell:int|None # Counted from 1, all kinds of cells; None: not a notebook
-    line:int|None # Counted from 1, within the cell or the file; None: not a file
-    parameter:str # Name of the argument or parameter, where it is one
-    message:str # What it is and why it matters
-    mend:str # What to write instead
+
+    rule: str  # Id of the rule
+    severity: str  # `error`, `warning` or `info`
+    source: str  # File, or the job's name
+    cell: int | None  # Counted from 1, all kinds of cells; None: not a notebook
+    line: int | None  # Counted from 1, within the cell or the file; None: not a file
+    parameter: str  # Name of the argument or parameter, where it is one
+    message: str  # What it is and why it matters
+    mend: str  # What to write instead
 
     @property
-    def where(self)->str: return ', '.join(s for s in (self.source, f'cell {self.cell}' if self.cell else '', f'line {self.line}' if self.line else '') if s)
-    def to_dict(self)->dict: return asdict(self)
+    def where(self) -> str:
+        return ', '.join(
+            s
+            for s in (self.source, f'cell {self.cell}' if self.cell else '', f'line {self.line}' if self.line else '')
+            if s
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 # %% ../../nbs/lint/advice.ipynb #af15af72
 class Findings(list):
     "Findings of one or several checks; shows itself"
+
     @property
-    def clean(self)->bool: return all(f.severity == 'info' for f in self) # Nothing but infos
-    def counts(self)->dict: return {s:sum(f.severity == s for f in self) for s in _ORDER}
-    def to_dict(self)->dict: return dict(clean=self.clean, counts=self.counts(), findings=[f.to_dict() for f in self])
+    def clean(self) -> bool:
+        return all(f.severity == 'info' for f in self)  # Nothing but infos
+
+    def counts(self) -> dict:
+        return {s: sum(f.severity == s for f in self) for s in _ORDER}
+
+    def to_dict(self) -> dict:
+        return dict(clean=self.clean, counts=self.counts(), findings=[f.to_dict() for f in self])
 
     def __str__(self):
-        if not self: return 'nothing to mend'
-        lines = [f"{f.where}: {f.severity} {f.rule}{f' ({f.parameter})' if f.parameter else ''}\n  {f.message}\n  mend: {f.mend}" for f in self]
-        return plain_text('\n'.join([*lines, ', '.join(f"{n} {s}{'' if n == 1 or s == 'info' else 's'}" for s,n in self.counts().items() if n)]))
+        if not self:
+            return 'nothing to mend'
+        lines = [
+            f"{f.where}: {f.severity} {f.rule}{f' ({f.parameter})' if f.parameter else ''}\n  {f.message}\n  mend: {f.mend}"
+            for f in self
+        ]
+        return plain_text(
+            '\n'.join(
+                [
+                    *lines,
+                    ', '.join(f"{n} {s}{'' if n == 1 or s == 'info' else 's'}" for s, n in self.counts().items() if n),
+                ]
+            )
+        )
+
     __repr__ = __str__
 
     def _repr_markdown_(self):
-        if not self: return 'nothing to mend'
+        if not self:
+            return 'nothing to mend'
         rows = [[f.severity, *map(markdown_text, (f.where, f.rule, f.parameter, f.message, f.mend))] for f in self]
         return _table(['', 'where', 'rule', 'parameter', 'why', 'mend'], rows)
 
@@ -109,121 +338,213 @@ class Findings(list):
 def finding(rule, source, at=None, what='', parameter='', severity='', mend=''):
     "A finding with its rule's texts; `at` is something with a cell and a line"
     r = RULES[rule]
-    return Finding(rule, severity or r.severity, str(source), getattr(at, 'cell', None), getattr(at, 'line', None), parameter, mask_secrets(f'{what}: {r.why}' if what else r.why), mask_secrets(mend or r.mend))
+    return Finding(
+        rule,
+        severity or r.severity,
+        str(source),
+        getattr(at, 'cell', None),
+        getattr(at, 'line', None),
+        parameter,
+        mask_secrets(f'{what}: {r.why}' if what else r.why),
+        mask_secrets(mend or r.mend),
+    )
+
 
 def report(findings, *texts):
     "Findings in order, each once; a secret of `texts` in none of them, however a library quotes it"
-    known = sorted({t[a:b] for t in texts for a,b in find_secrets(t)}, key=len, reverse=True)
+    known = sorted({t[a:b] for t in texts for a, b in find_secrets(t)}, key=len, reverse=True)
+
     def hide(v):
-        for k in known if isinstance(v, str) else (): v = v.replace(k, '…')
+        for k in known if isinstance(v, str) else ():
+            v = v.replace(k, '…')
         return v
-    fs = dict.fromkeys(Finding(**{k:v if k in ('rule', 'source') else hide(v) for k,v in f.to_dict().items()}) for f in findings)
+
+    fs = dict.fromkeys(
+        Finding(**{k: v if k in ('rule', 'source') else hide(v) for k, v in f.to_dict().items()}) for f in findings
+    )
     return Findings(sorted(fs, key=lambda f: (f.cell or 0, f.line or 0, _ORDER.index(f.severity), f.rule)))
 
 # %% ../../nbs/lint/advice.ipynb #b4482888
-BIG = 7.7e9 # [parameters]; models sold as 7B have up to 7.62e9
+BIG = 7.7e9  # [parameters]; models sold as 7B have up to 7.62e9
 
-def model_size(name)->float|None: # [parameters]; None: not known
+
+def model_size(name) -> float | None:  # [parameters]; None: not known
     "Size of a model: from its preset, else from its name"
-    if not isinstance(name, str): return None
+    if not isinstance(name, str):
+        return None
     p = presets().get(name) or next((p for p in presets().values() if name in (p.hub, p.hub_ungated, p.hub_4bit)), None)
-    if p: return p.parameters
+    if p:
+        return p.parameters
     m = re.search(r'(?<![A-Za-z0-9.])(?:(\d+)x)?(\d{1,4}(?:\.\d+)?)([bm])(?![A-Za-z0-9])', name, re.I)
-    return int(m[1] or 1)*float(m[2])*(1e9 if m[3] in 'bB' else 1e6) if m else None
+    return int(m[1] or 1) * float(m[2]) * (1e9 if m[3] in 'bB' else 1e6) if m else None
 
 # %% ../../nbs/lint/advice.ipynb #750059d5
-def is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+def is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool)
+
 
 def lora_advice(v, tokens=False):
     "(rule, parameter, what, severity) for LoRA values; `tokens`: embeddings must be trained"
-    r,alpha,targets = v.get('r'),v.get('lora_alpha'),v.get('target_modules')
+    r, alpha, targets = v.get('r'), v.get('lora_alpha'), v.get('target_modules')
     for k in ('target_modules', 'modules_to_save'):
         big = [t for t in (v.get(k) or []) if t in ('embed_tokens', 'lm_head')] if isinstance(v.get(k), list) else []
-        if big and not tokens: yield 'lora-embeddings', k, f"{' and '.join(big)} in {k}", ''
-    if isinstance(targets, list) and targets and set(map(str, targets)) <= {'q_proj','k_proj','v_proj','o_proj'}: yield 'lora-few-layers', 'target_modules', f"only {', '.join(map(str, targets))}", ''
-    if v.get('finetune_mlp_modules') is False and v.get('finetune_attention_modules') is not False: yield 'lora-few-layers', 'finetune_mlp_modules', 'attention only', ''
-    if is_number(r) and r >= 128 and not tokens: yield 'rank-high', 'r', f'r={r}', ''
-    if alpha == 0 and is_number(alpha): yield 'lora-alpha', 'lora_alpha', 'with lora_alpha=0 the adapter has no effect and learns nothing', 'error'
-    elif is_number(r) and is_number(alpha) and r > 0 and alpha/r > 4 and v.get('use_rslora') is not True: yield 'lora-alpha', 'lora_alpha', f'lora_alpha / r is {alpha/r:g}', ''
-    if is_number(v.get('lora_dropout')) and v['lora_dropout'] > 0: yield 'lora-dropout', 'lora_dropout', f"lora_dropout={v['lora_dropout']:g}", ''
+        if big and not tokens:
+            yield 'lora-embeddings', k, f"{' and '.join(big)} in {k}", ''
+    if isinstance(targets, list) and targets and set(map(str, targets)) <= {'q_proj', 'k_proj', 'v_proj', 'o_proj'}:
+        yield 'lora-few-layers', 'target_modules', f"only {', '.join(map(str, targets))}", ''
+    if v.get('finetune_mlp_modules') is False and v.get('finetune_attention_modules') is not False:
+        yield 'lora-few-layers', 'finetune_mlp_modules', 'attention only', ''
+    if is_number(r) and r >= 128 and not tokens:
+        yield 'rank-high', 'r', f'r={r}', ''
+    if alpha == 0 and is_number(alpha):
+        yield 'lora-alpha', 'lora_alpha', 'with lora_alpha=0 the adapter has no effect and learns nothing', 'error'
+    elif is_number(r) and is_number(alpha) and r > 0 and alpha / r > 4 and v.get('use_rslora') is not True:
+        yield 'lora-alpha', 'lora_alpha', f'lora_alpha / r is {alpha / r:g}', ''
+    if is_number(v.get('lora_dropout')) and v['lora_dropout'] > 0:
+        yield 'lora-dropout', 'lora_dropout', f"lora_dropout={v['lora_dropout']:g}", ''
 
 # %% ../../nbs/lint/advice.ipynb #58c9a2c5
 def length_advice(limit, profile, name, over=None, decided=False):
     "(rule, parameter, what, severity, mend) for a maximal length and a Profile"
     top = profile.percentiles[100]
-    if limit >= 2*top and limit-top >= 512: yield 'length-unused', name, f'{limit:,} for rows of at most {top:,} tokens', '', f'{name}={profile.suggested}'
-    if limit < top and not decided: yield 'rows-too-long', name, (f'{over:,} of {profile.examples:,} rows have' if over else 'rows have')+f' more than {limit:,} tokens, up to {top:,}', '', ''
+    if limit >= 2 * top and limit - top >= 512:
+        yield 'length-unused', name, f'{limit:,} for rows of at most {top:,} tokens', '', f'{name}={profile.suggested}'
+    if limit < top and not decided:
+        yield (
+            'rows-too-long',
+            name,
+            (f'{over:,} of {profile.examples:,} rows have' if over else 'rows have')
+            + f' more than {limit:,} tokens, up to {top:,}',
+            '',
+            '',
+        )
+
 
 def packing_saves(profile):
     "What packing would save, or nothing"
-    packed,padded = profile.batching.packed['tokens'],profile.batching.random['tokens']
-    return f'packed, an epoch computes {packed:,} tokens instead of {padded:,}' if packed < 0.7*padded else ''
+    packed, padded = profile.batching.packed['tokens'], profile.batching.random['tokens']
+    return f'packed, an epoch computes {packed:,} tokens instead of {padded:,}' if packed < 0.7 * padded else ''
 
 # %% ../../nbs/lint/advice.ipynb #69b07bfd
 def _plan_rules(job, plan):
     "What a plan that does not fit tells about a job"
-    what = f'{plan.peak/2**30:.1f} GiB on {plan.device.name}, which has {plan.device.memory_free/2**30:.1f} free'
-    off,lost = plan.gradient_checkpointing is False,plan.mend.startswith('no setting')
-    if off: yield 'no-checkpointing', 'gradient_checkpointing', what, '', "gradient_checkpointing='auto'"
-    if lost or not off: yield 'does-not-fit', '', what, '', plan.mend
-    if plan.optim in ('adamw_torch', 'adamw_torch_fused') and plan.device.kind == 'cuda' and not lost: yield 'plain-adamw', 'optim', plan.optim, '', "optim='auto'"
+    what = f'{plan.peak / 2**30:.1f} GiB on {plan.device.name}, which has {plan.device.memory_free / 2**30:.1f} free'
+    off, lost = plan.gradient_checkpointing is False, plan.mend.startswith('no setting')
+    if off:
+        yield 'no-checkpointing', 'gradient_checkpointing', what, '', "gradient_checkpointing='auto'"
+    if lost or not off:
+        yield 'does-not-fit', '', what, '', plan.mend
+    if plan.optim in ('adamw_torch', 'adamw_torch_fused') and plan.device.kind == 'cuda' and not lost:
+        yield 'plain-adamw', 'optim', plan.optim, '', "optim='auto'"
+
 
 def _batch_rules(job, plan):
     "Steps of one or two rows"
     said = job.batch_size, job.per_device_train_batch_size, job.gradient_accumulation_steps
     step = plan.rows_per_step if plan else split_batch(*said)[0]
-    if step not in (1, 2) or (plan.packing if plan else job.packing is True): return
+    if step not in (1, 2) or (plan.packing if plan else job.packing is True):
+        return
     name = 'batch_size' if job.batch_size != 'auto' else 'gradient_accumulation_steps'
-    yield 'tiny-batch', name, f"{step} row{'s' if step > 1 else ''} a step", '', f"leave {'it' if name == 'batch_size' else 'batch_size and it'} 'auto', about 8 rows a step"
+    yield (
+        'tiny-batch',
+        name,
+        f"{step} row{'s' if step > 1 else ''} a step",
+        '',
+        f"leave {'it' if name == 'batch_size' else 'batch_size and it'} 'auto', about 8 rows a step",
+    )
+
 
 def _padding_rules(job, plan, profile, device):
     "Padding where it was asked for, or where the device has nothing but packing against it"
     packing = plan.packing if plan else job.packing is True or job.packing == 'auto' and job.batch_size == 'fastest'
-    padded,can = not plan.padding_free if plan else job.padding_free is False,device is None or device.kind == 'cuda'
-    if not profile or packing or not padded or not can or not (what := packing_saves(profile)): return
-    if job.padding_free is False: yield 'padding', 'padding_free', what, '', "padding_free='auto', or packing=True"
-    else: yield 'padding', 'packing', what, '', 'packing=True'
+    padded, can = not plan.padding_free if plan else job.padding_free is False, device is None or device.kind == 'cuda'
+    if not profile or packing or not padded or not can or not (what := packing_saves(profile)):
+        return
+    if job.padding_free is False:
+        yield 'padding', 'padding_free', what, '', "padding_free='auto', or packing=True"
+    else:
+        yield 'padding', 'packing', what, '', 'packing=True'
+
 
 def _precision_rules(job, plan, device):
     "Weights wider than they need be"
-    size,narrow = model_size(job.model) or 0,plan.load_in_4bit if plan else job.load_in_4bit is True
-    if job.dtype == 'float32' and not narrow and not job.load_in_8bit and size > BIG: yield 'full-precision', 'dtype', f'{size/1e9:.1f} billion parameters in float32', '', "dtype='auto' and load_in_4bit='auto'"
-    if job.dtype == 'float16' and (device is None or device.bf16): yield 'float16', 'dtype', '', '' if device else 'info', "dtype='auto'"
+    size, narrow = model_size(job.model) or 0, plan.load_in_4bit if plan else job.load_in_4bit is True
+    if job.dtype == 'float32' and not narrow and not job.load_in_8bit and size > BIG:
+        yield (
+            'full-precision',
+            'dtype',
+            f'{size / 1e9:.1f} billion parameters in float32',
+            '',
+            "dtype='auto' and load_in_4bit='auto'",
+        )
+    if job.dtype == 'float16' and (device is None or device.bf16):
+        yield 'float16', 'dtype', '', '' if device else 'info', "dtype='auto'"
 
 # %% ../../nbs/lint/advice.ipynb #3d0bccb4
 def _job_rules(job, plan, profile, device):
     "(rule, parameter, what, severity, mend) for a job"
     yield from _precision_rules(job, plan, device)
     yield from _batch_rules(job, plan)
-    for f in lora_advice(job.to_dict()): yield *f,''
+    for f in lora_advice(job.to_dict()):
+        yield *f, ''
     missing = [l for l in LINEARS if l not in job.target_modules]
-    if missing and not set(job.target_modules) <= set(LINEARS[:4]): yield 'lora-few-layers', 'target_modules', f"without {', '.join(missing)}", 'info', ''
-    if profile: yield from length_advice(job.max_seq_length, profile, 'max_seq_length', profile.over, job.over_length in ('split', 'drop'))
+    if missing and not set(job.target_modules) <= set(LINEARS[:4]):
+        yield 'lora-few-layers', 'target_modules', f"without {', '.join(missing)}", 'info', ''
+    if profile:
+        yield from length_advice(
+            job.max_seq_length, profile, 'max_seq_length', profile.over, job.over_length in ('split', 'drop')
+        )
     yield from _padding_rules(job, plan, profile, device)
     whole = job.loss_on == 'everything' or isinstance(job.loss_on, list) and 'user' in job.loss_on
-    if whole and job.template != 'raw' and job.dataset_format != 'text': yield 'no-response-mask', 'loss_on', '', '', "loss_on='responses'"
-    if job.allow_remote_code and not job.revision: yield 'remote-code', 'allow_remote_code', f'{job.allow_remote_code} at any revision', '', ''
-    if job.gradient_checkpointing is False and plan is None and job.max_seq_length >= 4096: yield 'no-checkpointing', 'gradient_checkpointing', f'off, with rows of up to {job.max_seq_length:,} tokens', 'info', "gradient_checkpointing='auto'"
-    if plan and plan.fits is False: yield from _plan_rules(job, plan)
+    if whole and job.template != 'raw' and job.dataset_format != 'text':
+        yield 'no-response-mask', 'loss_on', '', '', "loss_on='responses'"
+    if job.allow_remote_code and not job.revision:
+        yield 'remote-code', 'allow_remote_code', f'{job.allow_remote_code} at any revision', '', ''
+    if job.gradient_checkpointing is False and plan is None and job.max_seq_length >= 4096:
+        yield (
+            'no-checkpointing',
+            'gradient_checkpointing',
+            f'off, with rows of up to {job.max_seq_length:,} tokens',
+            'info',
+            "gradient_checkpointing='auto'",
+        )
+    if plan and plan.fits is False:
+        yield from _plan_rules(job, plan)
 
 # %% ../../nbs/lint/advice.ipynb #60a7983d
 def refusals(e, source, at):
     "A finding for each line of a refusal; `at` gives the place of a parameter"
     for l in str(e).splitlines():
-        name,_,what = l.partition(': ')
+        name, _, what = l.partition(': ')
         known = name in FinetuneJob.model_fields
-        yield finding('wrong-value' if known else 'unknown-parameter', source, at(name), what or l, name if what else '', '', what.partition('; expected ')[2] if known else '')
+        yield finding(
+            'wrong-value' if known else 'unknown-parameter',
+            source,
+            at(name),
+            what or l,
+            name if what else '',
+            '',
+            what.partition('; expected ')[2] if known else '',
+        )
+
 
 def check_job(
-    job:FinetuneJob, # What to do
-    plan=None, # From `make_plan`; None: made when a device is given
-    profile=None, # From `profile_examples`, for lengths and packing
-    device=None, # A `Device`; None: the plan's
-)->Findings:
+    job: FinetuneJob,  # What to do
+    plan=None,  # From `make_plan`; None: made when a device is given
+    profile=None,  # From `profile_examples`, for lengths and packing
+    device=None,  # A `Device`; None: the plan's
+) -> Findings:
     "What to mend in a job"
     refused = []
     if plan is None and device is not None:
-        try: plan = make_plan(job, None, device)
-        except SpecError as e: refused = refusals(e, 'job', lambda name: None)
+        try:
+            plan = make_plan(job, None, device)
+        except SpecError as e:
+            refused = refusals(e, 'job', lambda name: None)
     rules = _job_rules(job, plan, profile, device or (plan.device if plan else None))
-    return report([*refused, *(finding(rule, 'job', None, what, name, severity, mend) for rule,name,what,severity,mend in rules)])
+    return report(
+        [
+            *refused,
+            *(finding(rule, 'job', None, what, name, severity, mend) for rule, name, what, severity, mend in rules),
+        ]
+    )

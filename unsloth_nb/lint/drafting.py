@@ -8,269 +8,488 @@ __all__ = ['SECRET', 'MigrationError', 'shown', 'Line', 'Draft', 'off', 'skips',
            'checkpointing_rule', 'test_rule', 'remote_rule', 'full_rule', 'targets_rule', 'rslora_rule', 'bias_rule']
 
 # %% ../../nbs/lint/drafting.ipynb #19e1ba70
-import ast,importlib.util,math,re,reprlib
+import ast
+import importlib.util
+import math
+import re
+import reprlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..core.escaping import mask_secrets,plain_text
+from ..core.escaping import mask_secrets, plain_text
 from .scanning import UNKNOWN
 from ..core.schema import SpecError
-from ..core.spec import LINEARS,FinetuneJob,presets
+from ..core.spec import LINEARS, FinetuneJob, presets
 
 # %% ../../nbs/lint/drafting.ipynb #71c97386
 class MigrationError(SpecError):
     "A file that stands for no finetune job; says what it is, and what there is instead"
 
+
 SECRET = re.compile(r'(?i)(?:^|_)(?:hf|hub|auth|access|api)_?(?:\w+_)?token$|^token$|api_?key|secret|password')
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 2000
-_repr.maxlevel,_repr.maxlist,_repr.maxdict = 3,20,20
+_repr.maxlevel, _repr.maxlist, _repr.maxdict = 3, 20, 20
+
 
 def shown(
-    name:str, # As the source calls it
-    v, # As the source has it
-    limit:int=100, # Longest text [characters]
-)->str:
+    name: str,  # As the source calls it
+    v,  # As the source has it
+    limit: int = 100,  # Longest text [characters]
+) -> str:
     "A value for a table: short, plain, and of a secret nothing"
-    if SECRET.search(str(name)) and not isinstance(v, bool) and v is not UNKNOWN: return '…'
+    if SECRET.search(str(name)) and not isinstance(v, bool) and v is not UNKNOWN:
+        return '…'
     text = ' '.join(plain_text(mask_secrets(_repr.repr(v))).split())
-    return text if len(text) <= limit else text[:limit]+' …'
+    return text if len(text) <= limit else text[:limit] + ' …'
+
 
 @dataclass(frozen=True)
 class Line:
     "One setting, and what became of it"
-    name:str # As the source calls it
-    value:str # As the source has it, shortened
-    where:str # Where it stands; `not given`: the source's own default
-    to:dict # Parameters of our job and their values; empty: none
-    why:str='' # The reason, and what to do
+
+    name: str  # As the source calls it
+    value: str  # As the source has it, shortened
+    where: str  # Where it stands; `not given`: the source's own default
+    to: dict  # Parameters of our job and their values; empty: none
+    why: str = ''  # The reason, and what to do
 
 # %% ../../nbs/lint/drafting.ipynb #a33851e9
 class Draft:
     "A job in the making"
-    def __init__(self, path, source, where=None): # where: name to the place where a setting stands
-        self.path,self.source,self.places = str(path),source,where or {}
-        self.params,self.exports,self.data = {},[],[] # data: entries of a mix, one a dataset
-        self.mapped,self.defaults,self.unneeded,self.left = [],[],[],[]
-        self.told = set() # Parameters that the file speaks of, though they could not be taken over
-        self.ratio,self.epochs,self.rslora,self.quantized = None,None,False,False # What can be settled only when all has been read
-    def _line(self, name, v, to, why): return Line(str(name), shown(name, v), self.places.get(name, ''), to, why)
-    def skip(self, name, v, why): self.unneeded.append(self._line(name, v, {}, why))
-    def leave(self, name, v, why, *params): self.left.append(self._line(name, v, {}, why)); self.told |= set(params) # params: those that keep our default
+
+    def __init__(self, path, source, where=None):  # where: name to the place where a setting stands
+        self.path, self.source, self.places = str(path), source, where or {}
+        self.params, self.exports, self.data = {}, [], []  # data: entries of a mix, one a dataset
+        self.mapped, self.defaults, self.unneeded, self.left = [], [], [], []
+        self.told = set()  # Parameters that the file speaks of, though they could not be taken over
+        self.ratio, self.epochs, self.rslora, self.quantized = (
+            None,
+            None,
+            False,
+            False,
+        )  # What can be settled only when all has been read
+
+    def _line(self, name, v, to, why):
+        return Line(str(name), shown(name, v), self.places.get(name, ''), to, why)
+
+    def skip(self, name, v, why):
+        self.unneeded.append(self._line(name, v, {}, why))
+
+    def leave(self, name, v, why, *params):
+        self.left.append(self._line(name, v, {}, why))
+        self.told |= set(params)  # params: those that keep our default
+
     def take(self, name, v, why='', **to):
-        other = next((k for k,x in to.items() if k in self.params and self.params[k] != x), None)
-        if other: return self.leave(name, v, f"{other} is {shown(other, self.params[other])} by another setting of the same file, and that stands; set {other} yourself if this one is meant")
+        other = next((k for k, x in to.items() if k in self.params and self.params[k] != x), None)
+        if other:
+            return self.leave(
+                name,
+                v,
+                f"{other} is {shown(other, self.params[other])} by another setting of the same file, and that stands; set {other} yourself if this one is meant",
+            )
         self.params |= to
         self.mapped.append(self._line(name, v, to, why))
 
+
 @patch
-def read(self:Draft, rules:dict, values:dict, unknown:str='this importer does not know it; look up what it does, and whether you need it'):
+def read(
+    self: Draft,
+    rules: dict,
+    values: dict,
+    unknown: str = 'this importer does not know it; look up what it does, and whether you need it',
+):
     "Apply the rule of each setting: a parameter's name, or a function of (draft, name, value)"
-    for name,v in values.items():
+    for name, v in values.items():
         rule = rules.get(name)
-        if SECRET.search(str(name)) and v: self.leave(name, v, 'a secret, which is never copied; give it by the environment (HF_TOKEN, WANDB_API_KEY) or by `hf auth login`')
-        elif v is None: continue # The source says nothing
-        elif v is UNKNOWN and not getattr(rule, 'any_value', False): self.leave(name, v, 'only running the file would tell its value'+(f'; set {rule} yourself' if isinstance(rule, str) else ''), *([rule] if isinstance(rule, str) else []))
-        elif rule is None: self.leave(name, v, unknown)
-        elif isinstance(rule, str): self.take(name, v, **{rule: v})
-        else: rule(self, name, v)
+        if SECRET.search(str(name)) and v:
+            self.leave(
+                name,
+                v,
+                'a secret, which is never copied; give it by the environment (HF_TOKEN, WANDB_API_KEY) or by `hf auth login`',
+            )
+        elif v is None:
+            continue  # The source says nothing
+        elif v is UNKNOWN and not getattr(rule, 'any_value', False):
+            self.leave(
+                name,
+                v,
+                'only running the file would tell its value'
+                + (f'; set {rule} yourself' if isinstance(rule, str) else ''),
+                *([rule] if isinstance(rule, str) else []),
+            )
+        elif rule is None:
+            self.leave(name, v, unknown)
+        elif isinstance(rule, str):
+            self.take(name, v, **{rule: v})
+        else:
+            rule(self, name, v)
 
 # %% ../../nbs/lint/drafting.ipynb #d78cea06
 _off = (None, False, '', 'none', 'no', 0, [], {})
 
-def off(v)->bool: return any(v == o and type(v) is type(o) for o in _off)
 
-def skips(why:str): # A rule
+def off(v) -> bool:
+    return any(v == o and type(v) is type(o) for o in _off)
+
+
+def skips(why: str):  # A rule
     "A setting that changes nothing here, and why"
-    def rule(d, name, v): d.skip(name, v, why)
+
+    def rule(d, name, v):
+        d.skip(name, v, why)
+
     rule.any_value = True
     return rule
 
-def leaves(why:str): # A rule
+
+def leaves(why: str):  # A rule
     "A setting that has no counterpart, and what to do; when it is off, there is nothing to take over"
-    def rule(d, name, v): d.skip(name, v, 'off in the source, and not there here') if off(v) else d.leave(name, v, why)
+
+    def rule(d, name, v):
+        d.skip(name, v, 'off in the source, and not there here') if off(v) else d.leave(name, v, why)
+
     return rule
 
-def refuses(what:str): # A rule
+
+def refuses(what: str):  # A rule
     "A setting that makes the file something else than a finetune job"
+
     def rule(d, name, v):
-        if not off(v): raise MigrationError(f"{d.path}: {name}: {shown(name, v)}: {what}")
+        if not off(v):
+            raise MigrationError(f"{d.path}: {name}: {shown(name, v)}: {what}")
         d.skip(name, v, 'off in the source, and not there here')
+
     return rule
 
 # %% ../../nbs/lint/drafting.ipynb #e21679a7
 @cache
-def _unsloth_table()->dict:
+def _unsloth_table() -> dict:
     "Quantized name to the names of the same model in 16 bits, from Unsloth's own table"
     spec = importlib.util.find_spec('unsloth')
-    file = Path(spec.submodule_search_locations[0])/'models'/'mapper.py' if spec and spec.submodule_search_locations else None
-    try: found = [n.value for n in ast.parse(file.read_text()).body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '').endswith('INT_TO_FLOAT_MAPPER')]
-    except (AttributeError, OSError, SyntaxError): return {}
-    try: return {k.lower():v for k,v in ast.literal_eval(found[0]).items()} if found else {}
-    except ValueError: return {}
+    file = (
+        Path(spec.submodule_search_locations[0]) / 'models' / 'mapper.py'
+        if spec and spec.submodule_search_locations
+        else None
+    )
+    try:
+        found = [
+            n.value
+            for n in ast.parse(file.read_text()).body
+            if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '').endswith('INT_TO_FLOAT_MAPPER')
+        ]
+    except (AttributeError, OSError, SyntaxError):
+        return {}
+    try:
+        return {k.lower(): v for k, v in ast.literal_eval(found[0]).items()} if found else {}
+    except ValueError:
+        return {}
 
-def full_name(name:str)->tuple: # (name, was it quantized?, how sure)
+
+def full_name(name: str) -> tuple:  # (name, was it quantized?, how sure)
     "The model in 16 bits that a quantized copy stands for"
     known = next((p for p in presets().values() if p.hub_4bit and p.hub_4bit.lower() == name.lower()), None)
-    if known: return known.hub_ungated or known.hub,True,'a preset'
-    if not re.search(r'(?i)-bnb-4bit$', name): return name,False,''
+    if known:
+        return known.hub_ungated or known.hub, True, 'a preset'
+    if not re.search(r'(?i)-bnb-4bit$', name):
+        return name, False, ''
     names = _unsloth_table().get(name.lower())
-    while isinstance(names, dict): names = next(iter(names.values()))
-    if names: return ([names] if isinstance(names, str) else names)[0],True,"Unsloth's table"
-    return re.sub(r'(?i)(-unsloth)?-bnb-4bit$', '', name),True,"by its name alone; check that it is on the Hub"
+    while isinstance(names, dict):
+        names = next(iter(names.values()))
+    if names:
+        return ([names] if isinstance(names, str) else names)[0], True, "Unsloth's table"
+    return re.sub(r'(?i)(-unsloth)?-bnb-4bit$', '', name), True, "by its name alone; check that it is on the Hub"
+
 
 def model_rule(d, name, v):
     "The model, in 16 bits, and whether it was quantized"
-    full,quantized,why = full_name(v) if isinstance(v, str) else (v, False, '')
+    full, quantized, why = full_name(v) if isinstance(v, str) else (v, False, '')
     d.take(name, v, f'the model that the quantized copy was made from ({why})' if quantized else '', model=full)
     d.quantized = quantized
 
 # %% ../../nbs/lint/drafting.ipynb #45ce1976
-_optims = dict(adamw_8bit='adamw_8bit', adamw_bnb_8bit='adamw_8bit', paged_adamw_8bit='paged_adamw_8bit', adamw_torch='adamw_torch', adamw_hf='adamw_torch', adamw_torch_fused='adamw_torch_fused', sgd='sgd')
+_optims = dict(
+    adamw_8bit='adamw_8bit',
+    adamw_bnb_8bit='adamw_8bit',
+    paged_adamw_8bit='paged_adamw_8bit',
+    adamw_torch='adamw_torch',
+    adamw_hf='adamw_torch',
+    adamw_torch_fused='adamw_torch_fused',
+    sgd='sgd',
+)
 _schedules = ('linear', 'cosine', 'constant', 'constant_with_warmup')
 
+
 def optim_rule(d, name, v):
-    if str(v) in _optims: d.take(name, v, optim=_optims[str(v)])
-    else: d.leave(name, v, "there is no such optimizer here; optim stays 'auto', which takes AdamW, and its learning rate may have to be another", 'optim')
+    if str(v) in _optims:
+        d.take(name, v, optim=_optims[str(v)])
+    else:
+        d.leave(
+            name,
+            v,
+            "there is no such optimizer here; optim stays 'auto', which takes AdamW, and its learning rate may have to be another",
+            'optim',
+        )
+
 
 def schedule_rule(d, name, v):
-    if v in _schedules: d.take(name, v, lr_scheduler_type=v)
-    else: d.leave(name, v, f"there is no such schedule here; lr_scheduler_type stays 'linear', the others are {', '.join(_schedules[1:])}", 'lr_scheduler_type')
+    if v in _schedules:
+        d.take(name, v, lr_scheduler_type=v)
+    else:
+        d.leave(
+            name,
+            v,
+            f"there is no such schedule here; lr_scheduler_type stays 'linear', the others are {', '.join(_schedules[1:])}",
+            'lr_scheduler_type',
+        )
+
 
 def warmup_rule(d, name, v):
     v = number(v)
-    if isinstance(v, (int, float)) and (0 < v < 1 or 'ratio' in name): d.ratio = (name, v)
-    else: d.take(name, v, warmup_steps=int(v) if isinstance(v, float) and v.is_integer() else v)
+    if isinstance(v, (int, float)) and (0 < v < 1 or 'ratio' in name):
+        d.ratio = (name, v)
+    else:
+        d.take(name, v, warmup_steps=int(v) if isinstance(v, float) and v.is_integer() else v)
+
 
 def number(v):
     "A number that YAML read as text, such as 2e-4"
-    if not isinstance(v, str): return v
-    try: return float(v)
-    except ValueError: return v
+    if not isinstance(v, str):
+        return v
+    try:
+        return float(v)
+    except ValueError:
+        return v
+
 
 def steps_rule(d, name, v):
-    if isinstance(v, int) and v > 0: d.take(name, v, max_steps=v)
-    else: d.skip(name, v, 'the source means: epochs decide')
+    if isinstance(v, int) and v > 0:
+        d.take(name, v, max_steps=v)
+    else:
+        d.skip(name, v, 'the source means: epochs decide')
 
-def epochs_rule(d, name, v): d.epochs = (name, number(v))
+
+def epochs_rule(d, name, v):
+    d.epochs = (name, number(v))
 
 # %% ../../nbs/lint/drafting.ipynb #7c45162a
 def dtype_rule(d, name, v):
     "bf16, fp16 and names of dtypes"
     v = str(v).removeprefix('torch.')
-    kind = dict(bf16='bfloat16', bfloat16='bfloat16', fp16='float16', float16='float16', half='float16', float32='float32').get(name if v == 'True' else v)
-    if kind: d.take(name, v, dtype=kind)
-    else: d.skip(name, v, 'the plan takes bfloat16 where the device has it')
-dtype_rule.any_value = True # As in `fp16 = not is_bfloat16_supported()`
+    kind = dict(
+        bf16='bfloat16', bfloat16='bfloat16', fp16='float16', float16='float16', half='float16', float32='float32'
+    ).get(name if v == 'True' else v)
+    if kind:
+        d.take(name, v, dtype=kind)
+    else:
+        d.skip(name, v, 'the plan takes bfloat16 where the device has it')
+
+
+dtype_rule.any_value = True  # As in `fp16 = not is_bfloat16_supported()`
+
 
 def checkpointing_rule(d, name, v):
-    if v in (True, False, 'unsloth'): d.take(name, v, gradient_checkpointing=v)
-    elif v in ('offload', 'legacy', 'true'): d.take(name, v, "Unsloth's keeps them in main memory too", gradient_checkpointing='unsloth')
-    else: d.leave(name, v, "the plan decides, since gradient_checkpointing stays 'auto'")
+    if v in (True, False, 'unsloth'):
+        d.take(name, v, gradient_checkpointing=v)
+    elif v in ('offload', 'legacy', 'true'):
+        d.take(name, v, "Unsloth's keeps them in main memory too", gradient_checkpointing='unsloth')
+    else:
+        d.leave(name, v, "the plan decides, since gradient_checkpointing stays 'auto'")
+
 
 def test_rule(d, name, v):
     "How much is held out"
     v = number(v)
-    if isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 1: d.take(name, v, test_size=int(v))
-    elif off(v) or v == 0: d.skip(name, v, f"{FinetuneJob().test_size} rows are held out all the same: the comparison before and after needs them")
-    else: d.leave(name, v, f"a share of rows that have not been counted; set test_size to so many rows, {FinetuneJob().test_size} otherwise")
+    if isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 1:
+        d.take(name, v, test_size=int(v))
+    elif off(v) or v == 0:
+        d.skip(
+            name,
+            v,
+            f"{FinetuneJob().test_size} rows are held out all the same: the comparison before and after needs them",
+        )
+    else:
+        d.leave(
+            name,
+            v,
+            f"a share of rows that have not been counted; set test_size to so many rows, {FinetuneJob().test_size} otherwise",
+        )
+
 
 def remote_rule(d, name, v):
-    if v is True: d.leave(name, v, "code from the model's repository is not run here; most models need none any more. If this one does, read that code and name the repository: allow_remote_code='owner/name'")
-    else: d.skip(name, v, 'it is off here, too')
+    if v is True:
+        d.leave(
+            name,
+            v,
+            "code from the model's repository is not run here; most models need none any more. If this one does, read that code and name the repository: allow_remote_code='owner/name'",
+        )
+    else:
+        d.skip(name, v, 'it is off here, too')
 
-def full_rule(d, name, v): d.leave(name, v, "all weights were trained; here an adapter is (r=16 and all linear layers, unless set). Its learning rate is about ten times that of full training (LoRA Without Regret, Thinking Machines 2025): try 1e-4 to 5e-4")
+
+def full_rule(d, name, v):
+    d.leave(
+        name,
+        v,
+        "all weights were trained; here an adapter is (r=16 and all linear layers, unless set). Its learning rate is about ten times that of full training (LoRA Without Regret, Thinking Machines 2025): try 1e-4 to 5e-4",
+    )
 
 # %% ../../nbs/lint/drafting.ipynb #be647a63
 _whole = ('embed_tokens', 'lm_head')
 
+
 def targets_rule(d, name, v):
     "Layers that get an adapter"
     names = v.split(',') if isinstance(v, str) and re.fullmatch(r'[\w, -]+', v) else v
-    if v in ('all', 'all-linear', 'all_linear') or v is True: return d.take(name, v, 'the seven of Llama-like models; a model with others refuses the job and names them', target_modules=LINEARS)
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names): return d.leave(name, v, f"a pattern, or nothing that is a list of names; target_modules stays {', '.join(LINEARS)}")
+    if v in ('all', 'all-linear', 'all_linear') or v is True:
+        return d.take(
+            name,
+            v,
+            'the seven of Llama-like models; a model with others refuses the job and names them',
+            target_modules=LINEARS,
+        )
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        return d.leave(
+            name, v, f"a pattern, or nothing that is a list of names; target_modules stays {', '.join(LINEARS)}"
+        )
     names = [n.strip() for n in names]
-    if (whole := [n for n in names if n in _whole]): d.leave(name, whole, 'there they are trained in full beside the adapter; here only adapters are trained')
-    if (rest := [n for n in names if n not in _whole]): d.take(name, v, target_modules=rest)
+    if whole := [n for n in names if n in _whole]:
+        d.leave(name, whole, 'there they are trained in full beside the adapter; here only adapters are trained')
+    if rest := [n for n in names if n not in _whole]:
+        d.take(name, v, target_modules=rest)
+
 
 def rslora_rule(d, name, v):
-    if v is True: d.rslora = True
-    else: d.skip(name, v, 'off in the source; here the scale is always lora_alpha / r')
+    if v is True:
+        d.rslora = True
+    else:
+        d.skip(name, v, 'off in the source; here the scale is always lora_alpha / r')
+
 
 def bias_rule(d, name, v):
-    if v == 'none': d.skip(name, v, 'biases are never trained here, either')
-    else: d.leave(name, v, 'biases are not trained here')
+    if v == 'none':
+        d.skip(name, v, 'biases are never trained here, either')
+    else:
+        d.leave(name, v, 'biases are not trained here')
+
 
 @patch
-def _scale(self:Draft):
+def _scale(self: Draft):
     "Rank-stabilised LoRA as a plain one"
-    if not self.rslora: return
-    r,alpha = (self.params.get(k, getattr(FinetuneJob(), k)) for k in ('r', 'lora_alpha'))
-    plain = alpha*math.sqrt(r)
+    if not self.rslora:
+        return
+    r, alpha = (self.params.get(k, getattr(FinetuneJob(), k)) for k in ('r', 'lora_alpha'))
+    plain = alpha * math.sqrt(r)
     self.params['lora_alpha'] = max(1, round(plain))
-    self.mapped.append(self._line('use_rslora', True, dict(lora_alpha=round(plain)), f'{alpha}/√{r} is {plain:.4g}/{r}'+('' if plain == round(plain) else f', rounded to {round(plain)}/{r}')))
+    self.mapped.append(
+        self._line(
+            'use_rslora',
+            True,
+            dict(lora_alpha=round(plain)),
+            f'{alpha}/√{r} is {plain:.4g}/{r}' + ('' if plain == round(plain) else f', rounded to {round(plain)}/{r}'),
+        )
+    )
 
 # %% ../../nbs/lint/drafting.ipynb #8397b46b
 @patch
-def _course(self:Draft, epochs):
+def _course(self: Draft, epochs):
     "How long, and how much of it is warm-up"
     if 'max_steps' in self.params:
-        if self.epochs: self.skip(*self.epochs, 'max_steps decides, in the source, too')
-    elif self.epochs: self.take(*self.epochs, max_steps=None, num_train_epochs=self.epochs[1])
+        if self.epochs:
+            self.skip(*self.epochs, 'max_steps decides, in the source, too')
+    elif self.epochs:
+        self.take(*self.epochs, max_steps=None, num_train_epochs=self.epochs[1])
     else:
         self.params |= dict(max_steps=None, num_train_epochs=epochs)
-        self.defaults.append(Line('num_train_epochs', f'{epochs:g}', 'not given', dict(max_steps=None, num_train_epochs=epochs)))
-    if not self.ratio: return
-    name,v = self.ratio
+        self.defaults.append(
+            Line('num_train_epochs', f'{epochs:g}', 'not given', dict(max_steps=None, num_train_epochs=epochs))
+        )
+    if not self.ratio:
+        return
+    name, v = self.ratio
     steps = self.params['max_steps']
-    if not isinstance(v, (int, float)) or not 0 <= v < 1: self.leave(name, v, 'not a share between 0 and 1; set warmup_steps')
-    elif steps or v == 0: self.take(name, v, f'{v:g} of {steps or "all"} steps', warmup_steps=math.ceil(v*(steps or 0)))
-    else: self.leave(name, v, f"a share of steps that are known only when the rows have been counted: set warmup_steps to about {v:g} × rows × epochs / rows a step; {FinetuneJob().warmup_steps} otherwise")
+    if not isinstance(v, (int, float)) or not 0 <= v < 1:
+        self.leave(name, v, 'not a share between 0 and 1; set warmup_steps')
+    elif steps or v == 0:
+        self.take(name, v, f'{v:g} of {steps or "all"} steps', warmup_steps=math.ceil(v * (steps or 0)))
+    else:
+        self.leave(
+            name,
+            v,
+            f"a share of steps that are known only when the rows have been counted: set warmup_steps to about {v:g} × rows × epochs / rows a step; {FinetuneJob().warmup_steps} otherwise",
+        )
+
 
 @patch
-def _rows(self:Draft, stem):
+def _rows(self: Draft, stem):
     "The dataset, or the mix of several"
-    if len(self.data) == 1: self.params |= self.data[0]
-    elif self.data: self.params['dataset'] = f'{stem}_mix.yaml'
+    if len(self.data) == 1:
+        self.params |= self.data[0]
+    elif self.data:
+        self.params['dataset'] = f'{stem}_mix.yaml'
     else:
         self.params['dataset'] = 'your_rows.jsonl'
-        self.leave('dataset', None, 'the rows come from code or from nowhere; write them to a file, one JSON object a line, and name it: dataset=…')
+        self.leave(
+            'dataset',
+            None,
+            'the rows come from code or from nowhere; write them to a file, one JSON object a line, and name it: dataset=…',
+        )
 
 # %% ../../nbs/lint/drafting.ipynb #7732e0ca
 @patch
 def finish(
-    self:Draft,
-    defaults:dict, # Parameter to the value that the source's tool has when the file is silent
-    epochs:float, # The same for the number of epochs
-    stem:str, # Name for a mix
-    **over, # Parameters that win over the file
-)->FinetuneJob:
+    self: Draft,
+    defaults: dict,  # Parameter to the value that the source's tool has when the file is silent
+    epochs: float,  # The same for the number of epochs
+    stem: str,  # Name for a mix
+    **over,  # Parameters that win over the file
+) -> FinetuneJob:
     "The job; what the schema refuses is left, with its words"
-    if self.quantized: self.params.setdefault('load_in_4bit', True)
-    for k,v in defaults.items():
-        if k in self.params or k in self.told or (k == 'warmup_ratio' and (self.ratio or 'warmup_steps' in self.params)): continue
-        if k == 'warmup_ratio': self.ratio = (k, v); self.places[k] = 'not given'
-        else: self.params[k] = v; self.defaults.append(Line(k, shown(k, v), 'not given', {k:v}))
+    if self.quantized:
+        self.params.setdefault('load_in_4bit', True)
+    for k, v in defaults.items():
+        if (
+            k in self.params
+            or k in self.told
+            or (k == 'warmup_ratio' and (self.ratio or 'warmup_steps' in self.params))
+        ):
+            continue
+        if k == 'warmup_ratio':
+            self.ratio = (k, v)
+            self.places[k] = 'not given'
+        else:
+            self.params[k] = v
+            self.defaults.append(Line(k, shown(k, v), 'not given', {k: v}))
     self._scale()
     self._course(epochs)
     self._rows(stem)
-    if 'model' not in self.params|over: raise MigrationError(f"{self.path}: no model is named in a way that can be read without running the file; name it: -p model=…")
+    if 'model' not in self.params | over:
+        raise MigrationError(
+            f"{self.path}: no model is named in a way that can be read without running the file; name it: -p model=…"
+        )
     while True:
-        try: return FinetuneJob(**self.params|over)
-        except SpecError as e: self._drop(e, over)
+        try:
+            return FinetuneJob(**self.params | over)
+        except SpecError as e:
+            self._drop(e, over)
 
 # %% ../../nbs/lint/drafting.ipynb #31674d0a
 @patch
-def _drop(self:Draft, e, over):
+def _drop(self: Draft, e, over):
     "Take out what the schema refused"
-    bad = {k:m for k,_,m in (l.partition(': ') for l in str(e).splitlines()) if k in self.params and k not in over}
-    if not bad or 'model' in bad: raise MigrationError(f"{self.path}: {e}; name a model that is here: -p model=…" if 'model' in bad else f"{self.path}: {e}") from None
-    for k,m in bad.items():
+    bad = {k: m for k, _, m in (l.partition(': ') for l in str(e).splitlines()) if k in self.params and k not in over}
+    if not bad or 'model' in bad:
+        raise MigrationError(
+            f"{self.path}: {e}; name a model that is here: -p model=…" if 'model' in bad else f"{self.path}: {e}"
+        ) from None
+    for k, m in bad.items():
         v = self.params.pop(k)
         gone = [l for l in (*self.mapped, *self.defaults) if k in l.to]
-        self.mapped,self.defaults = ([l for l in ls if k not in l.to] for ls in (self.mapped, self.defaults))
+        self.mapped, self.defaults = ([l for l in ls if k not in l.to] for ls in (self.mapped, self.defaults))
         self.left.append(Line(gone[0].name if gone else k, shown(k, v), gone[0].where if gone else '', {}, f"{k}: {m}"))
-    if 'max_steps' not in self.params: self.params['max_steps'] = FinetuneJob().max_steps if self.params.get('num_train_epochs') is None else None
-    if self.params['max_steps'] is None and self.params.get('num_train_epochs') is None: self.params |= dict(max_steps=FinetuneJob().max_steps)
+    if 'max_steps' not in self.params:
+        self.params['max_steps'] = FinetuneJob().max_steps if self.params.get('num_train_epochs') is None else None
+    if self.params['max_steps'] is None and self.params.get('num_train_epochs') is None:
+        self.params |= dict(max_steps=FinetuneJob().max_steps)

@@ -24,44 +24,71 @@ from ..tokens.templates import FormatError
 
 # %% ../../nbs/lint/inspecting.ipynb #8dd6b104
 def inspect_data(
-    job:FinetuneJob, # Dataset, template, length and policies
-    engine:bool=True, # False: without Unsloth, in seconds; only for a process that loads no model afterwards
-)->tuple: # (Data, Examples, Profile, the FormatError of rows that are too long or None)
+    job: FinetuneJob,  # Dataset, template, length and policies
+    engine: bool = True,  # False: without Unsloth, in seconds; only for a process that loads no model afterwards
+) -> tuple:  # (Data, Examples, Profile, the FormatError of rows that are too long or None)
     "A dataset as a job would see it, all rows, none held out"
-    data,problem = load_data(job, split=False),None
-    if not data.supervised: data = load_data(job.replace(train_on_preferred=True), split=False)
-    formatter = Formatter.for_job(job, load_tokenizer(job, engine or job.template not in ('auto', 'chat', 'alpaca', 'raw')), text=data.train[0].text is not None)
+    data, problem = load_data(job, split=False), None
+    if not data.supervised:
+        data = load_data(job.replace(train_on_preferred=True), split=False)
+    formatter = Formatter.for_job(
+        job,
+        load_tokenizer(job, engine or job.template not in ('auto', 'chat', 'alpaca', 'raw')),
+        text=data.train[0].text is not None,
+    )
     make = lambda policy: make_examples(data.train, formatter, job.max_seq_length, policy, job.max_dropped)
-    try: examples = make(job.over_length)
+    try:
+        examples = make(job.over_length)
     except FormatError as e:
-        if e.reason not in ('too_long', 'over_filtered'): raise
-        examples,problem = make('keep'),e
-    return data,examples,profile_examples(examples, data.train, job.rows_at_once(), job.seed),problem
+        if e.reason not in ('too_long', 'over_filtered'):
+            raise
+        examples, problem = make('keep'), e
+    return data, examples, profile_examples(examples, data.train, job.rows_at_once(), job.seed), problem
 
 # %% ../../nbs/lint/inspecting.ipynb #19ee7b43
 def print_data(data, examples, profile, show):
     "The report of `data`, as text"
-    note = "\nnote: preference data; a finetune job refuses it unless train_on_preferred=true, and what follows is about the better answers\n" if 'preference' in data.format else ''
-    parts = [data, note, f"template {examples.formatter.template}: {examples.formatter.reason}; loss on {examples.formatter.loss_on}", '', examples.rows, examples.tokens, *(f'warning: {w}' for w in examples.warnings), '', profile]
+    note = (
+        "\nnote: preference data; a finetune job refuses it unless train_on_preferred=true, and what follows is about the better answers\n"
+        if 'preference' in data.format
+        else ''
+    )
+    parts = [
+        data,
+        note,
+        f"template {examples.formatter.template}: {examples.formatter.reason}; loss on {examples.formatter.loss_on}",
+        '',
+        examples.rows,
+        examples.tokens,
+        *(f'warning: {w}' for w in examples.warnings),
+        '',
+        profile,
+    ]
     print(*map(plain_text, parts), sep='\n')
-    for ex in examples[:show]: print('', ex, sep='\n')
+    for ex in examples[:show]:
+        print('', ex, sep='\n')
 
 # %% ../../nbs/lint/inspecting.ipynb #7bf2fdd7
-def data_profile(job:FinetuneJob):
+def data_profile(job: FinetuneJob):
     "Profile of a job's data where data and tokenizer are at hand, else None with a note"
-    if job.dataset != 'events' and not Path(job.dataset).expanduser().exists(): return None
-    try: return inspect_data(job, engine=False)[2]
-    except SpecError as e: print(f"note: the data was not looked at: {str(e).splitlines()[0]}", file=sys.stderr)
+    if job.dataset != 'events' and not Path(job.dataset).expanduser().exists():
+        return None
+    try:
+        return inspect_data(job, engine=False)[2]
+    except SpecError as e:
+        print(f"note: the data was not looked at: {str(e).splitlines()[0]}", file=sys.stderr)
 
 # %% ../../nbs/lint/inspecting.ipynb #a00eb879
 def check_files(
-    files, # `.ipynb`, `.py`, `.yaml` or `.yml`
-    device=None, # A `Device`; None: not known
-    profile=None, # Of the data they train on; None: not known
-)->tuple: # (Findings, file to why it cannot be read)
+    files,  # `.ipynb`, `.py`, `.yaml` or `.yml`
+    device=None,  # A `Device`; None: not known
+    profile=None,  # Of the data they train on; None: not known
+) -> tuple:  # (Findings, file to why it cannot be read)
     "Check several files; one that cannot be read does not stop the others"
-    found,bad = Findings(),{}
+    found, bad = Findings(), {}
     for f in files:
-        try: found += check_file(f, device, profile)
-        except ScanError as e: bad[str(f)] = str(e)
-    return found,bad
+        try:
+            found += check_file(f, device, profile)
+        except ScanError as e:
+            bad[str(f)] = str(e)
+    return found, bad

@@ -7,58 +7,187 @@ __all__ = ['UNSLOTH_DEFAULTS', 'TRANSFORMERS_DEFAULTS', 'read_notebook', 'Import
 
 # %% ../../nbs/lint/migration.ipynb #7f11863d
 import re
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from fastcore.basics import patch
-from .drafting import (SECRET,Draft,Line,MigrationError,bias_rule,checkpointing_rule,dtype_rule,full_rule,leaves,model_rule,remote_rule,rslora_rule,skips,targets_rule,test_rule)
-from ..core.escaping import markdown_code,markdown_text,plain_text
-from .other_tools import TRAINER,add_rows,read_axolotl,read_llama_factory,read_yaml
-from .scanning import UNKNOWN,Source,scan
-from ..core.spec import EXPORTS,LINEARS,TEMPLATES,ExportJob,FinetuneJob,split_batch
+from unsloth_nb.lint.drafting import (
+    SECRET,
+    Draft,
+    Line,
+    MigrationError,
+    bias_rule,
+    checkpointing_rule,
+    dtype_rule,
+    full_rule,
+    leaves,
+    model_rule,
+    remote_rule,
+    rslora_rule,
+    skips,
+    targets_rule,
+    test_rule,
+)
+from ..core.escaping import markdown_code, markdown_text, plain_text
+from .other_tools import TRAINER, add_rows, read_axolotl, read_llama_factory, read_yaml
+from .scanning import UNKNOWN, Source, scan
+from ..core.spec import EXPORTS, LINEARS, TEMPLATES, ExportJob, FinetuneJob, split_batch
 
 # %% ../../nbs/lint/migration.ipynb #88dade23
 _vllm = skips('belongs to fast generation, which training does not use')
 _loader = skips('the libraries find it themselves')
-_LOAD = dict(max_seq_length='max_seq_length', load_in_4bit='load_in_4bit', load_in_8bit='load_in_8bit', revision='revision', dtype=dtype_rule, torch_dtype=dtype_rule, full_finetuning=lambda d,n,v: full_rule(d, n, v) if v else d.skip(n, v, 'an adapter is trained here, too'),
-    load_in_16bit=lambda d,n,v: d.take(n, v, load_in_4bit=False) if v else d.skip(n, v, 'off in the source'), trust_remote_code=remote_rule, use_gradient_checkpointing=checkpointing_rule, load_in_fp8=leaves('weights are loaded in 16, 8 or 4 bits here'),
-    rope_scaling=leaves('positions are not stretched here; take a model with a longer context'), qat_scheme=leaves('training for a quantized form is not there; export quantized and read its certificate'), model_name=model_rule, pretrained_model_name_or_path=model_rule,
-    **dict.fromkeys(('fast_inference', 'gpu_memory_utilization', 'max_lora_rank', 'float8_kv_cache', 'disable_log_stats'), _vllm), **dict.fromkeys(('device_map', 'device_map_planner_kwargs', 'attn_implementation', 'fix_tokenizer', 'offload_embedding', 'unsloth_force_compile', 'unsloth_tiled_mlp', 'text_only', 'use_exact_model_name', 'random_state', 'float32_mixed_precision'), _loader))
+_LOAD = dict(
+    max_seq_length='max_seq_length',
+    load_in_4bit='load_in_4bit',
+    load_in_8bit='load_in_8bit',
+    revision='revision',
+    dtype=dtype_rule,
+    torch_dtype=dtype_rule,
+    full_finetuning=lambda d, n, v: full_rule(d, n, v) if v else d.skip(n, v, 'an adapter is trained here, too'),
+    load_in_16bit=lambda d, n, v: d.take(n, v, load_in_4bit=False) if v else d.skip(n, v, 'off in the source'),
+    trust_remote_code=remote_rule,
+    use_gradient_checkpointing=checkpointing_rule,
+    load_in_fp8=leaves('weights are loaded in 16, 8 or 4 bits here'),
+    rope_scaling=leaves('positions are not stretched here; take a model with a longer context'),
+    qat_scheme=leaves('training for a quantized form is not there; export quantized and read its certificate'),
+    model_name=model_rule,
+    pretrained_model_name_or_path=model_rule,
+    **dict.fromkeys(
+        ('fast_inference', 'gpu_memory_utilization', 'max_lora_rank', 'float8_kv_cache', 'disable_log_stats'), _vllm
+    ),
+    **dict.fromkeys(
+        (
+            'device_map',
+            'device_map_planner_kwargs',
+            'attn_implementation',
+            'fix_tokenizer',
+            'offload_embedding',
+            'unsloth_force_compile',
+            'unsloth_tiled_mlp',
+            'text_only',
+            'use_exact_model_name',
+            'random_state',
+            'float32_mixed_precision',
+        ),
+        _loader,
+    ),
+)
+
 
 def _parts_rule(d, name, v):
     "Which parts of each layer get an adapter"
     d.parts[name.removeprefix('finetune_').removesuffix('_modules').removesuffix('_layers')] = v
-    if name == 'finetune_vision_layers' and v: d.leave(name, v, 'images are not trained here; the language part alone gets an adapter')
-    else: d.skip(name, v, 'the parts together give target_modules')
+    if name == 'finetune_vision_layers' and v:
+        d.leave(name, v, 'images are not trained here; the language part alone gets an adapter')
+    else:
+        d.skip(name, v, 'the parts together give target_modules')
 
-_LORA = dict(r='r', lora_alpha='lora_alpha', lora_dropout='lora_dropout', target_modules=targets_rule, random_state='seed', use_gradient_checkpointing=checkpointing_rule, bias=bias_rule, use_rslora=rslora_rule, use_dora=leaves('DoRA is not there; a plain adapter is trained'),
-    loftq_config=leaves('the adapter starts at zero here (LoftQ, arXiv:2310.08659, does not)'), modules_to_save=leaves('only adapters are trained'), init_lora_weights=leaves('the adapter starts at zero here'), layers_to_transform=leaves('all layers get an adapter'), target_parameters=leaves('only linear layers get an adapter'), qat_scheme=_LOAD['qat_scheme'],
-    **dict.fromkeys(('finetune_vision_layers', 'finetune_language_layers', 'finetune_attention_modules', 'finetune_mlp_modules', 'finetune_audio_layers'), _parts_rule), **dict.fromkeys(('task_type', 'max_seq_length', 'temporary_location'), _loader))
+
+_LORA = dict(
+    r='r',
+    lora_alpha='lora_alpha',
+    lora_dropout='lora_dropout',
+    target_modules=targets_rule,
+    random_state='seed',
+    use_gradient_checkpointing=checkpointing_rule,
+    bias=bias_rule,
+    use_rslora=rslora_rule,
+    use_dora=leaves('DoRA is not there; a plain adapter is trained'),
+    loftq_config=leaves('the adapter starts at zero here (LoftQ, arXiv:2310.08659, does not)'),
+    modules_to_save=leaves('only adapters are trained'),
+    init_lora_weights=leaves('the adapter starts at zero here'),
+    layers_to_transform=leaves('all layers get an adapter'),
+    target_parameters=leaves('only linear layers get an adapter'),
+    qat_scheme=_LOAD['qat_scheme'],
+    **dict.fromkeys(
+        (
+            'finetune_vision_layers',
+            'finetune_language_layers',
+            'finetune_attention_modules',
+            'finetune_mlp_modules',
+            'finetune_audio_layers',
+        ),
+        _parts_rule,
+    ),
+    **dict.fromkeys(('task_type', 'max_seq_length', 'temporary_location'), _loader),
+)
 
 # %% ../../nbs/lint/migration.ipynb #5182b4bb
 _text = skips('rows are drawn by the template')
-_ARGS = TRAINER|dict(max_length='max_seq_length', max_seq_length='max_seq_length', packing='packing', embedding_learning_rate=leaves('embeddings are not trained here'), assistant_only_loss=lambda d,n,v: d.take(n, v, loss_on='responses') if v else d.skip(n, v, 'off in the source'),
-    completion_only_loss=lambda d,n,v: d.take(n, v, loss_on='responses') if v else d.skip(n, v, 'off in the source'), dataset_text_field=_text, dataset_kwargs=_text, loss_type=skips('cross-entropy over the trained tokens'))
-_TRAINER = dict(packing='packing', max_seq_length='max_seq_length', max_length='max_seq_length', dataset_text_field=_text, formatting_func=_text, callbacks=leaves('callbacks are code, which is not run'), neftune_noise_alpha=TRAINER['neftune_noise_alpha'],
-    eval_dataset=skips('rows are held out here: test_size, or test_dataset'), **dict.fromkeys(('data_collator', 'dataset_num_proc', 'compute_metrics', 'peft_config', 'preprocess_logits_for_metrics'), _loader))
-_OBJECTS = ('model', 'tokenizer', 'processing_class', 'train_dataset', 'args') # What a call works on, and no setting
+_ARGS = TRAINER | dict(
+    max_length='max_seq_length',
+    max_seq_length='max_seq_length',
+    packing='packing',
+    embedding_learning_rate=leaves('embeddings are not trained here'),
+    assistant_only_loss=lambda d, n, v: d.take(n, v, loss_on='responses') if v else d.skip(n, v, 'off in the source'),
+    completion_only_loss=lambda d, n, v: d.take(n, v, loss_on='responses') if v else d.skip(n, v, 'off in the source'),
+    dataset_text_field=_text,
+    dataset_kwargs=_text,
+    loss_type=skips('cross-entropy over the trained tokens'),
+)
+_TRAINER = dict(
+    packing='packing',
+    max_seq_length='max_seq_length',
+    max_length='max_seq_length',
+    dataset_text_field=_text,
+    formatting_func=_text,
+    callbacks=leaves('callbacks are code, which is not run'),
+    neftune_noise_alpha=TRAINER['neftune_noise_alpha'],
+    eval_dataset=skips('rows are held out here: test_size, or test_dataset'),
+    **dict.fromkeys(
+        ('data_collator', 'dataset_num_proc', 'compute_metrics', 'peft_config', 'preprocess_logits_for_metrics'),
+        _loader,
+    ),
+)
+_OBJECTS = ('model', 'tokenizer', 'processing_class', 'train_dataset', 'args')  # What a call works on, and no setting
 
-_SFT,_PLAIN = ('SFTTrainer', 'UnslothTrainer'),('Trainer', 'Seq2SeqTrainer')
+_SFT, _PLAIN = ('SFTTrainer', 'UnslothTrainer'), ('Trainer', 'Seq2SeqTrainer')
 _CONFIGS = ('SFTConfig', 'TrainingArguments', 'UnslothTrainingArguments', 'Seq2SeqTrainingArguments')
-_OTHERS = {**{n+'Trainer':f'{n} is preference training; to train on the better answers alone, write a finetune job with train_on_preferred=true' for n in ('DPO', 'KTO', 'ORPO', 'CPO')}, 'RewardTrainer':'a reward model is trained, not answers',
-    **{n+'Trainer':f'{n} learns from rewards, which is not there' for n in ('GRPO', 'RLOO', 'PPO')}, 'SentenceTransformerTrainer':'embeddings are trained, not answers'}
-_MEDIA = re.compile(r'(?i)FastVisionModel|UnslothVisionDataCollator|whisper|snac\b|xcodec|soundfile|torchaudio|sentence_transformers|FastSentenceTransformer|qwen_vl_utils|FastDiffusion')
+_OTHERS = {
+    **{
+        n
+        + 'Trainer': f'{n} is preference training; to train on the better answers alone, write a finetune job with train_on_preferred=true'
+        for n in ('DPO', 'KTO', 'ORPO', 'CPO')
+    },
+    'RewardTrainer': 'a reward model is trained, not answers',
+    **{n + 'Trainer': f'{n} learns from rewards, which is not there' for n in ('GRPO', 'RLOO', 'PPO')},
+    'SentenceTransformerTrainer': 'embeddings are trained, not answers',
+}
+_MEDIA = re.compile(
+    r'(?i)FastVisionModel|UnslothVisionDataCollator|whisper|snac\b|xcodec|soundfile|torchaudio|sentence_transformers|FastSentenceTransformer|qwen_vl_utils|FastDiffusion'
+)
 
-def _refuse(src:Source):
+
+def _refuse(src: Source):
     "Raise `MigrationError` for a notebook that does something else"
     other = next((c for c in src.calls if not c.dead and c.last in _OTHERS), None)
-    if other: raise MigrationError(f"{src.path}: {other.last} ({_at(other)}): {_OTHERS[other.last]}")
-    media = next((x for x in (*src.named('from_pretrained', 'UnslothVisionDataCollator', 'Audio', 'cast_column'), *src.imports) if _MEDIA.search(x.name) or x.name == 'Audio'), None)
-    if media: raise MigrationError(f"{src.path}: {media.name} ({_at(media)}): it trains on images, sound or pairs of texts, and this package on conversations and plain text")
-    head = next((c for c in src.named('from_pretrained') if {'num_labels', 'auto_model', 'id2label'} & set(c.keywords)), None)
-    if head: raise MigrationError(f"{src.path}: {head.name} ({_at(head)}): the model gets another head, for classes or sound, and this package trains language models to answer")
-    if not src.named(*_SFT, *_PLAIN): raise MigrationError(f"{src.path}: there is no trainer, so nothing is trained; to ask a model: unsloth-nb chat RUN")
+    if other:
+        raise MigrationError(f"{src.path}: {other.last} ({_at(other)}): {_OTHERS[other.last]}")
+    media = next(
+        (
+            x
+            for x in (*src.named('from_pretrained', 'UnslothVisionDataCollator', 'Audio', 'cast_column'), *src.imports)
+            if _MEDIA.search(x.name) or x.name == 'Audio'
+        ),
+        None,
+    )
+    if media:
+        raise MigrationError(
+            f"{src.path}: {media.name} ({_at(media)}): it trains on images, sound or pairs of texts, and this package on conversations and plain text"
+        )
+    head = next(
+        (c for c in src.named('from_pretrained') if {'num_labels', 'auto_model', 'id2label'} & set(c.keywords)), None
+    )
+    if head:
+        raise MigrationError(
+            f"{src.path}: {head.name} ({_at(head)}): the model gets another head, for classes or sound, and this package trains language models to answer"
+        )
+    if not src.named(*_SFT, *_PLAIN):
+        raise MigrationError(
+            f"{src.path}: there is no trainer, so nothing is trained; to ask a model: unsloth-nb chat RUN"
+        )
+
 
 def _at(c, name=''):
     "Where a call, or an argument of it, stands"
@@ -68,20 +197,28 @@ def _at(c, name=''):
 # %% ../../nbs/lint/migration.ipynb #ae445bba
 def _call(d, c, rules, *places):
     "The arguments of one call"
-    values = dict(zip(places, c.args))|c.keywords
-    d.places = {k:_at(c, k) for k in values}
-    d.read(rules, {k:v for k,v in values.items() if k not in _OBJECTS})
-    if c.open: d.leave(c.last, '**', 'arguments that come from elsewhere; look at them in the notebook')
+    values = dict(zip(places, c.args)) | c.keywords
+    d.places = {k: _at(c, k) for k in values}
+    d.read(rules, {k: v for k, v in values.items() if k not in _OBJECTS})
+    if c.open:
+        d.leave(c.last, '**', 'arguments that come from elsewhere; look at them in the notebook')
 
 # %% ../../nbs/lint/migration.ipynb #842bf866
 def _layers(d):
     "`finetune_…_modules` of FastModel as target modules"
-    if not d.parts or 'target_modules' in d.params: return
-    names = [*(LINEARS[:4] if d.parts.get('attention', True) else []), *(LINEARS[4:] if d.parts.get('mlp', True) else [])]
-    if names: d.params['target_modules'] = names; d.mapped.append(d._line('finetune_…_modules', d.parts, dict(target_modules=names), ''))
+    if not d.parts or 'target_modules' in d.params:
+        return
+    names = [
+        *(LINEARS[:4] if d.parts.get('attention', True) else []),
+        *(LINEARS[4:] if d.parts.get('mlp', True) else []),
+    ]
+    if names:
+        d.params['target_modules'] = names
+        d.mapped.append(d._line('finetune_…_modules', d.parts, dict(target_modules=names), ''))
 
 # %% ../../nbs/lint/migration.ipynb #1201dcce
 _ALPACA = re.compile(r'### ?Instruction:.*### ?Response:', re.S)
+
 
 def _template(d, src):
     "How rows are drawn"
@@ -89,72 +226,199 @@ def _template(d, src):
     for c in named[:1]:
         name = c.get('chat_template', default=c.args[1] if len(c.args) > 1 else None)
         d.places = dict.fromkeys(('chat_template', 'mapping'), _at(c))
-        if name in TEMPLATES: d.take('chat_template', name, template=name)
-        else: d.leave('chat_template', name, "no template of that name is there; the model's own is used: template='chat'")
-        if isinstance(m := c.get('mapping'), dict) and (m.get('role'), m.get('content')) == ('from', 'value'): d.take('mapping', m, dataset_format='sharegpt')
-    if 'template' in d.params: return
+        if name in TEMPLATES:
+            d.take('chat_template', name, template=name)
+        else:
+            d.leave(
+                'chat_template', name, "no template of that name is there; the model's own is used: template='chat'"
+            )
+        if isinstance(m := c.get('mapping'), dict) and (m.get('role'), m.get('content')) == ('from', 'value'):
+            d.take('mapping', m, dataset_format='sharegpt')
+    if 'template' in d.params:
+        return
     alpaca = next((s for s in src.strings if not s.dead and _ALPACA.search(s.name)), None)
-    kind = 'chat' if named or any(not c.nested or c.cell for c in src.named('apply_chat_template')) and not alpaca else 'alpaca' if alpaca else 'auto'
+    kind = (
+        'chat'
+        if named or any(not c.nested or c.cell for c in src.named('apply_chat_template')) and not alpaca
+        else 'alpaca'
+        if alpaca
+        else 'auto'
+    )
     d.params['template'] = kind
     d.places = dict(template=_at(alpaca) if alpaca else '')
-    why = dict(chat="the model's own chat template", alpaca='Instruction and Response: the Alpaca prompt', auto="the model's chat template, or the Alpaca prompt where it has none")[kind]
+    why = dict(
+        chat="the model's own chat template",
+        alpaca='Instruction and Response: the Alpaca prompt',
+        auto="the model's chat template, or the Alpaca prompt where it has none",
+    )[kind]
     d.mapped.append(d._line('template', kind, dict(template=kind), why))
 
 # %% ../../nbs/lint/migration.ipynb #f2247ad3
-_CODE = dict(map='code that rewrites rows; where it only draws the template there is nothing to do, else write the finished rows to a file', filter='code that leaves rows out; do it before, and name the finished file', select='a choice of rows; set max_rows, or write them to a file',
-    concatenate_datasets='several datasets in one; a mix (.yaml) does that here', to_sharegpt='columns merged into questions; write the finished rows to a file', from_list='rows made in code; write them to a file', from_dict='rows made in code; write them to a file', from_pandas='rows made in code; write them to a file',
-    load_from_disk="a folder that `save_to_disk` wrote; name it: dataset=…", read_csv='a table; name the file: dataset=…', add_new_tokens='no token is added to the vocabulary here', resize_token_embeddings='no token is added to the vocabulary here')
-_ROWS_SAME = dict(shuffle='rows are shuffled by seed', standardize_sharegpt='roles and turns are read in any style', standardize_data_formats='roles and turns are read in any style')
+_CODE = dict(
+    map='code that rewrites rows; where it only draws the template there is nothing to do, else write the finished rows to a file',
+    filter='code that leaves rows out; do it before, and name the finished file',
+    select='a choice of rows; set max_rows, or write them to a file',
+    concatenate_datasets='several datasets in one; a mix (.yaml) does that here',
+    to_sharegpt='columns merged into questions; write the finished rows to a file',
+    from_list='rows made in code; write them to a file',
+    from_dict='rows made in code; write them to a file',
+    from_pandas='rows made in code; write them to a file',
+    load_from_disk="a folder that `save_to_disk` wrote; name it: dataset=…",
+    read_csv='a table; name the file: dataset=…',
+    add_new_tokens='no token is added to the vocabulary here',
+    resize_token_embeddings='no token is added to the vocabulary here',
+)
+_ROWS_SAME = dict(
+    shuffle='rows are shuffled by seed',
+    standardize_sharegpt='roles and turns are read in any style',
+    standardize_data_formats='roles and turns are read in any style',
+)
+
 
 def _rows(d, src, before):
     "Where rows come from, and what code does to them"
     loads = [c for c in src.named('load_dataset') if not before or src.calls.index(c) < before]
-    for n,c in enumerate(loads):
-        path,files = c.get('path', default=c.args[0] if c.args else UNKNOWN),c.get('data_files')
-        if isinstance(files, dict): files = files.get('train', UNKNOWN)
+    for n, c in enumerate(loads):
+        path, files = c.get('path', default=c.args[0] if c.args else UNKNOWN), c.get('data_files')
+        if isinstance(files, dict):
+            files = files.get('train', UNKNOWN)
         d.places = dict.fromkeys(('load_dataset', 'load_dataset split'), _at(c))
-        if path is UNKNOWN or files is UNKNOWN: d.leave('load_dataset', path, 'only running the file would tell which; name it: dataset=…')
-        elif n and not src.named('concatenate_datasets'): d.leave('load_dataset', path, f'a second dataset; the first one is taken. To train on this one: dataset={path}; on both: a mix (.yaml)')
-        else: add_rows(d, 'load_dataset', path, files if files else None, c.get('split'), c.get('name', default=c.args[1] if len(c.args) > 1 else None), c.get('revision'))
-    drawn = next((c for c in src.named('apply_chat_template') if c.nested), None) or next((s for s in src.strings if not s.dead and _ALPACA.search(s.name)), None)
+        if path is UNKNOWN or files is UNKNOWN:
+            d.leave('load_dataset', path, 'only running the file would tell which; name it: dataset=…')
+        elif n and not src.named('concatenate_datasets'):
+            d.leave(
+                'load_dataset',
+                path,
+                f'a second dataset; the first one is taken. To train on this one: dataset={path}; on both: a mix (.yaml)',
+            )
+        else:
+            add_rows(
+                d,
+                'load_dataset',
+                path,
+                files if files else None,
+                c.get('split'),
+                c.get('name', default=c.args[1] if len(c.args) > 1 else None),
+                c.get('revision'),
+            )
+    drawn = next((c for c in src.named('apply_chat_template') if c.nested), None) or next(
+        (s for s in src.strings if not s.dead and _ALPACA.search(s.name)), None
+    )
     for c in src.calls:
-        if c.dead or c.nested or (before and src.calls.index(c) >= before): continue
-        d.places = {c.last:_at(c)}
-        if c.last == 'map' and drawn: d.skip('map', f'{c.name}(…)', f'it seems to draw the template ({_at(drawn)}), which the job does; if it does more, write the finished rows to a file'); drawn = None
-        elif c.last in _CODE and c.name != c.last or c.last in ('concatenate_datasets', 'to_sharegpt', 'add_new_tokens'): d.leave(c.last, f'{c.name}(…)', _CODE[c.last])
-        elif c.last in _ROWS_SAME: d.skip(c.last, f'{c.name}(…)', _ROWS_SAME[c.last])
-        elif c.last == 'train_test_split': test_rule(d, 'train_test_split', c.get('test_size', default=UNKNOWN))
+        if c.dead or c.nested or (before and src.calls.index(c) >= before):
+            continue
+        d.places = {c.last: _at(c)}
+        if c.last == 'map' and drawn:
+            d.skip(
+                'map',
+                f'{c.name}(…)',
+                f'it seems to draw the template ({_at(drawn)}), which the job does; if it does more, write the finished rows to a file',
+            )
+            drawn = None
+        elif (
+            c.last in _CODE and c.name != c.last or c.last in ('concatenate_datasets', 'to_sharegpt', 'add_new_tokens')
+        ):
+            d.leave(c.last, f'{c.name}(…)', _CODE[c.last])
+        elif c.last in _ROWS_SAME:
+            d.skip(c.last, f'{c.name}(…)', _ROWS_SAME[c.last])
+        elif c.last == 'train_test_split':
+            test_rule(d, 'train_test_split', c.get('test_size', default=UNKNOWN))
 
 # %% ../../nbs/lint/migration.ipynb #2904f57a
 _SAVES = ('save_pretrained_merged', 'push_to_hub_merged', 'save_pretrained_gguf', 'push_to_hub_gguf')
-_FORMS = dict(lora='adapter', merged_16bit='merged_16bit', merged_4bit='merged_4bit', merged_4bit_forced='merged_4bit', f16='gguf_f16', bf16='gguf_f16', not_quantized='gguf_f16', q8_0='gguf_q8_0', fast_quantized='gguf_q8_0', q4_k_m='gguf_q4_k_m', quantized='gguf_q4_k_m')
+_FORMS = dict(
+    lora='adapter',
+    merged_16bit='merged_16bit',
+    merged_4bit='merged_4bit',
+    merged_4bit_forced='merged_4bit',
+    f16='gguf_f16',
+    bf16='gguf_f16',
+    not_quantized='gguf_f16',
+    q8_0='gguf_q8_0',
+    fast_quantized='gguf_q8_0',
+    q4_k_m='gguf_q4_k_m',
+    quantized='gguf_q4_k_m',
+)
+
 
 def _saves(d, src):
     "Exports to run afterwards"
     for c in src.calls:
-        if c.last not in _SAVES: continue
+        if c.last not in _SAVES:
+            continue
         gguf = 'gguf' in c.last
-        how = c.get('quantization_method' if gguf else 'save_method', default=c.args[2] if len(c.args) > 2 else ('fast_quantized' if gguf else 'merged_16bit'))
-        d.places = {c.last:_at(c)}
+        how = c.get(
+            'quantization_method' if gguf else 'save_method',
+            default=c.args[2] if len(c.args) > 2 else ('fast_quantized' if gguf else 'merged_16bit'),
+        )
+        d.places = {c.last: _at(c)}
         for h in how if isinstance(how, list) else [how]:
             form = _FORMS.get(h.lower()) if isinstance(h, str) else None
-            if c.dead: d.skip(c.last, h, f"behind `if False:`; when wanted: unsloth-nb export RUN --to {form or 'FORM'}"+(', which quantizes after merging' if form == 'merged_4bit' else ''))
-            elif form is None: d.leave(c.last, h, f"no such form of export; there are {', '.join(EXPORTS)}")
+            if c.dead:
+                d.skip(
+                    c.last,
+                    h,
+                    f"behind `if False:`; when wanted: unsloth-nb export RUN --to {form or 'FORM'}"
+                    + (', which quantizes after merging' if form == 'merged_4bit' else ''),
+                )
+            elif form is None:
+                d.leave(c.last, h, f"no such form of export; there are {', '.join(EXPORTS)}")
             else:
                 d.mapped.append(d._line(c.last, h, {}, f'after the run: unsloth-nb export RUN --to {form}'))
-                if form not in [e.to for e in d.exports]: d.exports.append(ExportJob(to=form))
-        if not c.dead and c.last.startswith('push'): d.leave(c.last, 'a repository on the Hub', 'after the export: unsloth-nb push OWNER/NAME --to FORM; the token stays in the environment')
-    tokens = [c for c in src.calls if c.last.startswith(('push_to_hub', 'login', 'save_pretrained')) and any(SECRET.search(k) and v for k,v in c.keywords.items())]
-    d.places = {'token':_at(tokens[0])} if tokens else {}
-    if tokens: d.leave('token', '…', f'a place for a secret, in {len(tokens)} calls; it is never copied: give it by HF_TOKEN or by `hf auth login`')
+                if form not in [e.to for e in d.exports]:
+                    d.exports.append(ExportJob(to=form))
+        if not c.dead and c.last.startswith('push'):
+            d.leave(
+                c.last,
+                'a repository on the Hub',
+                'after the export: unsloth-nb push OWNER/NAME --to FORM; the token stays in the environment',
+            )
+    tokens = [
+        c
+        for c in src.calls
+        if c.last.startswith(('push_to_hub', 'login', 'save_pretrained'))
+        and any(SECRET.search(k) and v for k, v in c.keywords.items())
+    ]
+    d.places = {'token': _at(tokens[0])} if tokens else {}
+    if tokens:
+        d.leave(
+            'token',
+            '…',
+            f'a place for a secret, in {len(tokens)} calls; it is never copied: give it by HF_TOKEN or by `hf auth login`',
+        )
 
 # %% ../../nbs/lint/migration.ipynb #7fb26e23
-UNSLOTH_DEFAULTS = dict(learning_rate=5e-5, per_device_train_batch_size=4, gradient_accumulation_steps=2, warmup_ratio=0.1, weight_decay=0.001, seed=3407, optim='adamw_8bit') # What Unsloth 2026.10.9 makes of SFTConfig (unsloth/models/rl.py)
-TRANSFORMERS_DEFAULTS = dict(learning_rate=5e-5, per_device_train_batch_size=8, gradient_accumulation_steps=1, warmup_steps=0, weight_decay=0.0, seed=42, optim='adamw_torch_fused') # transformers 5.17, TrainingArguments
-_MODEL_DEFAULTS = dict(max_seq_length=2048, load_in_4bit=True, r=16, lora_alpha=16, lora_dropout=0.0, lr_scheduler_type='linear', packing=False, over_length='truncate') # FastLanguageModel.from_pretrained and get_peft_model, 2026.10.9
+UNSLOTH_DEFAULTS = dict(
+    learning_rate=5e-5,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    warmup_ratio=0.1,
+    weight_decay=0.001,
+    seed=3407,
+    optim='adamw_8bit',
+)  # What Unsloth 2026.10.9 makes of SFTConfig (unsloth/models/rl.py)
+TRANSFORMERS_DEFAULTS = dict(
+    learning_rate=5e-5,
+    per_device_train_batch_size=8,
+    gradient_accumulation_steps=1,
+    warmup_steps=0,
+    weight_decay=0.0,
+    seed=42,
+    optim='adamw_torch_fused',
+)  # transformers 5.17, TrainingArguments
+_MODEL_DEFAULTS = dict(
+    max_seq_length=2048,
+    load_in_4bit=True,
+    r=16,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    lr_scheduler_type='linear',
+    packing=False,
+    over_length='truncate',
+)  # FastLanguageModel.from_pretrained and get_peft_model, 2026.10.9
 
 # %% ../../nbs/lint/migration.ipynb #2730f5b7
-def read_notebook(path, src=None)->tuple: # (Draft, defaults, epochs)
+def read_notebook(path, src=None) -> tuple:  # (Draft, defaults, epochs)
     "A notebook or script as a draft"
     src = src or scan(path)
     _refuse(src)
@@ -162,65 +426,115 @@ def read_notebook(path, src=None)->tuple: # (Draft, defaults, epochs)
     d.parts = {}
     trainer = src.named(*_SFT, *_PLAIN)[0]
     at = src.calls.index(trainer)
-    load = next((c for c in src.named('from_pretrained') if src.calls.index(c) < at and re.search(r'(?:Fast\w*Model|AutoModel\w*)\.from_pretrained$', c.name)), None)
-    if load is None: raise MigrationError(f"{path}: no model is loaded by from_pretrained before the trainer; name it: -p model=…")
+    load = next(
+        (
+            c
+            for c in src.named('from_pretrained')
+            if src.calls.index(c) < at and re.search(r'(?:Fast\w*Model|AutoModel\w*)\.from_pretrained$', c.name)
+        ),
+        None,
+    )
+    if load is None:
+        raise MigrationError(f"{path}: no model is loaded by from_pretrained before the trainer; name it: -p model=…")
     _call(d, load, _LOAD, 'model_name')
-    lora,configs = next(iter(src.named('get_peft_model', 'LoraConfig')), None),src.named(*_CONFIGS)
-    if lora: _call(d, lora, _LORA, 'model')
-    elif 'full_finetuning' not in load.keywords: full_rule(d, 'get_peft_model', None)
+    lora, configs = next(iter(src.named('get_peft_model', 'LoraConfig')), None), src.named(*_CONFIGS)
+    if lora:
+        _call(d, lora, _LORA, 'model')
+    elif 'full_finetuning' not in load.keywords:
+        full_rule(d, 'get_peft_model', None)
     _layers(d)
-    config = next((c for c in configs if src.calls.index(c) > at), None) if trainer.get('args') is UNKNOWN and any(src.calls.index(c) == at+1 for c in configs) else next(iter(configs), None)
+    config = (
+        next((c for c in configs if src.calls.index(c) > at), None)
+        if trainer.get('args') is UNKNOWN and any(src.calls.index(c) == at + 1 for c in configs)
+        else next(iter(configs), None)
+    )
     _call(d, trainer, _TRAINER)
-    if config: _call(d, config, _ARGS)
+    if config:
+        _call(d, config, _ARGS)
     _template(d, src)
     masks = src.named('train_on_responses_only', 'DataCollatorForCompletionOnlyLM')
     d.places = dict(loss=_at(masks[0]) if masks else 'not given')
-    if masks: d.take('loss', masks[0].last, loss_on='responses')
-    elif 'loss_on' not in d.params: d.params['loss_on'] = 'everything'; d.defaults.append(Line('loss_on', 'everything', 'not given', dict(loss_on='everything'), "questions are trained as well; loss_on='responses' trains the answers alone, which is what you may want"))
+    if masks:
+        d.take('loss', masks[0].last, loss_on='responses')
+    elif 'loss_on' not in d.params:
+        d.params['loss_on'] = 'everything'
+        d.defaults.append(
+            Line(
+                'loss_on',
+                'everything',
+                'not given',
+                dict(loss_on='everything'),
+                "questions are trained as well; loss_on='responses' trains the answers alone, which is what you may want",
+            )
+        )
     _rows(d, src, at)
     _saves(d, src)
-    if len(more := src.named(*_SFT, *_PLAIN)) > 1: d.leave(more[1].last, _at(more[1]), 'a second training; import it from a file of its own, with the first adapter as its model')
-    for b in src.broken: d.leave('not Python', b.name, f'cell {b.cell} was read only as far as it parses')
+    if len(more := src.named(*_SFT, *_PLAIN)) > 1:
+        d.leave(
+            more[1].last,
+            _at(more[1]),
+            'a second training; import it from a file of its own, with the first adapter as its model',
+        )
+    for b in src.broken:
+        d.leave('not Python', b.name, f'cell {b.cell} was read only as far as it parses')
     plain = config is not None and config.last in ('TrainingArguments', 'Seq2SeqTrainingArguments')
-    return d,_MODEL_DEFAULTS|(TRANSFORMERS_DEFAULTS if plain else UNSLOTH_DEFAULTS),3.0
+    return d, _MODEL_DEFAULTS | (TRANSFORMERS_DEFAULTS if plain else UNSLOTH_DEFAULTS), 3.0
 
 # %% ../../nbs/lint/migration.ipynb #9c70bc01
 @dataclass
 class Imported:
     "A job made from another tool's file"
-    path:str # The file
-    source:str # What wrote it
-    job:FinetuneJob # The job
-    mapped:list=field(default_factory=list) # Lines that were taken over
-    defaults:list=field(default_factory=list) # Lines of the source's own defaults, where the file is silent
-    unneeded:list=field(default_factory=list) # Lines without effect here
-    left:list=field(default_factory=list) # Lines that could not be taken over: the reason, and what to do
-    exports:list=field(default_factory=list) # ExportJobs to run afterwards
-    mix:list=field(default_factory=list) # Entries of the mix that `save` writes; empty: one dataset
+
+    path: str  # The file
+    source: str  # What wrote it
+    job: FinetuneJob  # The job
+    mapped: list = field(default_factory=list)  # Lines that were taken over
+    defaults: list = field(default_factory=list)  # Lines of the source's own defaults, where the file is silent
+    unneeded: list = field(default_factory=list)  # Lines without effect here
+    left: list = field(default_factory=list)  # Lines that could not be taken over: the reason, and what to do
+    exports: list = field(default_factory=list)  # ExportJobs to run afterwards
+    mix: list = field(default_factory=list)  # Entries of the mix that `save` writes; empty: one dataset
 
     @property
-    def params(self)->dict: # Parameters that differ from our defaults
+    def params(self) -> dict:  # Parameters that differ from our defaults
         "The job as a params file holds it"
         plain = FinetuneJob().to_dict()
-        return {k:v for k,v in self.job.to_dict().items() if v != plain[k]}
+        return {k: v for k, v in self.job.to_dict().items() if v != plain[k]}
 
-    def __str__(self): return plain_text('\n'.join(self._lines()))
+    def __str__(self):
+        return plain_text('\n'.join(self._lines()))
+
     __repr__ = __str__
 
 # %% ../../nbs/lint/migration.ipynb #b14cd8a0
 def _told(ls, head):
     "A list of lines as text"
-    if not ls: return []
-    return ['', head, *(f"  {l.name} = {l.value}"+(f" ({l.where})" if l.where and l.where != 'not given' else '')+(f" -> {', '.join(f'{k}={v}' for k,v in l.to.items())}" if l.to else '')+(f": {l.why}" if l.why else '') for l in ls)]
+    if not ls:
+        return []
+    return [
+        '',
+        head,
+        *(
+            f"  {l.name} = {l.value}"
+            + (f" ({l.where})" if l.where and l.where != 'not given' else '')
+            + (f" -> {', '.join(f'{k}={v}' for k, v in l.to.items())}" if l.to else '')
+            + (f": {l.why}" if l.why else '')
+            for l in ls
+        ),
+    ]
+
 
 @patch
-def head(self:Imported)->str:
+def head(self: Imported) -> str:
     "What the file was, and the count"
-    batch = split_batch(self.job.batch_size, self.job.per_device_train_batch_size, self.job.gradient_accumulation_steps)[0]
+    batch = split_batch(
+        self.job.batch_size, self.job.per_device_train_batch_size, self.job.gradient_accumulation_steps
+    )[0]
     return f"{Path(self.path).name}, {self.source}: {len(self.mapped)} settings taken over, {len(self.defaults)} of its own defaults written down, {len(self.unneeded)} without effect here, {len(self.left)} left; {batch} rows an optimizer step"
 
+
 @patch
-def _lines(self:Imported):
+def _lines(self: Imported):
     yield self.head()
     yield from _told(self.left, 'Left, and what to do:')
     yield from _told(self.mapped, 'Taken over:')
@@ -230,58 +544,110 @@ def _lines(self:Imported):
 # %% ../../nbs/lint/migration.ipynb #0b47f1cc
 def _rows_of(ls):
     "Lines as a table in markdown"
-    to,here = lambda l: ', '.join(markdown_code(f'{k}={v}') for k,v in l.to.items()),any(l.to for l in ls)
-    cells = lambda a,b,c,d: f"| {' | '.join([a, b, *([c] if here else []), d])} |"
-    return '\n'.join([cells('in the file', 'where', 'here', 'why, and what to do'), cells(*['---']*4), *(cells(markdown_code(f'{l.name} = {l.value}'), markdown_text(l.where), to(l), markdown_text(l.why)) for l in ls)])
+    to, here = lambda l: ', '.join(markdown_code(f'{k}={v}') for k, v in l.to.items()), any(l.to for l in ls)
+    cells = lambda a, b, c, d: f"| {' | '.join([a, b, *([c] if here else []), d])} |"
+    return '\n'.join(
+        [
+            cells('in the file', 'where', 'here', 'why, and what to do'),
+            cells(*['---'] * 4),
+            *(
+                cells(markdown_code(f'{l.name} = {l.value}'), markdown_text(l.where), to(l), markdown_text(l.why))
+                for l in ls
+            ),
+        ]
+    )
+
 
 @patch
-def _repr_markdown_(self:Imported):
+def _repr_markdown_(self: Imported):
     parts = [f"**{markdown_text(self.head())}**"]
-    for title,ls in (('Left', self.left), ('Taken over', self.mapped), ('Defaults of the source', self.defaults), ('Without effect here', self.unneeded)):
-        if ls: parts += [f'**{title}**', _rows_of(ls)]
-    if self.exports: parts.append('Afterwards: '+', '.join(f'`unsloth-nb export RUN --to {e.to}`' for e in self.exports))
+    for title, ls in (
+        ('Left', self.left),
+        ('Taken over', self.mapped),
+        ('Defaults of the source', self.defaults),
+        ('Without effect here', self.unneeded),
+    ):
+        if ls:
+            parts += [f'**{title}**', _rows_of(ls)]
+    if self.exports:
+        parts.append('Afterwards: ' + ', '.join(f'`unsloth-nb export RUN --to {e.to}`' for e in self.exports))
     return '\n\n'.join(parts)
 
 # %% ../../nbs/lint/migration.ipynb #433c84c4
 @patch
 def save(
-    self:Imported,
-    path, # A `.yaml` file that is not there yet
-)->list[Path]: # What was written
+    self: Imported,
+    path,  # A `.yaml` file that is not there yet
+) -> list[Path]:  # What was written
     "Write the params file, and the mix beside it where there are several datasets"
     path = Path(path)
     mix = path.with_name(self.job.dataset) if self.mix else None
     for p in filter(None, (path, mix)):
-        if p.exists(): raise MigrationError(f"{p} is there already; name another file")
+        if p.exists():
+            raise MigrationError(f"{p} is there already; name another file")
     dump = lambda v: yaml.safe_dump(v, sort_keys=False, allow_unicode=True)
     notes = [f'# {self.head()}', *(f"# left: {l.name}: {l.why}" for l in self.left)]
-    path.write_text('\n'.join(plain_text(n).replace('\n', ' ') for n in notes)+'\n'+dump(self.params|(dict(dataset=str(mix)) if mix else {})))
-    if mix: mix.write_text(dump(self.mix))
+    path.write_text(
+        '\n'.join(plain_text(n).replace('\n', ' ') for n in notes)
+        + '\n'
+        + dump(self.params | (dict(dataset=str(mix)) if mix else {}))
+    )
+    if mix:
+        mix.write_text(dump(self.mix))
     return [p for p in (path, mix) if p]
 
 # %% ../../nbs/lint/migration.ipynb #0896058e
 def _yaml_kind(path, values):
     "Whose file is it?"
-    if 'base_model' in values: return 'axolotl'
-    if 'model_name_or_path' in values: return 'llama_factory'
-    if 'model_class' in values or 'train_dataset' in values and 'model' in values: raise MigrationError(f"{path} is of LLaMA-Factory's newer engine (v1), whose names are other ones; only files with model_name_or_path are read")
-    if 'compute_environment' in values or 'distributed_type' in values or 'zero_optimization' in values: raise MigrationError(f"{path} says how several devices share a training, not what is trained; one device is trained on here")
-    if set(values) & set(FinetuneJob.model_fields): raise MigrationError(f"{path} looks like a params file of this package; use it as it is: unsloth-nb run finetune -f {path}")
+    if 'base_model' in values:
+        return 'axolotl'
+    if 'model_name_or_path' in values:
+        return 'llama_factory'
+    if 'model_class' in values or 'train_dataset' in values and 'model' in values:
+        raise MigrationError(
+            f"{path} is of LLaMA-Factory's newer engine (v1), whose names are other ones; only files with model_name_or_path are read"
+        )
+    if 'compute_environment' in values or 'distributed_type' in values or 'zero_optimization' in values:
+        raise MigrationError(
+            f"{path} says how several devices share a training, not what is trained; one device is trained on here"
+        )
+    if set(values) & set(FinetuneJob.model_fields):
+        raise MigrationError(
+            f"{path} looks like a params file of this package; use it as it is: unsloth-nb run finetune -f {path}"
+        )
     raise MigrationError(f"{path} is neither a file of Axolotl (base_model) nor of LLaMA-Factory (model_name_or_path)")
 
+
 def import_job(
-    path, # `.ipynb` or `.py` with Unsloth; `.yaml` or `.json` of Axolotl or LLaMA-Factory
-    data_dir=None, # Folder with LLaMA-Factory's dataset_info.json; default: looked for near the file
-    **params, # Parameters of the job that win over the file
-)->Imported:
+    path,  # `.ipynb` or `.py` with Unsloth; `.yaml` or `.json` of Axolotl or LLaMA-Factory
+    data_dir=None,  # Folder with LLaMA-Factory's dataset_info.json; default: looked for near the file
+    **params,  # Parameters of the job that win over the file
+) -> Imported:
     "A finetune job from another tool's file, which is read and never run; raises `MigrationError` for a file that stands for none"
     path = Path(path)
-    if path.suffix.lower() in ('.ipynb', '.py'): draft,defaults,epochs = read_notebook(path)
+    if path.suffix.lower() in ('.ipynb', '.py'):
+        draft, defaults, epochs = read_notebook(path)
     elif path.suffix.lower() in ('.yaml', '.yml', '.json'):
-        values,places,twice = read_yaml(path)
+        values, places, twice = read_yaml(path)
         kind = _yaml_kind(path, values)
-        draft,defaults,epochs = read_axolotl(path, values, places) if kind == 'axolotl' else read_llama_factory(path, values, places, data_dir)
-        for n in dict.fromkeys(twice): draft.leave(n, values.get(n), 'it stands twice in the file; the last one counts, as in the source')
-    else: raise MigrationError(f"{path}: expected a notebook (.ipynb), a script (.py) or a YAML file")
+        draft, defaults, epochs = (
+            read_axolotl(path, values, places)
+            if kind == 'axolotl'
+            else read_llama_factory(path, values, places, data_dir)
+        )
+        for n in dict.fromkeys(twice):
+            draft.leave(n, values.get(n), 'it stands twice in the file; the last one counts, as in the source')
+    else:
+        raise MigrationError(f"{path}: expected a notebook (.ipynb), a script (.py) or a YAML file")
     job = draft.finish(defaults, epochs, path.stem, **params)
-    return Imported(str(path), draft.source, job, draft.mapped, draft.defaults, draft.unneeded, draft.left, draft.exports, draft.data if len(draft.data) > 1 else [])
+    return Imported(
+        str(path),
+        draft.source,
+        job,
+        draft.mapped,
+        draft.defaults,
+        draft.unneeded,
+        draft.left,
+        draft.exports,
+        draft.data if len(draft.data) > 1 else [],
+    )

@@ -6,275 +6,648 @@
 __all__ = ['unpinned', 'check_source', 'check_params', 'check_file']
 
 # %% ../../nbs/lint/review.ipynb #ff88c2fd
-import re,shlex
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
-from .advice import BIG,Finding,Findings,check_job,finding,is_number,length_advice,lora_advice,model_size,packing_saves,refusals,report
-from ..core.escaping import KEYS,find_secrets,mask_secrets
+from unsloth_nb.lint.advice import (
+    BIG,
+    Finding,
+    Findings,
+    check_job,
+    finding,
+    is_number,
+    length_advice,
+    lora_advice,
+    model_size,
+    packing_saves,
+    refusals,
+    report,
+)
+from ..core.escaping import KEYS, find_secrets, mask_secrets
 from ..planning.plan import make_plan
-from .scanning import UNKNOWN,Dotted,ScanError,Source,read_text,scan
+from .scanning import UNKNOWN, Dotted, ScanError, Source, read_text, scan
 from ..core.schema import SpecError
-from ..core.spec import JOBS,FinetuneJob
+from ..core.spec import JOBS, FinetuneJob
 
 # %% ../../nbs/lint/review.ipynb #c14af06b
-_VALUED = {'-i', '--index-url', '--extra-index-url', '-f', '--find-links', '-r', '--requirement', '-c', '--constraint', '-e', '--editable', '-t', '--target', '--python', '-p', '--prefix', '--root', '--torch-backend',
-    '--no-binary', '--only-binary', '--config-settings', '--trusted-host', '--cache-dir', '--index', '--default-index', '--prerelease', '--index-strategy', '--no-build-isolation-package', '--exclude-newer', '--overrides', '--platform', '--python-version', '--log', '--proxy', '--timeout', '--retries', '--src', '--no-build-package', '--no-binary-package', '--upgrade-package', '-P', '--reinstall-package', '--resolution', '--link-mode'}
+_VALUED = {
+    '-i',
+    '--index-url',
+    '--extra-index-url',
+    '-f',
+    '--find-links',
+    '-r',
+    '--requirement',
+    '-c',
+    '--constraint',
+    '-e',
+    '--editable',
+    '-t',
+    '--target',
+    '--python',
+    '-p',
+    '--prefix',
+    '--root',
+    '--torch-backend',
+    '--no-binary',
+    '--only-binary',
+    '--config-settings',
+    '--trusted-host',
+    '--cache-dir',
+    '--index',
+    '--default-index',
+    '--prerelease',
+    '--index-strategy',
+    '--no-build-isolation-package',
+    '--exclude-newer',
+    '--overrides',
+    '--platform',
+    '--python-version',
+    '--log',
+    '--proxy',
+    '--timeout',
+    '--retries',
+    '--src',
+    '--no-build-package',
+    '--no-binary-package',
+    '--upgrade-package',
+    '-P',
+    '--reinstall-package',
+    '--resolution',
+    '--link-mode',
+}
+
 
 def _words(command):
     "The words of a shell command; comments left out"
-    try: return shlex.split(re.sub(r'(?<=\s)#.*', '', command))
-    except ValueError: return re.sub(r'''\s#.*|["']''', ' ', command).split()
+    try:
+        return shlex.split(re.sub(r'(?<=\s)#.*', '', command))
+    except ValueError:
+        return re.sub(r'''\s#.*|["']''', ' ', command).split()
+
 
 def _unpinned(req):
     "The name of a requirement that has no exact version, else nothing"
-    if re.search(r'[{}$%*?`()]|^[./~\\-]|\.(?:whl|zip|gz|txt|toml)\b|===?|^(?:pip|uv|setuptools|wheel)\b', req): return ''
+    if re.search(r'[{}$%*?`()]|^[./~\\-]|\.(?:whl|zip|gz|txt|toml)\b|===?|^(?:pip|uv|setuptools|wheel)\b', req):
+        return ''
     if 'git+' in req:
-        name,_,ref = req.partition('git+')[2].partition('://')[2].rpartition('/')[2].partition('@')
-        return '' if re.match(r'[0-9a-f]{7,40}\b|v?\d+\.\d', ref.split('#')[0]) else 'git+…/'+(name or ref).split('#')[0]
+        name, _, ref = req.partition('git+')[2].partition('://')[2].rpartition('/')[2].partition('@')
+        return (
+            '' if re.match(r'[0-9a-f]{7,40}\b|v?\d+\.\d', ref.split('#')[0]) else 'git+…/' + (name or ref).split('#')[0]
+        )
     m = re.match(r'[A-Za-z0-9][\w.-]*(?:\[[\w,\s.-]*\])?', req)
     return m[0] if m and '://' not in req else ''
 
-def unpinned(command:str)->list[str]: # Names
+
+def unpinned(command: str) -> list[str]:  # Names
     "What a shell command installs without an exact version"
     res = []
     for part in re.split(r'&&|\|\|?|;(?!\s*python)', command):
         words = _words(part)
-        pip = next((i for i,w in enumerate(words[:-1]) if re.fullmatch(r'(?:.*/)?pip3?(?:\.\d+)?', w) and words[i+1] == 'install'), None)
-        if pip is None: continue
+        pip = next(
+            (
+                i
+                for i, w in enumerate(words[:-1])
+                if re.fullmatch(r'(?:.*/)?pip3?(?:\.\d+)?', w) and words[i + 1] == 'install'
+            ),
+            None,
+        )
+        if pip is None:
+            continue
         skip = False
-        for w in words[pip+2:]:
-            if skip or w.startswith('-') or w[:1] in '<>' or re.match(r'\d?>', w): skip = not skip and (w in _VALUED or w in ('>', '>>', '2>', '&>'))
-            elif (n := _unpinned(w.partition(';')[0].strip())): res.append(n)
+        for w in words[pip + 2 :]:
+            if skip or w.startswith('-') or w[:1] in '<>' or re.match(r'\d?>', w):
+                skip = not skip and (w in _VALUED or w in ('>', '>>', '2>', '&>'))
+            elif n := _unpinned(w.partition(';')[0].strip()):
+                res.append(n)
     return res
 
 # %% ../../nbs/lint/review.ipynb #2b556135
-_SFT,_PREF = ('SFTTrainer', 'UnslothTrainer'),('DPOTrainer', 'KTOTrainer', 'ORPOTrainer', 'CPOTrainer', 'RewardTrainer')
-_RL,_PLAIN = ('GRPOTrainer', 'RLOOTrainer', 'PPOTrainer'),('Trainer', 'Seq2SeqTrainer')
-_CONFIGS = ('SFTConfig', 'TrainingArguments', 'Seq2SeqTrainingArguments', 'UnslothTrainingArguments', 'DPOConfig', 'KTOConfig', 'ORPOConfig', 'CPOConfig', 'RewardConfig', 'GRPOConfig', 'RLOOConfig')
-_CHAT = re.compile(r'### ?(?:Response|Instruction)|<\|im_start\|>(?:user|assistant)|\[/INST\]|^(?:instruction|assistant|conversations|messages)$', re.M)
+_SFT, _PREF = (
+    ('SFTTrainer', 'UnslothTrainer'),
+    ('DPOTrainer', 'KTOTrainer', 'ORPOTrainer', 'CPOTrainer', 'RewardTrainer'),
+)
+_RL, _PLAIN = ('GRPOTrainer', 'RLOOTrainer', 'PPOTrainer'), ('Trainer', 'Seq2SeqTrainer')
+_CONFIGS = (
+    'SFTConfig',
+    'TrainingArguments',
+    'Seq2SeqTrainingArguments',
+    'UnslothTrainingArguments',
+    'DPOConfig',
+    'KTOConfig',
+    'ORPOConfig',
+    'CPOConfig',
+    'RewardConfig',
+    'GRPOConfig',
+    'RLOOConfig',
+)
+_CHAT = re.compile(
+    r'### ?(?:Response|Instruction)|<\|im_start\|>(?:user|assistant)|\[/INST\]|^(?:instruction|assistant|conversations|messages)$',
+    re.M,
+)
+
 
 def _pin(shell, name):
     "The version that a file installs of a package, as numbers; empty when it does not say"
-    m = next(filter(None, (re.search(rf'(?<![\w-]){name}(?:\[[^]]*\])?\s*==\s*([\d.]+)', s.text) for s in shell if not s.dead)), None)
+    m = next(
+        filter(
+            None, (re.search(rf'(?<![\w-]){name}(?:\[[^]]*\])?\s*==\s*([\d.]+)', s.text) for s in shell if not s.dead)
+        ),
+        None,
+    )
     return tuple(int(p) for p in m[1].split('.') if p.isdigit()) if m else ()
 
-def _facts(s:Source):
+
+def _facts(s: Source):
     "The parts of a file that rules ask for"
-    loads = [c for c in s.named('from_pretrained') if re.match(r'(?:\w+\.)*(?:Fast|AutoModel)\w*\.from_pretrained$', c.name)]
+    loads = [
+        c for c in s.named('from_pretrained') if re.match(r'(?:\w+\.)*(?:Fast|AutoModel)\w*\.from_pretrained$', c.name)
+    ]
     trainers = s.named(*_SFT, *_PREF, *_RL, *_PLAIN)
-    if trainers: loads = [c for c in loads if s.calls.index(c) < s.calls.index(trainers[-1])] # Later ones load what was trained
+    if trainers:
+        loads = [c for c in loads if s.calls.index(c) < s.calls.index(trainers[-1])]  # Later ones load what was trained
     lora = [c for c in s.named('get_peft_model', 'LoraConfig') if c.keywords]
     texts = [x.name for x in s.strings]
-    direct = [c for c in trainers if isinstance(c.get('model', default=c.args[0] if c.args else None), str) and not isinstance(c.get('model'), Dotted)]
+    direct = [
+        c
+        for c in trainers
+        if isinstance(c.get('model', default=c.args[0] if c.args else None), str)
+        and not isinstance(c.get('model'), Dotted)
+    ]
     peft = bool(lora) or any('peft' in i.name for i in s.imports) or any('peft_config' in c.keywords for c in s.calls)
-    return SimpleNamespace(src=s, loads=loads, trainers=trainers, lora=lora, configs=s.named(*_CONFIGS), direct=direct, peft=peft, configured=bool(s.named(*_CONFIGS)) or not any(t.open or 'args' in t.keywords for t in trainers),
-        unsloth=any(i.name.partition('.')[0] == 'unsloth' for i in s.imports), sft=[t for t in trainers if t.last in _SFT],
-        tokens=bool(s.named('add_new_tokens', 'resize_token_embeddings', 'add_special_tokens', 'add_tokens')) or any('embedding_learning_rate' in c.keywords for c in s.calls),
-        chat=bool(s.named('apply_chat_template', 'get_chat_template', 'standardize_sharegpt', 'standardize_data_formats', 'to_sharegpt')) or any(_CHAT.search(t) for t in texts),
-        texts=set(texts), pins={n:_pin(s.shell, n) for n in ('trl', 'transformers')})
+    return SimpleNamespace(
+        src=s,
+        loads=loads,
+        trainers=trainers,
+        lora=lora,
+        configs=s.named(*_CONFIGS),
+        direct=direct,
+        peft=peft,
+        configured=bool(s.named(*_CONFIGS)) or not any(t.open or 'args' in t.keywords for t in trainers),
+        unsloth=any(i.name.partition('.')[0] == 'unsloth' for i in s.imports),
+        sft=[t for t in trainers if t.last in _SFT],
+        tokens=bool(s.named('add_new_tokens', 'resize_token_embeddings', 'add_special_tokens', 'add_tokens'))
+        or any('embedding_learning_rate' in c.keywords for c in s.calls),
+        chat=bool(
+            s.named(
+                'apply_chat_template',
+                'get_chat_template',
+                'standardize_sharegpt',
+                'standardize_data_formats',
+                'to_sharegpt',
+            )
+        )
+        or any(_CHAT.search(t) for t in texts),
+        texts=set(texts),
+        pins={n: _pin(s.shell, n) for n in ('trl', 'transformers')},
+    )
 
-def _float(v)->str: return str(v).removeprefix('torch.') if isinstance(v, str) else ''
-def _at(call, name=''): return SimpleNamespace(cell=call.cell, line=call.lines.get(name, call.line))
-def _model_name(c): return c.get('model_name', 'pretrained_model_name_or_path', 'model', default=c.args[0] if c.args else None)
+
+def _float(v) -> str:
+    return str(v).removeprefix('torch.') if isinstance(v, str) else ''
+
+
+def _at(call, name=''):
+    return SimpleNamespace(cell=call.cell, line=call.lines.get(name, call.line))
+
+
+def _model_name(c):
+    return c.get('model_name', 'pretrained_model_name_or_path', 'model', default=c.args[0] if c.args else None)
 
 # %% ../../nbs/lint/review.ipynb #6230bff1
 def _full(f, c):
     "Are all weights of this model trained?"
-    return c.get('full_finetuning') is True or not f.unsloth and not f.peft and not c.open and not {'quantization_config', 'load_in_4bit', 'load_in_8bit'} & set(c.keywords)
+    return (
+        c.get('full_finetuning') is True
+        or not f.unsloth
+        and not f.peft
+        and not c.open
+        and not {'quantization_config', 'load_in_4bit', 'load_in_8bit'} & set(c.keywords)
+    )
+
 
 def _model_rules(f, device, profile):
     "Precision, size and trust"
     for c in f.src.calls:
-        if not c.dead and c.get('trust_remote_code') is True: yield 'remote-code', _at(c, 'trust_remote_code'), '', 'trust_remote_code'
+        if not c.dead and c.get('trust_remote_code') is True:
+            yield 'remote-code', _at(c, 'trust_remote_code'), '', 'trust_remote_code'
     for c in (*f.loads, *f.direct) if f.trainers else ():
-        size,dtype = model_size(_model_name(c)),_float(c.get('dtype', 'torch_dtype'))
-        wide,full = dtype in ('float32', 'float') and c.get('load_in_4bit') is not True,_full(f, c)
-        if (size or 0) > BIG and (wide or full): yield 'full-precision', _at(c, 'full_finetuning' if 'full_finetuning' in c.lines and full else 'dtype'), f"{size/1e9:.3g} billion parameters, {'all trained' if full else 'in float32'}", 'full_finetuning' if full else 'dtype'
-        if dtype in ('float16', 'half') and (device is None or device.bf16): yield 'float16', _at(c, 'dtype'), '', 'dtype', '' if device else 'info'
-        if full and (size or 0) >= 1e9: yield from _full_rules(f, size)
+        size, dtype = model_size(_model_name(c)), _float(c.get('dtype', 'torch_dtype'))
+        wide, full = dtype in ('float32', 'float') and c.get('load_in_4bit') is not True, _full(f, c)
+        if (size or 0) > BIG and (wide or full):
+            yield (
+                'full-precision',
+                _at(c, 'full_finetuning' if 'full_finetuning' in c.lines and full else 'dtype'),
+                f"{size / 1e9:.3g} billion parameters, {'all trained' if full else 'in float32'}",
+                'full_finetuning' if full else 'dtype',
+            )
+        if dtype in ('float16', 'half') and (device is None or device.bf16):
+            yield 'float16', _at(c, 'dtype'), '', 'dtype', '' if device else 'info'
+        if full and (size or 0) >= 1e9:
+            yield from _full_rules(f, size)
     for c in f.configs:
-        if c.get('fp16') is True and (device is None or device.bf16): yield 'float16', _at(c, 'fp16'), '', 'fp16', '' if device else 'info'
+        if c.get('fp16') is True and (device is None or device.bf16):
+            yield 'float16', _at(c, 'fp16'), '', 'fp16', '' if device else 'info'
 
 # %% ../../nbs/lint/review.ipynb #f3e517a3
 def _full_rules(f, size):
     "Checkpoints and optimizer when all weights are trained"
     for c in f.configs:
-        saves = c.get('save_strategy') in ('epoch', 'steps') or is_number(c.get('save_steps')) and c.get('save_strategy') is None
-        if saves and not c.open and 'save_total_limit' not in c.keywords: yield 'full-checkpoints', _at(c, 'save_strategy' if 'save_strategy' in c.lines else 'save_steps'), f'up to {12*size/1e9:.0f} GB each', 'save_total_limit'
+        saves = (
+            c.get('save_strategy') in ('epoch', 'steps')
+            or is_number(c.get('save_steps'))
+            and c.get('save_strategy') is None
+        )
+        if saves and not c.open and 'save_total_limit' not in c.keywords:
+            yield (
+                'full-checkpoints',
+                _at(c, 'save_strategy' if 'save_strategy' in c.lines else 'save_steps'),
+                f'up to {12 * size / 1e9:.0f} GB each',
+                'save_total_limit',
+            )
         optim = c.get('optim', default=None if c.open or f.unsloth else 'adamw_torch_fused')
-        if optim in ('adamw_torch', 'adamw_torch_fused', 'adamw_hf'): yield 'plain-adamw', _at(c, 'optim'), f'8 bits would save about {6*size/1e9:.0f} GB', 'optim'
+        if optim in ('adamw_torch', 'adamw_torch_fused', 'adamw_hf'):
+            yield 'plain-adamw', _at(c, 'optim'), f'8 bits would save about {6 * size / 1e9:.0f} GB', 'optim'
 
 # %% ../../nbs/lint/review.ipynb #59a653c7
 def _lora_rules(f, device, profile):
     "The adapter"
     audio = any('whisper' in str(_model_name(c)).lower() for c in f.loads)
     for c in f.lora:
-        for rule,name,what,severity in lora_advice(c.keywords, f.tokens):
-            if rule == 'lora-dropout' and not f.unsloth or rule == 'lora-few-layers' and audio: continue
+        for rule, name, what, severity in lora_advice(c.keywords, f.tokens):
+            if rule == 'lora-dropout' and not f.unsloth or rule == 'lora-few-layers' and audio:
+                continue
             yield rule, _at(c, name), what, name, severity
 
 # %% ../../nbs/lint/review.ipynb #9c19b97e
 def _off(f):
     "The call that turns gradient checkpointing off"
     for c in f.lora:
-        if c.get('use_gradient_checkpointing') is False: return c,'use_gradient_checkpointing'
+        if c.get('use_gradient_checkpointing') is False:
+            return c, 'use_gradient_checkpointing'
     for c in f.configs if not f.unsloth else ():
-        if c.get('gradient_checkpointing') is False: return c,'gradient_checkpointing'
-    return None,''
+        if c.get('gradient_checkpointing') is False:
+            return c, 'gradient_checkpointing'
+    return None, ''
+
 
 def _file_plan(f, device):
     "The plan of a job like this file; None when too little is known"
-    vals = {k:v for c in (*f.loads, *f.lora, *f.configs) for k,v in c.keywords.items() if k in FinetuneJob.model_fields and v is not UNKNOWN}
-    take = {k:vals[k] for k in ('max_seq_length', 'load_in_4bit', 'r', 'target_modules', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'optim') if k in vals}
-    try: return make_plan(FinetuneJob(**take, model=_model_name(f.loads[0]), gradient_checkpointing=False), None, device)
-    except (SpecError, LookupError, TypeError, ValueError): return None
+    vals = {
+        k: v
+        for c in (*f.loads, *f.lora, *f.configs)
+        for k, v in c.keywords.items()
+        if k in FinetuneJob.model_fields and v is not UNKNOWN
+    }
+    take = {
+        k: vals[k]
+        for k in (
+            'max_seq_length',
+            'load_in_4bit',
+            'r',
+            'target_modules',
+            'per_device_train_batch_size',
+            'gradient_accumulation_steps',
+            'optim',
+        )
+        if k in vals
+    }
+    try:
+        return make_plan(FinetuneJob(**take, model=_model_name(f.loads[0]), gradient_checkpointing=False), None, device)
+    except (SpecError, LookupError, TypeError, ValueError):
+        return None
+
 
 def _limit(f):
     "(call, name, tokens) of the longest row"
-    known = [(c, k, c.keywords[k]) for c in (*f.configs, *f.sft, *f.loads) for k in ('max_length', 'max_seq_length') if is_number(c.keywords.get(k))]
+    known = [
+        (c, k, c.keywords[k])
+        for c in (*f.configs, *f.sft, *f.loads)
+        for k in ('max_length', 'max_seq_length')
+        if is_number(c.keywords.get(k))
+    ]
     return known[0] if known else (None, '', 0)
 
 # %% ../../nbs/lint/review.ipynb #c390f19c
 def _train_rules(f, device, profile):
     "Batches, lengths, checkpointing, packing"
-    c,name = _off(f)
-    at,key,limit = _limit(f)
+    c, name = _off(f)
+    at, key, limit = _limit(f)
     if c and f.trainers:
         plan = _file_plan(f, device) if device and f.loads else None
-        if plan and plan.fits is False: yield 'no-checkpointing', _at(c, name), f'{plan.peak/2**30:.1f} GiB on {device.name}, which has {device.memory_free/2**30:.1f} free', name
-        elif limit >= 4096 and not (plan and plan.fits): yield 'no-checkpointing', _at(c, name), f'off, with rows of up to {limit:,} tokens', name, 'info'
+        if plan and plan.fits is False:
+            yield (
+                'no-checkpointing',
+                _at(c, name),
+                f'{plan.peak / 2**30:.1f} GiB on {device.name}, which has {device.memory_free / 2**30:.1f} free',
+                name,
+            )
+        elif limit >= 4096 and not (plan and plan.fits):
+            yield 'no-checkpointing', _at(c, name), f'off, with rows of up to {limit:,} tokens', name, 'info'
     packing = [t.get('packing') for t in (*f.sft, *f.configs) if 'packing' in t.keywords]
     for c in f.configs:
         default = UNKNOWN if c.open else 2 if f.unsloth and c.last != 'TrainingArguments' else 1
-        b,a = c.get('per_device_train_batch_size'),c.get('gradient_accumulation_steps', default=default)
-        if is_number(b) and b in (1, 2) and a == 1 and True not in packing and c.last not in ('GRPOConfig', 'RLOOConfig'): yield 'tiny-batch', _at(c, 'per_device_train_batch_size'), f'batch {b} × accumulation 1', 'gradient_accumulation_steps'
+        b, a = c.get('per_device_train_batch_size'), c.get('gradient_accumulation_steps', default=default)
+        if (
+            is_number(b)
+            and b in (1, 2)
+            and a == 1
+            and True not in packing
+            and c.last not in ('GRPOConfig', 'RLOOConfig')
+        ):
+            yield (
+                'tiny-batch',
+                _at(c, 'per_device_train_batch_size'),
+                f'batch {b} × accumulation 1',
+                'gradient_accumulation_steps',
+            )
     if profile and limit:
-        for rule,k,what,severity,mend in length_advice(limit, profile, key): yield rule, _at(at, k), what, k, severity, mend
-    flat = [t.get('padding_free') for t in f.configs if t.get('padding_free') is not None] or [f.unsloth] # Unsloth puts rows end to end by itself
-    free = any(v is not False for v in flat) or any('data_collator' in t.keywords for t in f.sft) or any(re.search('Vision|ImageText|Processor', c.name) for c in f.src.named('from_pretrained')) # Images are not packed
-    if f.sft and f.configured and not free and not any(t.open for t in (*f.sft, *f.configs)) and all(p is False for p in packing):
+        for rule, k, what, severity, mend in length_advice(limit, profile, key):
+            yield rule, _at(at, k), what, k, severity, mend
+    flat = [t.get('padding_free') for t in f.configs if t.get('padding_free') is not None] or [
+        f.unsloth
+    ]  # Unsloth puts rows end to end by itself
+    free = (
+        any(v is not False for v in flat)
+        or any('data_collator' in t.keywords for t in f.sft)
+        or any(re.search('Vision|ImageText|Processor', c.name) for c in f.src.named('from_pretrained'))
+    )  # Images are not packed
+    if (
+        f.sft
+        and f.configured
+        and not free
+        and not any(t.open for t in (*f.sft, *f.configs))
+        and all(p is False for p in packing)
+    ):
         what = packing_saves(profile) if profile else 'packing is off; short rows would share a row with it'
         name = 'padding_free' if f.unsloth else 'packing'
         at = next((t for t in (*f.sft, *f.configs) if name in t.lines), f.sft[0])
-        if what: yield 'padding', _at(at, name), what, name, '' if profile else 'info', 'leave padding_free out, or packing=True' if f.unsloth else ''
+        if what:
+            yield (
+                'padding',
+                _at(at, name),
+                what,
+                name,
+                '' if profile else 'info',
+                'leave padding_free out, or packing=True' if f.unsloth else '',
+            )
 
 # %% ../../nbs/lint/review.ipynb #55d2d7cb
 def _loss_rules(f, device, profile):
     "What the loss sees, and whether anything is evaluated"
-    masked = any(c.last in ('train_on_responses_only', 'DataCollatorForCompletionOnlyLM') or c.get('completion_only_loss', 'assistant_only_loss', 'train_on_responses_only') not in (None, False) for c in f.src.calls)
-    columns = {'prompt', 'completion'} <= f.texts or 'labels' in f.texts or -100 in [v for v in f.src.names.values() if is_number(v)]
+    masked = any(
+        c.last in ('train_on_responses_only', 'DataCollatorForCompletionOnlyLM')
+        or c.get('completion_only_loss', 'assistant_only_loss', 'train_on_responses_only') not in (None, False)
+        for c in f.src.calls
+    )
+    columns = (
+        {'prompt', 'completion'} <= f.texts
+        or 'labels' in f.texts
+        or -100 in [v for v in f.src.names.values() if is_number(v)]
+    )
     for t in f.sft if f.chat and f.configured and not masked and not columns and not f.tokens else ():
-        if not t.open and 'data_collator' not in t.keywords and not any(c.open for c in f.configs): yield 'no-response-mask', t, '', ''
-    if any('evaluat' in c.last.lower() or 'metric' in c.last.lower() and c.last != 'log_metrics' for c in f.src.calls) or not f.src.named('train'): return
+        if not t.open and 'data_collator' not in t.keywords and not any(c.open for c in f.configs):
+            yield 'no-response-mask', t, '', ''
+    if any(
+        'evaluat' in c.last.lower() or 'metric' in c.last.lower() and c.last != 'log_metrics' for c in f.src.calls
+    ) or not f.src.named('train'):
+        return
     for t in f.trainers:
-        if t.last in _RL or t.open: continue
-        if t.get('eval_dataset') is None and 'eval_dataset' not in f.src.names: yield 'no-evaluation', _at(t, 'eval_dataset'), '', 'eval_dataset'
-        elif f.configs and not any(c.open or c.get('eval_strategy', 'evaluation_strategy', default='no') != 'no' or c.get('do_eval') for c in f.configs):
-            yield 'no-evaluation', _at(t, 'eval_dataset'), 'eval_dataset is given, but eval_strategy is "no" by default', 'eval_strategy', '', "eval_strategy='steps'"
+        if t.last in _RL or t.open:
+            continue
+        if t.get('eval_dataset') is None and 'eval_dataset' not in f.src.names:
+            yield 'no-evaluation', _at(t, 'eval_dataset'), '', 'eval_dataset'
+        elif f.configs and not any(
+            c.open or c.get('eval_strategy', 'evaluation_strategy', default='no') != 'no' or c.get('do_eval')
+            for c in f.configs
+        ):
+            yield (
+                'no-evaluation',
+                _at(t, 'eval_dataset'),
+                'eval_dataset is given, but eval_strategy is "no" by default',
+                'eval_strategy',
+                '',
+                "eval_strategy='steps'",
+            )
 
-_TRAINER = dict(tokenizer='processing_class=…', max_seq_length='SFTConfig(max_length=…)', dataset_text_field='SFTConfig(dataset_text_field=…)', packing='SFTConfig(packing=…)', dataset_num_proc='SFTConfig(dataset_num_proc=…)',
-    eval_packing='SFTConfig(eval_packing=…)', dataset_kwargs='SFTConfig(dataset_kwargs=…)', dataset_batch_size='leave it out', max_length='the config’s max_length', max_prompt_length='leave it out', beta='the config’s beta')
-_CONFIG = dict(evaluation_strategy='eval_strategy=…', warmup_ratio='warmup_steps=…, a fraction below 1 is a share of all steps', group_by_length="train_sampling_strategy='group_by_length'", max_seq_length='max_length=…',
-    overwrite_output_dir='leave it out', save_safetensors='leave it out', no_cuda='use_cpu=…', push_to_hub_token='hub_token=…', half_precision_backend='leave it out', fp16_backend='leave it out', logging_dir='the environment variable TENSORBOARD_LOGGING_DIR')
+
+_TRAINER = dict(
+    tokenizer='processing_class=…',
+    max_seq_length='SFTConfig(max_length=…)',
+    dataset_text_field='SFTConfig(dataset_text_field=…)',
+    packing='SFTConfig(packing=…)',
+    dataset_num_proc='SFTConfig(dataset_num_proc=…)',
+    eval_packing='SFTConfig(eval_packing=…)',
+    dataset_kwargs='SFTConfig(dataset_kwargs=…)',
+    dataset_batch_size='leave it out',
+    max_length='the config’s max_length',
+    max_prompt_length='leave it out',
+    beta='the config’s beta',
+)
+_CONFIG = dict(
+    evaluation_strategy='eval_strategy=…',
+    warmup_ratio='warmup_steps=…, a fraction below 1 is a share of all steps',
+    group_by_length="train_sampling_strategy='group_by_length'",
+    max_seq_length='max_length=…',
+    overwrite_output_dir='leave it out',
+    save_safetensors='leave it out',
+    no_cuda='use_cpu=…',
+    push_to_hub_token='hub_token=…',
+    half_precision_backend='leave it out',
+    fp16_backend='leave it out',
+    logging_dir='the environment variable TENSORBOARD_LOGGING_DIR',
+)
+
 
 def _argument_rules(f, device, profile):
     "Names that current TRL and transformers have no more, and one of Unsloth's"
-    for c,table in [*((t, _TRAINER) for t in f.trainers), *((c, _CONFIG) for c in f.configs)]:
+    for c, table in [*((t, _TRAINER) for t in f.trainers), *((c, _CONFIG) for c in f.configs)]:
         for name in [n for n in c.keywords if n in table]:
-            lib,since = ('trl', (1,)) if table is _TRAINER and c.last not in _PLAIN or name == 'max_seq_length' else ('transformers', (5,))
+            lib, since = (
+                ('trl', (1,))
+                if table is _TRAINER and c.last not in _PLAIN or name == 'max_seq_length'
+                else ('transformers', (5,))
+            )
             old = f.pins[lib] and f.pins[lib] < since
-            what = f"{name} of {c.last}"+(f", in a file that pins {lib} {'.'.join(map(str, f.pins[lib]))}" if old else ', which Unsloth moves or ignores' if f.unsloth else '')
-            yield 'old-argument', _at(c, name), what, name, 'info' if old else 'warning' if f.unsloth else '', table[name]
+            what = f"{name} of {c.last}" + (
+                f", in a file that pins {lib} {'.'.join(map(str, f.pins[lib]))}"
+                if old
+                else ', which Unsloth moves or ignores'
+                if f.unsloth
+                else ''
+            )
+            yield (
+                'old-argument',
+                _at(c, name),
+                what,
+                name,
+                'info' if old else 'warning' if f.unsloth else '',
+                table[name],
+            )
     for s in f.src.strings:
-        if s.name == 'merged_4bit': yield 'dead-name', s, 'in code that is switched off' if s.dead else '', 'save_method', 'warning' if s.dead else ''
+        if s.name == 'merged_4bit':
+            yield (
+                'dead-name',
+                s,
+                'in code that is switched off' if s.dead else '',
+                'save_method',
+                'warning' if s.dead else '',
+            )
 
 # %% ../../nbs/lint/review.ipynb #acd7183b
 _RUNNERS = re.compile(r'subprocess\.\w+$|(?:.*\.)?(?:system|getoutput|run_line_magic|check_call|check_output|Popen)$')
 
-def _commands(s:Source):
+
+def _commands(s: Source):
     "(command, place) of all that goes to a shell"
     yield from ((x.text, x) for x in s.shell if not x.dead)
     for c in s.calls:
-        if c.dead or not c.args or not _RUNNERS.match(c.name): continue
+        if c.dead or not c.args or not _RUNNERS.match(c.name):
+            continue
         words = c.args[0] if isinstance(c.args[0], list) else c.args
-        if any(isinstance(w, str) for w in words): yield ' '.join(w if isinstance(w, str) else '{}' for w in words),c
+        if any(isinstance(w, str) for w in words):
+            yield ' '.join(w if isinstance(w, str) else '{}' for w in words), c
 
 # %% ../../nbs/lint/review.ipynb #82a97b47
 def _file_rules(f, device, profile):
     "Installs, import order, switches, syntax"
     s = f.src
-    for command,at in _commands(s):
-        if (names := unpinned(command)): yield 'unpinned-install', at, ', '.join(names), ''
+    for command, at in _commands(s):
+        if names := unpinned(command):
+            yield 'unpinned-install', at, ', '.join(names), ''
     now = [i for i in s.imports if not i.dead and not i.nested]
-    first = next((n for n,i in enumerate(now) if i.name.partition('.')[0] == 'unsloth'), 0)
+    first = next((n for n, i in enumerate(now) if i.name.partition('.')[0] == 'unsloth'), 0)
     early = [i for i in now[:first] if i.name.partition('.')[0] in ('transformers', 'trl', 'peft')]
-    if early: yield 'import-order', early[0], f"{', '.join(dict.fromkeys(i.name.partition('.')[0] for i in early))} before unsloth", ''
+    if early:
+        yield (
+            'import-order',
+            early[0],
+            f"{', '.join(dict.fromkeys(i.name.partition('.')[0] for i in early))} before unsloth",
+            '',
+        )
     for cell in dict.fromkeys(x.cell for x in s.switches):
         here = [x for x in s.switches if x.cell == cell]
-        yield 'dead-switch', here[0], here[0].name+(f', and {len(here)-1} more in this cell' if cell and len(here) > 1 else f', and {len(here)-1} more' if len(here) > 1 else ''), ''
-    for x in s.broken: yield 'not-parsed', x, x.name, ''
+        yield (
+            'dead-switch',
+            here[0],
+            here[0].name
+            + (
+                f', and {len(here) - 1} more in this cell'
+                if cell and len(here) > 1
+                else f', and {len(here) - 1} more'
+                if len(here) > 1
+                else ''
+            ),
+            '',
+        )
+    for x in s.broken:
+        yield 'not-parsed', x, x.name, ''
 
 # %% ../../nbs/lint/review.ipynb #5736ba29
 def _secret_rules(f, device, profile):
     "Secrets in sources of any kind, and in saved outputs"
     for c in f.src.cells:
-        for start,_ in find_secrets(c.text): yield 'secret', SimpleNamespace(cell=c.index, line=c.text.count('\n', 0, start)+1), '', ''
-        if any(True for m in KEYS.finditer(c.output) if find_secrets(m[0])): yield 'secret', SimpleNamespace(cell=c.index, line=None), 'in the saved output', ''
+        for start, _ in find_secrets(c.text):
+            yield 'secret', SimpleNamespace(cell=c.index, line=c.text.count('\n', 0, start) + 1), '', ''
+        if any(True for m in KEYS.finditer(c.output) if find_secrets(m[0])):
+            yield 'secret', SimpleNamespace(cell=c.index, line=None), 'in the saved output', ''
 
 # %% ../../nbs/lint/review.ipynb #0e8beaec
 _GROUPS = (_model_rules, _lora_rules, _train_rules, _loss_rules, _argument_rules, _file_rules, _secret_rules)
 
-def check_source(s:Source, device=None, profile=None)->Findings:
+
+def check_source(s: Source, device=None, profile=None) -> Findings:
     "What to mend in a notebook or script that was scanned"
     f = _facts(s)
-    found = [finding(rule, s.path, at, what, name, *more) for group in _GROUPS for rule,at,what,name,*more in group(f, device, profile)]
+    found = [
+        finding(rule, s.path, at, what, name, *more)
+        for group in _GROUPS
+        for rule, at, what, name, *more in group(f, device, profile)
+    ]
     return report([*found, *_job_calls(s, device, profile)], *(c.text for c in s.cells))
 
 # %% ../../nbs/lint/review.ipynb #84f434a7
 def _check_values(values, at, source, device=None, profile=None):
     "Findings for a job's parameters; `at` gives the place of a name"
     bad = set()
-    for _ in range(2): # The second time without the names that were refused
-        try: job = FinetuneJob(**{k:v for k,v in values.items() if k not in bad})
+    for _ in range(2):  # The second time without the names that were refused
+        try:
+            job = FinetuneJob(**{k: v for k, v in values.items() if k not in bad})
         except SpecError as e:
             yield from refusals(e, source, at)
             bad |= {l.partition(': ')[0] for l in str(e).splitlines()}
-        else: break
-    else: return
-    for f in check_job(job, None, profile, device): yield Finding(**{**f.to_dict(), 'source':str(source), 'cell':at(f.parameter).cell, 'line':at(f.parameter).line})
+        else:
+            break
+    else:
+        return
+    for f in check_job(job, None, profile, device):
+        yield Finding(
+            **{**f.to_dict(), 'source': str(source), 'cell': at(f.parameter).cell, 'line': at(f.parameter).line}
+        )
 
 # %% ../../nbs/lint/review.ipynb #ad395564
-def _job_calls(s:Source, device, profile):
+def _job_calls(s: Source, device, profile):
     "Jobs that a notebook or script states"
     for c in s.named('FinetuneJob'):
-        vals = {k:v for k,v in c.keywords.items() if v is not UNKNOWN and UNKNOWN not in (v if isinstance(v, list) else [])}
-        if not c.nested and vals: yield from _check_values(vals, lambda n, c=c: _at(c, n), s.path, device, profile)
+        vals = {
+            k: v
+            for k, v in c.keywords.items()
+            if v is not UNKNOWN and UNKNOWN not in (v if isinstance(v, list) else [])
+        }
+        if not c.nested and vals:
+            yield from _check_values(vals, lambda n, c=c: _at(c, n), s.path, device, profile)
     for c in s.cells:
-        lines = {m[1]:i for i,l in enumerate(c.text.split('\n'), 1) if (m := re.match(r'(\w+)\s*(?::[^=]+)?=(?!=)', l))} if 'parameters' in c.tags else {}
-        kind = min(JOBS.values(), key=lambda j: len(lines.keys()-j.model_fields.keys())) # Whose names these are; other jobs have a model and a dataset too
+        lines = (
+            {m[1]: i for i, l in enumerate(c.text.split('\n'), 1) if (m := re.match(r'(\w+)\s*(?::[^=]+)?=(?!=)', l))}
+            if 'parameters' in c.tags
+            else {}
+        )
+        kind = min(
+            JOBS.values(), key=lambda j: len(lines.keys() - j.model_fields.keys())
+        )  # Whose names these are; other jobs have a model and a dataset too
         if kind is FinetuneJob and {'model', 'dataset', 'max_seq_length'} <= lines.keys():
-            yield from _check_values({k:s.names[k] for k in lines if k in s.names}, lambda n, c=c, lines=lines: SimpleNamespace(cell=c.index, line=lines.get(n, 1)), s.path, device, profile)
+            yield from _check_values(
+                {k: s.names[k] for k in lines if k in s.names},
+                lambda n, c=c, lines=lines: SimpleNamespace(cell=c.index, line=lines.get(n, 1)),
+                s.path,
+                device,
+                profile,
+            )
 
 # %% ../../nbs/lint/review.ipynb #78552e2e
-def check_params(path, device=None, profile=None)->Findings:
+def check_params(path, device=None, profile=None) -> Findings:
     "What to mend in a params file"
     text = read_text(path)
-    try: node,values = yaml.compose(text, yaml.SafeLoader),yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e: raise ScanError(mask_secrets(f"{path} is not YAML: {' '.join(str(e).split())}")) from None
-    if values is not None and not isinstance(values, dict): raise ScanError(f"{path} must hold 'name: value' lines, got a {type(values).__name__}")
-    lines = {str(k.value):k.start_mark.line+1 for k,_ in node.value} if values else {}
-    leaks = [finding('secret', path, SimpleNamespace(cell=None, line=text.count('\n', 0, a)+1)) for a,_ in find_secrets(text)]
-    found = _check_values({str(k):v for k,v in (values or {}).items()}, lambda n: SimpleNamespace(cell=None, line=lines.get(n)), path, device, profile)
+    try:
+        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
+        raise ScanError(mask_secrets(f"{path} is not YAML: {' '.join(str(e).split())}")) from None
+    if values is not None and not isinstance(values, dict):
+        raise ScanError(f"{path} must hold 'name: value' lines, got a {type(values).__name__}")
+    lines = {str(k.value): k.start_mark.line + 1 for k, _ in node.value} if values else {}
+    leaks = [
+        finding('secret', path, SimpleNamespace(cell=None, line=text.count('\n', 0, a) + 1))
+        for a, _ in find_secrets(text)
+    ]
+    found = _check_values(
+        {str(k): v for k, v in (values or {}).items()},
+        lambda n: SimpleNamespace(cell=None, line=lines.get(n)),
+        path,
+        device,
+        profile,
+    )
     return report([*leaks, *found], text)
 
 # %% ../../nbs/lint/review.ipynb #c0b1667c
 def check_file(
-    path, # `.ipynb`, `.py`, `.yaml` or `.yml`
-    device=None, # A `Device` that it is meant for; None: not known
-    profile=None, # Profile of the data it trains on; None: not known
-)->Findings:
+    path,  # `.ipynb`, `.py`, `.yaml` or `.yml`
+    device=None,  # A `Device` that it is meant for; None: not known
+    profile=None,  # Profile of the data it trains on; None: not known
+) -> Findings:
     "What to mend in a file, which is read and never run; raises `ScanError` when it cannot be read"
-    if Path(path).suffix.lower() in ('.yaml', '.yml'): return check_params(path, device, profile)
+    if Path(path).suffix.lower() in ('.yaml', '.yml'):
+        return check_params(path, device, profile)
     return check_source(scan(path), device, profile)

@@ -7,8 +7,12 @@ __all__ = ['UNKNOWN', 'ScanError', 'Cell', 'notebook_cells', 'Shell', 'split_cel
            'known_names', 'Found', 'Source', 'scan_cells', 'read_text', 'scan']
 
 # %% ../../nbs/lint/scanning.ipynb #5815fb3d
-import ast,json,operator,re,warnings
-from dataclasses import dataclass,field
+import ast
+import json
+import operator
+import re
+import warnings
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -18,179 +22,269 @@ from ..core.schema import SpecError
 class ScanError(SpecError):
     "A file that cannot be read as a notebook or a script"
 
+
 @dataclass(frozen=True)
 class Cell:
     "A cell as it stands in the file"
-    index:int|None # Position in the notebook, from 1; None: a script
-    kind:str # `code`, `markdown`, `raw` …
-    text:str # Its source; line ends of any kind become newline characters
-    output:str='' # What text it printed when it was last run
-    tags:tuple=() # Such as `parameters`
 
-    def __post_init__(self): object.__setattr__(self, 'text', re.sub('\r\n?', '\n', self.text))
+    index: int | None  # Position in the notebook, from 1; None: a script
+    kind: str  # `code`, `markdown`, `raw` …
+    text: str  # Its source; line ends of any kind become newline characters
+    output: str = ''  # What text it printed when it was last run
+    tags: tuple = ()  # Such as `parameters`
+
+    def __post_init__(self):
+        object.__setattr__(self, 'text', re.sub('\r\n?', '\n', self.text))
 
 # %% ../../nbs/lint/scanning.ipynb #4531f751
-def _text(v)->str:
+def _text(v) -> str:
     "Source or output as nbformat allows it: text, or a list of lines"
-    if isinstance(v, list): v = ''.join(l for l in v if isinstance(l, str))
+    if isinstance(v, list):
+        v = ''.join(l for l in v if isinstance(l, str))
     return v if isinstance(v, str) else ''
 
-def _dicts(v): return [d for d in v if isinstance(d, dict)] if isinstance(v, list) else []
-def _dict(v): return v if isinstance(v, dict) else {}
 
-def _output(c)->str:
+def _dicts(v):
+    return [d for d in v if isinstance(d, dict)] if isinstance(v, list) else []
+
+
+def _dict(v):
+    return v if isinstance(v, dict) else {}
+
+
+def _output(c) -> str:
     "Printed text, results as text and tracebacks"
     outs = _dicts(c.get('outputs'))
-    return '\n'.join(filter(None, (_text(p) for o in outs for p in (o.get('text'), _dict(o.get('data')).get('text/plain'), o.get('traceback')))))
+    return '\n'.join(
+        filter(
+            None,
+            (
+                _text(p)
+                for o in outs
+                for p in (o.get('text'), _dict(o.get('data')).get('text/plain'), o.get('traceback'))
+            ),
+        )
+    )
+
 
 def _cell(i, c):
     "A cell of nbformat 3 or 4"
     tags = _dict(c.get('metadata')).get('tags')
     kind = c.get('cell_type') if isinstance(c.get('cell_type'), str) else 'raw'
-    return Cell(i, kind, _text(c.get('source', c.get('input'))), _output(c), tuple(t for t in tags if isinstance(t, str)) if isinstance(tags, list) else ())
+    return Cell(
+        i,
+        kind,
+        _text(c.get('source', c.get('input'))),
+        _output(c),
+        tuple(t for t in tags if isinstance(t, str)) if isinstance(tags, list) else (),
+    )
 
 # %% ../../nbs/lint/scanning.ipynb #bd21c81f
 def notebook_cells(
-    text:str, # The file's content
-    name:str='notebook', # For messages
-)->list[Cell]:
+    text: str,  # The file's content
+    name: str = 'notebook',  # For messages
+) -> list[Cell]:
     "The cells of a notebook, nbformat 3 or 4"
-    try: nb = json.loads(text)
-    except (ValueError, RecursionError) as e: raise ScanError(f"{name} is not a notebook: not JSON ({e})") from None
+    try:
+        nb = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ScanError(f"{name} is not a notebook: not JSON ({e})") from None
     sheets = _dicts(nb.get('worksheets')) if isinstance(nb, dict) else []
-    if not isinstance(nb, dict) or not (isinstance(nb.get('cells'), list) or sheets): raise ScanError(f"{name} is not a notebook: it has no cells")
+    if not isinstance(nb, dict) or not (isinstance(nb.get('cells'), list) or sheets):
+        raise ScanError(f"{name} is not a notebook: it has no cells")
     found = nb['cells'] if isinstance(nb.get('cells'), list) else [c for s in sheets for c in _dicts(s.get('cells'))]
     meta = _dict(nb.get('metadata'))
     lang = _dict(meta.get('kernelspec')).get('language') or _dict(meta.get('language_info')).get('name') or 'python'
-    cells = [_cell(i, c) for i,c in enumerate(found, 1) if isinstance(c, dict)]
-    return cells if str(lang).lower().startswith(('python', 'ipython')) else [Cell(c.index, str(lang) if c.kind == 'code' else c.kind, c.text, c.output, c.tags) for c in cells]
+    cells = [_cell(i, c) for i, c in enumerate(found, 1) if isinstance(c, dict)]
+    return (
+        cells
+        if str(lang).lower().startswith(('python', 'ipython'))
+        else [Cell(c.index, str(lang) if c.kind == 'code' else c.kind, c.text, c.output, c.tags) for c in cells]
+    )
 
 # %% ../../nbs/lint/scanning.ipynb #3568b58b
 _PYTHON_MAGICS = ('capture', 'time', 'timeit', 'prun', 'python', 'python3')
 _SHELL_MAGICS = ('bash', 'sh', 'script', 'shell', 'system')
 _MAGIC = re.compile(r'\s*[!%?]|.*\?\s*$|\s*[\w, ]+=\s*[!%]\s*\w|(?:pip3?|uv|conda)\s+(?:pip\s+)?install\s')
 
+
 @dataclass(frozen=True)
 class Shell:
     "A command for the shell, continuation lines joined"
-    text:str # Without the leading `!` or `%`
-    cell:int|None # From 1
-    line:int # From 1, in the cell
-    dead:bool=False # Stands where it never runs
+
+    text: str  # Without the leading `!` or `%`
+    cell: int | None  # From 1
+    line: int  # From 1, in the cell
+    dead: bool = False  # Stands where it never runs
 
 # %% ../../nbs/lint/scanning.ipynb #52ad9a1d
 def _joined(lines, i):
     "Index after a command that begins at line `i` and may go on after backslashes"
-    while i < len(lines)-1 and lines[i].rstrip().endswith('\\'): i += 1
-    return i+1
+    while i < len(lines) - 1 and lines[i].rstrip().endswith('\\'):
+        i += 1
+    return i + 1
+
 
 def _command(lines):
     "The lines of a command as one"
-    return re.sub(r'^\s*(?:[\w, ]+=\s*)?[!%]{0,2}\s*', '', ' '.join(l.rstrip().removesuffix('\\').strip() for l in lines))
+    return re.sub(
+        r'^\s*(?:[\w, ]+=\s*)?[!%]{0,2}\s*', '', ' '.join(l.rstrip().removesuffix('\\').strip() for l in lines)
+    )
+
 
 def _blank(lines, i, found):
     "Take the magic at line `i` out of `lines`"
-    end,l = _joined(lines, i),lines[i]
-    found.append((i+1, _command(lines[i:end])))
-    pad,name = l[:len(l)-len(l.lstrip())],re.match(r'\s*([\w, ]+=)\s*[!%]', l)
-    lines[i:end] = [f'{pad}{name[1]}_' if name else f'{pad}pass', *['']*(end-i-1)]
+    end, l = _joined(lines, i), lines[i]
+    found.append((i + 1, _command(lines[i:end])))
+    pad, name = l[: len(l) - len(l.lstrip())], re.match(r'\s*([\w, ]+=)\s*[!%]', l)
+    lines[i:end] = [f'{pad}{name[1]}_' if name else f'{pad}pass', *[''] * (end - i - 1)]
 
 # %% ../../nbs/lint/scanning.ipynb #1c2850ab
 def _parse(text):
     "A syntax tree, or the error; never a warning"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: return ast.parse(text),None
-        except SyntaxError as e: return None,(e.lineno or 1, e.msg or 'invalid syntax')
-        except (ValueError, RecursionError, MemoryError) as e: return None,(1, str(e) or type(e).__name__)
+        try:
+            return ast.parse(text), None
+        except SyntaxError as e:
+            return None, (e.lineno or 1, e.msg or 'invalid syntax')
+        except (ValueError, RecursionError, MemoryError) as e:
+            return None, (1, str(e) or type(e).__name__)
 
 # %% ../../nbs/lint/scanning.ipynb #a0f5c52e
 def _cell_magic(lines):
     "Index and name of a `%%` line that begins the cell"
-    i = next((i for i,l in enumerate(lines) if l.strip() and not l.lstrip().startswith('#')), None)
-    return (i, (re.match(r'%%(\w+)', lines[i].strip()) or [0, ''])[1]) if i is not None and lines[i].lstrip().startswith('%%') else (None, None)
+    i = next((i for i, l in enumerate(lines) if l.strip() and not l.lstrip().startswith('#')), None)
+    return (
+        (i, (re.match(r'%%(\w+)', lines[i].strip()) or [0, ''])[1])
+        if i is not None and lines[i].lstrip().startswith('%%')
+        else (None, None)
+    )
 
-def split_cell(text:str)->tuple: # (Python tree or None, [(line, command)], (line, message) of an error or None)
+
+def split_cell(text: str) -> tuple:  # (Python tree or None, [(line, command)], (line, message) of an error or None)
     "Python and shell of a cell, apart"
-    pad = re.match(r'\s*?([ \t]*)(?=\S)', text) # IPython takes off what the first line is indented by
-    lines,found = [l.removeprefix(pad[1] if pad else '') for l in text.split('\n')],[]
-    i,name = _cell_magic(lines)
+    pad = re.match(r'\s*?([ \t]*)(?=\S)', text)  # IPython takes off what the first line is indented by
+    lines, found = [l.removeprefix(pad[1] if pad else '') for l in text.split('\n')], []
+    i, name = _cell_magic(lines)
     if name in _SHELL_MAGICS:
-        while (i := i+1) < len(lines): _blank(lines, i, found)
-    if name is not None and name not in _PYTHON_MAGICS: return None,[f for f in found if f[1] and not f[1].startswith('#')],None
-    if name: lines[i] = ''
+        while (i := i + 1) < len(lines):
+            _blank(lines, i, found)
+    if name is not None and name not in _PYTHON_MAGICS:
+        return None, [f for f in found if f[1] and not f[1].startswith('#')], None
+    if name:
+        lines[i] = ''
     while True:
-        tree,error = _parse('\n'.join(lines))
-        magic = [i for i,l in enumerate(lines) if error and _MAGIC.match(l)]
-        if tree or not magic: return tree,found,error
-        for j in [error[0]-1] if error[0]-1 in magic and len(found) < 200 else magic: _blank(lines, j, found)
+        tree, error = _parse('\n'.join(lines))
+        magic = [i for i, l in enumerate(lines) if error and _MAGIC.match(l)]
+        if tree or not magic:
+            return tree, found, error
+        for j in [error[0] - 1] if error[0] - 1 in magic and len(found) < 200 else magic:
+            _blank(lines, j, found)
 
 # %% ../../nbs/lint/scanning.ipynb #246877b2
 def _pieces(text):
     "Trees of the statements that parse on their own, on their lines"
     lines = text.split('\n')
-    starts = [i for i,l in enumerate(lines) if l[:1].strip() and l[0] not in ')]}#' and not re.match(r'(?:else|elif|except|finally)\b', l)]
-    for a,b in zip(starts, [*starts[1:], len(lines)]):
-        tree = split_cell('\n'*a+'\n'.join(lines[a:b]))[0]
-        if tree: yield tree
+    starts = [
+        i
+        for i, l in enumerate(lines)
+        if l[:1].strip() and l[0] not in ')]}#' and not re.match(r'(?:else|elif|except|finally)\b', l)
+    ]
+    for a, b in zip(starts, [*starts[1:], len(lines)]):
+        tree = split_cell('\n' * a + '\n'.join(lines[a:b]))[0]
+        if tree:
+            yield tree
 
 # %% ../../nbs/lint/scanning.ipynb #2e3505a1
 class _Unknown:
     "The value of what only running would tell"
-    def __repr__(self): return 'UNKNOWN'
-    def __bool__(self): return False
+
+    def __repr__(self):
+        return 'UNKNOWN'
+
+    def __bool__(self):
+        return False
+
+
 UNKNOWN = _Unknown()
+
 
 class Dotted(str):
     "A name with dots, such as `torch.float16`, that stands for itself"
 
-def dotted(n)->str: # `a.b.c`, or nothing
+
+def dotted(n) -> str:  # `a.b.c`, or nothing
     "The name of a call's function or of an attribute"
-    if isinstance(n, ast.Name): return n.id
-    if isinstance(n, ast.Attribute): return f'{dotted(n.value)}.{n.attr}'.lstrip('.')
+    if isinstance(n, ast.Name):
+        return n.id
+    if isinstance(n, ast.Attribute):
+        return f'{dotted(n.value)}.{n.attr}'.lstrip('.')
     return dotted(n.func) if isinstance(n, ast.Call) else dotted(n.value) if isinstance(n, ast.Subscript) else ''
 
-_OPS = {ast.Add:operator.add, ast.Sub:operator.sub, ast.Mult:operator.mul, ast.FloorDiv:operator.floordiv, ast.Div:operator.truediv}
+
+_OPS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+}
+
 
 def _arithmetic(a, op, b):
     "Sums and products of small numbers; texts and lists added"
     num = lambda v: isinstance(v, (int, float)) and abs(v) < 1e15
     ok = num(a) and num(b) or isinstance(op, ast.Add) and type(a) is type(b) and isinstance(a, (str, list, tuple))
-    try: return _OPS[type(op)](a, b) if ok and type(op) in _OPS else UNKNOWN
-    except ArithmeticError: return UNKNOWN
+    try:
+        return _OPS[type(op)](a, b) if ok and type(op) in _OPS else UNKNOWN
+    except ArithmeticError:
+        return UNKNOWN
 
 # %% ../../nbs/lint/scanning.ipynb #3b910e16
 def _dict_value(n, names):
     "A dict display or a call of `dict`, as far as its keys are known"
-    if isinstance(n, ast.Call): pairs = [(k.arg, k.value) for k in n.keywords]
-    else: pairs = [(known_value(k, names) if k is not None else None, v) for k,v in zip(n.keys, n.values)]
+    if isinstance(n, ast.Call):
+        pairs = [(k.arg, k.value) for k in n.keywords]
+    else:
+        pairs = [(known_value(k, names) if k is not None else None, v) for k, v in zip(n.keys, n.values)]
     res = {}
-    for k,v in pairs:
+    for k, v in pairs:
         v = known_value(v, names)
-        if k is None and isinstance(v, dict): res |= v
-        elif isinstance(k, str): res[k] = v
-        else: return UNKNOWN
+        if k is None and isinstance(v, dict):
+            res |= v
+        elif isinstance(k, str):
+            res[k] = v
+        else:
+            return UNKNOWN
     return res
 
 # %% ../../nbs/lint/scanning.ipynb #17f1219c
-def known_value(n, names:dict): # A Python value, `Dotted` or `UNKNOWN`
+def known_value(n, names: dict):  # A Python value, `Dotted` or `UNKNOWN`
     "What an expression is worth, without running it; `names` maps names to values"
     ev = partial(known_value, names=names)
-    if isinstance(n, ast.Constant): return n.value
-    if isinstance(n, ast.Name): return names.get(n.id, UNKNOWN)
-    if isinstance(n, ast.Attribute): return Dotted(dotted(n)) if isinstance(n.value, (ast.Name, ast.Attribute)) else UNKNOWN
-    if isinstance(n, (ast.List, ast.Tuple, ast.Set)): return [ev(e) for e in n.elts]
-    if isinstance(n, ast.Dict) or isinstance(n, ast.Call) and dotted(n) == 'dict' and not n.args: return _dict_value(n, names)
-    if isinstance(n, ast.BinOp): return _arithmetic(ev(n.left), n.op, ev(n.right))
+    if isinstance(n, ast.Constant):
+        return n.value
+    if isinstance(n, ast.Name):
+        return names.get(n.id, UNKNOWN)
+    if isinstance(n, ast.Attribute):
+        return Dotted(dotted(n)) if isinstance(n.value, (ast.Name, ast.Attribute)) else UNKNOWN
+    if isinstance(n, (ast.List, ast.Tuple, ast.Set)):
+        return [ev(e) for e in n.elts]
+    if isinstance(n, ast.Dict) or isinstance(n, ast.Call) and dotted(n) == 'dict' and not n.args:
+        return _dict_value(n, names)
+    if isinstance(n, ast.BinOp):
+        return _arithmetic(ev(n.left), n.op, ev(n.right))
     if isinstance(n, ast.UnaryOp):
         v = ev(n.operand)
-        if isinstance(n.op, ast.Not) and isinstance(v, bool): return not v
+        if isinstance(n.op, ast.Not) and isinstance(v, bool):
+            return not v
         return -v if isinstance(n.op, ast.USub) and isinstance(v, (int, float)) else UNKNOWN
     if isinstance(n, ast.JoinedStr):
         parts = [ev(p.value) if isinstance(p, ast.FormattedValue) else p.value for p in n.values]
         return ''.join(map(str, parts)) if UNKNOWN not in parts else UNKNOWN
     if isinstance(n, ast.Subscript):
-        d,k = ev(n.value),ev(n.slice)
+        d, k = ev(n.value), ev(n.slice)
         return d.get(k, UNKNOWN) if isinstance(d, dict) and isinstance(k, str) else UNKNOWN
     return UNKNOWN
 
@@ -199,87 +293,122 @@ def _bound(n):
     "Pairs (name, expression or None) that a node binds"
     if isinstance(n, ast.Assign):
         for t in n.targets:
-            both = isinstance(t, (ast.Tuple, ast.List)) and isinstance(n.value, (ast.Tuple, ast.List)) and len(t.elts) == len(n.value.elts)
+            both = (
+                isinstance(t, (ast.Tuple, ast.List))
+                and isinstance(n.value, (ast.Tuple, ast.List))
+                and len(t.elts) == len(n.value.elts)
+            )
             pairs = zip(t.elts, n.value.elts) if both else [(t, n.value if isinstance(t, ast.Name) else None)]
-            for a,e in pairs: yield from ((x.id, e if a is x else None) for x in ast.walk(a) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store))
-    elif isinstance(n, (ast.AnnAssign, ast.NamedExpr)) and isinstance(n.target, ast.Name) and n.value: yield n.target.id,n.value
-    elif isinstance(n, (ast.For, ast.AsyncFor, ast.comprehension, ast.AugAssign)): yield from ((x.id, None) for x in ast.walk(n.target) if isinstance(x, ast.Name))
-    elif isinstance(n, ast.arg): yield n.arg,None
-    elif isinstance(n, ast.withitem) and n.optional_vars: yield from ((x.id, None) for x in ast.walk(n.optional_vars) if isinstance(x, ast.Name))
+            for a, e in pairs:
+                yield from (
+                    (x.id, e if a is x else None)
+                    for x in ast.walk(a)
+                    if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+                )
+    elif isinstance(n, (ast.AnnAssign, ast.NamedExpr)) and isinstance(n.target, ast.Name) and n.value:
+        yield n.target.id, n.value
+    elif isinstance(n, (ast.For, ast.AsyncFor, ast.comprehension, ast.AugAssign)):
+        yield from ((x.id, None) for x in ast.walk(n.target) if isinstance(x, ast.Name))
+    elif isinstance(n, ast.arg):
+        yield n.arg, None
+    elif isinstance(n, ast.withitem) and n.optional_vars:
+        yield from ((x.id, None) for x in ast.walk(n.optional_vars) if isinstance(x, ast.Name))
 
-def known_names(trees)->dict: # Name to value
+
+def known_names(trees) -> dict:  # Name to value
     "The names that have one value in all of the file"
     bound = {}
-    for name,e in (b for t in trees for n in ast.walk(t) for b in _bound(n)): bound.setdefault(name, []).append(e)
+    for name, e in (b for t in trees for n in ast.walk(t) for b in _bound(n)):
+        bound.setdefault(name, []).append(e)
     names = {}
-    for _ in range(6): # Values of values of values; deeper ones stay unknown
-        vals = {k:[UNKNOWN if e is None else known_value(e, names) for e in es] for k,es in bound.items()}
-        names = {k:v[0] for k,v in vals.items() if UNKNOWN not in v and all(repr(x) == repr(v[0]) for x in v)}
+    for _ in range(6):  # Values of values of values; deeper ones stay unknown
+        vals = {k: [UNKNOWN if e is None else known_value(e, names) for e in es] for k, es in bound.items()}
+        names = {k: v[0] for k, v in vals.items() if UNKNOWN not in v and all(repr(x) == repr(v[0]) for x in v)}
     return names
 
 # %% ../../nbs/lint/scanning.ipynb #19a67d18
 @dataclass(frozen=True)
 class Found:
     "A call, an import or a text, and where it stands"
-    name:str # Dotted name of what is called or imported, or the text itself
-    cell:int|None # From 1; None: a script
-    line:int # From 1, in the cell
-    dead:bool=False # It never runs
-    nested:bool=False # It runs later, in a function, or is expected to fail
-    args:tuple=() # A call's values by position
-    keywords:dict=field(default_factory=dict) # A call's values by name
-    lines:dict=field(default_factory=dict) # Name to the line it stands on
-    open:bool=False # More arguments that are not known, from `**something`
+
+    name: str  # Dotted name of what is called or imported, or the text itself
+    cell: int | None  # From 1; None: a script
+    line: int  # From 1, in the cell
+    dead: bool = False  # It never runs
+    nested: bool = False  # It runs later, in a function, or is expected to fail
+    args: tuple = ()  # A call's values by position
+    keywords: dict = field(default_factory=dict)  # A call's values by name
+    lines: dict = field(default_factory=dict)  # Name to the line it stands on
+    open: bool = False  # More arguments that are not known, from `**something`
 
     @property
-    def last(self)->str: return self.name.rpartition('.')[2] # `from_pretrained` of `AutoModel.from_pretrained`
-    def get(self, *names, default=None): return next((self.keywords[n] for n in names if n in self.keywords), default)
+    def last(self) -> str:
+        return self.name.rpartition('.')[2]  # `from_pretrained` of `AutoModel.from_pretrained`
+
+    def get(self, *names, default=None):
+        return next((self.keywords[n] for n in names if n in self.keywords), default)
 
 # %% ../../nbs/lint/scanning.ipynb #7522c1da
 @dataclass
 class Source:
     "What a file says"
-    path:str # As given
-    kind:str # `notebook` or `script`
-    cells:list # Cells
-    names:dict=field(default_factory=dict) # Name to value, where it has only one
-    calls:list=field(default_factory=list) # Found, in order
-    imports:list=field(default_factory=list) # Found, in order
-    strings:list=field(default_factory=list) # Found, in order
-    shell:list=field(default_factory=list) # Shell, in order
-    switches:list=field(default_factory=list) # Found: `if False:` and the like
-    broken:list=field(default_factory=list) # Found: what does not parse, with the parser's message
 
-    def named(self, *last): return [c for c in self.calls if c.last in last and not c.dead] # Live calls by the last part of their name
+    path: str  # As given
+    kind: str  # `notebook` or `script`
+    cells: list  # Cells
+    names: dict = field(default_factory=dict)  # Name to value, where it has only one
+    calls: list = field(default_factory=list)  # Found, in order
+    imports: list = field(default_factory=list)  # Found, in order
+    strings: list = field(default_factory=list)  # Found, in order
+    shell: list = field(default_factory=list)  # Shell, in order
+    switches: list = field(default_factory=list)  # Found: `if False:` and the like
+    broken: list = field(default_factory=list)  # Found: what does not parse, with the parser's message
+
+    def named(self, *last):
+        return [c for c in self.calls if c.last in last and not c.dead]  # Live calls by the last part of their name
 
 # %% ../../nbs/lint/scanning.ipynb #d698a380
 def _never(test):
     "False for a test that is never true, True for one that always is, else None"
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not): return None if _never(test.operand) is None else not _never(test.operand)
-    return bool(test.value) if isinstance(test, ast.Constant) and (test.value is None or isinstance(test.value, (bool, int))) else None
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return None if _never(test.operand) is None else not _never(test.operand)
+    return (
+        bool(test.value)
+        if isinstance(test, ast.Constant) and (test.value is None or isinstance(test.value, (bool, int)))
+        else None
+    )
+
 
 class _Reader(ast.NodeVisitor):
     "Collects what one cell holds into a Source"
-    def __init__(self, src, cell): self.src,self.cell,self.dead,self.nested,self.dead_lines = src,cell,False,False,set()
 
-    def add(self, kind, name, node, **kw): getattr(self.src, kind).append(Found(name, self.cell, node.lineno, self.dead, self.nested, **kw))
+    def __init__(self, src, cell):
+        self.src, self.cell, self.dead, self.nested, self.dead_lines = src, cell, False, False, set()
+
+    def add(self, kind, name, node, **kw):
+        getattr(self.src, kind).append(Found(name, self.cell, node.lineno, self.dead, self.nested, **kw))
+
     def within(self, nodes, **state):
-        old = {k:getattr(self, k) for k in state}
+        old = {k: getattr(self, k) for k in state}
         self.__dict__.update(state)
         try:
-            for n in nodes: self.visit(n)
-        finally: self.__dict__.update(old)
+            for n in nodes:
+                self.visit(n)
+        finally:
+            self.__dict__.update(old)
 
     def visit_If(self, n):
         t = _never(n.test)
         if t is False:
-            self.add('switches', 'if '+ast.unparse(n.test), n)
-            self.dead_lines.update(range(n.lineno, n.body[-1].end_lineno+1))
+            self.add('switches', 'if ' + ast.unparse(n.test), n)
+            self.dead_lines.update(range(n.lineno, n.body[-1].end_lineno + 1))
         self.visit(n.test)
         self.within(n.body, dead=self.dead or t is False)
         self.within(n.orelse, dead=self.dead or t is True)
 
-    def later(self, n): self.within(ast.iter_child_nodes(n), nested=True)
+    def later(self, n):
+        self.within(ast.iter_child_nodes(n), nested=True)
+
     visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = later
 
     def visit_With(self, n):
@@ -287,61 +416,91 @@ class _Reader(ast.NodeVisitor):
         self.within(ast.iter_child_nodes(n), nested=self.nested or fails)
 
     def visit_Try(self, n):
-        fails = any(h.type is not None and re.search('(?:Spec|Value|Type|Validation)Error', ast.unparse(h.type)) for h in n.handlers)
+        fails = any(
+            h.type is not None and re.search('(?:Spec|Value|Type|Validation)Error', ast.unparse(h.type))
+            for h in n.handlers
+        )
         self.within(n.body, nested=self.nested or fails)
         self.within([*n.handlers, *n.orelse, *n.finalbody])
 
     def visit_Import(self, n):
-        for a in n.names: self.add('imports', a.name, n)
+        for a in n.names:
+            self.add('imports', a.name, n)
+
     def visit_ImportFrom(self, n):
-        if n.module and not n.level: self.add('imports', n.module, n)
+        if n.module and not n.level:
+            self.add('imports', n.module, n)
+
     def visit_Constant(self, n):
-        if isinstance(n.value, str): self.add('strings', n.value, n)
+        if isinstance(n.value, str):
+            self.add('strings', n.value, n)
 
     def visit_Call(self, n):
-        kw,lines,more = {},{},any(isinstance(a, ast.Starred) for a in n.args)
+        kw, lines, more = {}, {}, any(isinstance(a, ast.Starred) for a in n.args)
         for k in n.keywords:
             v = known_value(k.value, self.src.names)
-            if k.arg: kw[k.arg],lines[k.arg] = v,k.value.lineno
+            if k.arg:
+                kw[k.arg], lines[k.arg] = v, k.value.lineno
             elif isinstance(v, dict):
                 kw |= v
                 lines |= dict.fromkeys(v, k.value.lineno)
-            else: more = True
-        self.add('calls', dotted(n.func), n, args=tuple(known_value(a, self.src.names) for a in n.args), keywords=kw, lines=lines, open=more)
+            else:
+                more = True
+        self.add(
+            'calls',
+            dotted(n.func),
+            n,
+            args=tuple(known_value(a, self.src.names) for a in n.args),
+            keywords=kw,
+            lines=lines,
+            open=more,
+        )
         self.generic_visit(n)
 
 # %% ../../nbs/lint/scanning.ipynb #f3a996a4
 def _read_cell(src, cell, parts):
     "Walk the trees of one cell; whatever is too deep for that is reported as broken"
-    trees,shell,error = parts
+    trees, shell, error = parts
     r = _Reader(src, cell.index)
-    if error: src.broken.append(Found(error[1], cell.index, error[0]))
+    if error:
+        src.broken.append(Found(error[1], cell.index, error[0]))
     for stmt in (s for t in trees for s in t.body):
-        try: r.visit(stmt)
-        except RecursionError: src.broken.append(Found('nested too deeply', cell.index, stmt.lineno))
-    src.shell += [Shell(c, cell.index, l, l in r.dead_lines) for l,c in shell]
+        try:
+            r.visit(stmt)
+        except RecursionError:
+            src.broken.append(Found('nested too deeply', cell.index, stmt.lineno))
+    src.shell += [Shell(c, cell.index, l, l in r.dead_lines) for l, c in shell]
 
-def scan_cells(cells:list[Cell], path:str='', kind:str='notebook')->Source:
+
+def scan_cells(cells: list[Cell], path: str = '', kind: str = 'notebook') -> Source:
     "What cells say; nothing is run"
-    src,parts = Source(str(path), kind, cells),[]
+    src, parts = Source(str(path), kind, cells), []
     for c in cells:
-        tree,shell,error = split_cell(c.text) if c.kind == 'code' else (None, [], None)
+        tree, shell, error = split_cell(c.text) if c.kind == 'code' else (None, [], None)
         parts.append((([tree] if tree else list(_pieces(c.text)) if error else []), shell, error))
-    try: src.names = known_names([t for p in parts for t in p[0]])
-    except RecursionError: pass # Then no name has a known value
-    for c,p in zip(cells, parts): _read_cell(src, c, p)
+    try:
+        src.names = known_names([t for p in parts for t in p[0]])
+    except RecursionError:
+        pass  # Then no name has a known value
+    for c, p in zip(cells, parts):
+        _read_cell(src, c, p)
     return src
 
 # %% ../../nbs/lint/scanning.ipynb #fefaba73
-def read_text(path)->str:
+def read_text(path) -> str:
     "A file's text; bytes that are no UTF-8 become replacement characters"
-    try: return Path(path).read_bytes().decode('utf-8-sig', 'replace')
-    except (OSError, ValueError) as e: raise ScanError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    try:
+        return Path(path).read_bytes().decode('utf-8-sig', 'replace')
+    except (OSError, ValueError) as e:
+        raise ScanError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
-def scan(path)->Source: # Of a `.ipynb` or `.py` file
+
+def scan(path) -> Source:  # Of a `.ipynb` or `.py` file
     "Read a notebook or a script without running it"
     suffix = Path(path).suffix.lower()
-    if suffix not in ('.ipynb', '.py'): raise ScanError(f"{path}: expected a notebook (.ipynb) or a script (.py)")
+    if suffix not in ('.ipynb', '.py'):
+        raise ScanError(f"{path}: expected a notebook (.ipynb) or a script (.py)")
     text = read_text(path)
-    if suffix == '.ipynb': return scan_cells(notebook_cells(text, str(path)), path)
+    if suffix == '.ipynb':
+        return scan_cells(notebook_cells(text, str(path)), path)
     return scan_cells([Cell(None, 'code', text)], path, 'script')

@@ -6,7 +6,8 @@
 __all__ = ['read_config', 'weight_shapes', 'model_shape', 'linear_shapes', 'parameter_counts']
 
 # %% ../../nbs/planning/architecture.ipynb #2d47be5d
-import json,struct
+import json
+import struct
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -15,95 +16,157 @@ from ..core.engine import check_hub
 from ..core.spec import ModelRef
 
 # %% ../../nbs/planning/architecture.ipynb #d1bd523e
-_NEEDED = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim', 'vocab_size')
+_NEEDED = (
+    'hidden_size',
+    'intermediate_size',
+    'num_hidden_layers',
+    'num_attention_heads',
+    'num_key_value_heads',
+    'head_dim',
+    'vocab_size',
+)
 _COMPRESSED = ('qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
 _EXPERTS = ('num_local_experts', 'num_experts', 'n_routed_experts', 'moe_num_experts')
 
-def read_config(d:dict)->dict|None: # Under the names of Llama's configuration; None when something is missing
+
+def read_config(d: dict) -> dict | None:  # Under the names of Llama's configuration; None when something is missing
     "The entries of a `config.json` that decide memory and speed"
-    d = d|d.get('text_config', {})
+    d = d | d.get('text_config', {})
     heads = d.get('num_attention_heads') or 1
-    if not isinstance(heads, int): return None
-    s = dict(head_dim=(d.get('hidden_size') or 0)//heads, num_key_value_heads=heads, tie_word_embeddings=False)|{k:v for k,v in d.items() if v is not None}
+    if not isinstance(heads, int):
+        return None
+    s = dict(head_dim=(d.get('hidden_size') or 0) // heads, num_key_value_heads=heads, tie_word_embeddings=False) | {
+        k: v for k, v in d.items() if v is not None
+    }
     n = next((d[k] for k in _EXPERTS if d.get(k)), 1)
-    if n > 1: s |= dict(num_local_experts=n, num_experts_per_tok=d.get('num_experts_per_tok') or d.get('top_k_experts'), shared_intermediate_size=d.get('shared_expert_intermediate_size') or (d.get('n_shared_experts') or 0)*(d.get('moe_intermediate_size') or 0))
-    needed = _NEEDED+(('num_experts_per_tok',) if n > 1 else ())+(_COMPRESSED if s.get('kv_lora_rank') else ())
+    if n > 1:
+        s |= dict(
+            num_local_experts=n,
+            num_experts_per_tok=d.get('num_experts_per_tok') or d.get('top_k_experts'),
+            shared_intermediate_size=d.get('shared_expert_intermediate_size')
+            or (d.get('n_shared_experts') or 0) * (d.get('moe_intermediate_size') or 0),
+        )
+    needed = _NEEDED + (('num_experts_per_tok',) if n > 1 else ()) + (_COMPRESSED if s.get('kv_lora_rank') else ())
     return s if all(isinstance(s.get(k), int) and s[k] for k in needed) else None
 
 # %% ../../nbs/planning/architecture.ipynb #92cc89e4
-def _header(file)->dict:
+def _header(file) -> dict:
     "Names, types and shapes of the tensors of a safetensors file, without their values"
-    with open(file, 'rb') as f: return json.loads(f.read(struct.unpack('<Q', f.read(8))[0]))
+    with open(file, 'rb') as f:
+        return json.loads(f.read(struct.unpack('<Q', f.read(8))[0]))
 
-def weight_shapes(folder)->dict|None: # (last name of the module, shape) to copies; None when there are none, or packed ones
+
+def weight_shapes(
+    folder,
+) -> dict | None:  # (last name of the module, shape) to copies; None when there are none, or packed ones
     "Every weight of a model folder, by kind"
-    got = {k:v for f in sorted(Path(folder).glob('*.safetensors')) for k,v in _header(f).items() if k != '__metadata__'}
-    if not got or any(v['dtype'] in ('U8', 'I8', 'I32') for v in got.values()): return None
-    return dict(Counter((k.removesuffix('.weight').rsplit('.', 1)[-1], tuple(v['shape'])) for k,v in got.items()))
+    got = {
+        k: v for f in sorted(Path(folder).glob('*.safetensors')) for k, v in _header(f).items() if k != '__metadata__'
+    }
+    if not got or any(v['dtype'] in ('U8', 'I8', 'I32') for v in got.values()):
+        return None
+    return dict(Counter((k.removesuffix('.weight').rsplit('.', 1)[-1], tuple(v['shape'])) for k, v in got.items()))
 
 # %% ../../nbs/planning/architecture.ipynb #bdfc5638
 def _hub_config(repo, revision):
     "`config.json` from the Hub's cache or the Hub, if it can be reached at once; None when it cannot be had"
-    from huggingface_hub import hf_hub_download,try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
     try:
         file = try_to_load_from_cache(repo, 'config.json', revision=revision)
-        if not isinstance(file, str): check_hub(repo); file = hf_hub_download(repo, 'config.json', revision=revision)
+        if not isinstance(file, str):
+            check_hub(repo)
+            file = hf_hub_download(repo, 'config.json', revision=revision)
         return json.loads(Path(file).read_text())
-    except Exception: return None
+    except Exception:
+        return None
+
 
 def model_shape(
-    ref:ModelRef, # As `resolve_model` gives it
-    revision:str|None=None, # On the Hub
-)->dict|None: # Entries of `config.json`, and `weights` where the files are local; None when they are not at hand
+    ref: ModelRef,  # As `resolve_model` gives it
+    revision: str | None = None,  # On the Hub
+) -> dict | None:  # Entries of `config.json`, and `weights` where the files are local; None when they are not at hand
     "The numbers that decide a model's memory and speed, without loading it"
     folder = Path(ref.id)
-    if ref.kind == 'local' and (folder/'config.json').exists():
-        s = read_config(json.loads((folder/'config.json').read_text()))
-        return s and s|dict(weights=weight_shapes(folder))
-    if ref.preset: return read_config(ref.preset.shape)
+    if ref.kind == 'local' and (folder / 'config.json').exists():
+        s = read_config(json.loads((folder / 'config.json').read_text()))
+        return s and s | dict(weights=weight_shapes(folder))
+    if ref.preset:
+        return read_config(ref.preset.shape)
     return read_config(_hub_config(ref.id, revision) or {}) if ref.kind == 'hub' else None
 
 # %% ../../nbs/planning/architecture.ipynb #128ee8f9
 def _attention(s):
     "The projections of attention; compressed ones where the configuration has them"
-    h,n = s['hidden_size'],s['num_attention_heads']
-    if not s.get('kv_lora_rank'): return dict(q_proj=(h, n*s['head_dim'], 1), k_proj=(h, s['num_key_value_heads']*s['head_dim'], 1), v_proj=(h, s['num_key_value_heads']*s['head_dim'], 1), o_proj=(n*s['head_dim'], h, 1))
-    (plain,rope,v),low = (s[k] for k in _COMPRESSED),s.get('q_lora_rank')
-    q = dict(q_a_proj=(h, low, 1), q_b_proj=(low, n*(plain+rope), 1)) if low else dict(q_proj=(h, n*(plain+rope), 1))
-    return q|dict(kv_a_proj_with_mqa=(h, s['kv_lora_rank']+rope, 1), kv_b_proj=(s['kv_lora_rank'], n*(plain+v), 1), o_proj=(n*v, h, 1))
+    h, n = s['hidden_size'], s['num_attention_heads']
+    if not s.get('kv_lora_rank'):
+        return dict(
+            q_proj=(h, n * s['head_dim'], 1),
+            k_proj=(h, s['num_key_value_heads'] * s['head_dim'], 1),
+            v_proj=(h, s['num_key_value_heads'] * s['head_dim'], 1),
+            o_proj=(n * s['head_dim'], h, 1),
+        )
+    (plain, rope, v), low = (s[k] for k in _COMPRESSED), s.get('q_lora_rank')
+    q = (
+        dict(q_a_proj=(h, low, 1), q_b_proj=(low, n * (plain + rope), 1))
+        if low
+        else dict(q_proj=(h, n * (plain + rope), 1))
+    )
+    return q | dict(
+        kv_a_proj_with_mqa=(h, s['kv_lora_rank'] + rope, 1),
+        kv_b_proj=(s['kv_lora_rank'], n * (plain + v), 1),
+        o_proj=(n * v, h, 1),
+    )
 
-def linear_shapes(s:dict)->dict[str,tuple[int,int,int]]: # Name to (inputs, outputs, copies per layer)
+
+def linear_shapes(s: dict) -> dict[str, tuple[int, int, int]]:  # Name to (inputs, outputs, copies per layer)
     "The linear layers of one transformer layer"
-    h,n = s['hidden_size'],s.get('num_local_experts', 1)
+    h, n = s['hidden_size'], s.get('num_local_experts', 1)
     i = s.get('moe_intermediate_size') or s['intermediate_size'] if n > 1 else s['intermediate_size']
-    lin = _attention(s)|dict(gate_proj=(h, i, n), up_proj=(h, i, n), down_proj=(i, h, n))
-    if n > 1: lin['router'] = (h, n, 1)
-    if n > 1 and (j := s.get('shared_intermediate_size')): lin |= dict(shared_gate_proj=(h, j, 1), shared_up_proj=(h, j, 1), shared_down_proj=(j, h, 1))
+    lin = _attention(s) | dict(gate_proj=(h, i, n), up_proj=(h, i, n), down_proj=(i, h, n))
+    if n > 1:
+        lin['router'] = (h, n, 1)
+    if n > 1 and (j := s.get('shared_intermediate_size')):
+        lin |= dict(shared_gate_proj=(h, j, 1), shared_up_proj=(h, j, 1), shared_down_proj=(j, h, 1))
     return lin
 
 # %% ../../nbs/planning/architecture.ipynb #5784477d
 def _from_files(s, r, targets):
     "Counts from the headers of the weight files"
-    w = {k:n for k,n in s['weights'].items() if len(k[1]) > 1}
-    embed = [(k,n) for k,n in w.items() if k[0] in ('embed_tokens', 'wte', 'lm_head') or k[1][0] == s['vocab_size']]
-    lin = {k:n for k,n in w.items() if k not in dict(embed)}
-    return dict(linear=sum(prod(k[1])*n for k,n in lin.items()), embedding=sum(prod(k[1])*n for k,n in embed),
-        adapter=sum(r*sum(k[1])*n for k,n in lin.items() if k[0] in targets and len(k[1]) == 2))
+    w = {k: n for k, n in s['weights'].items() if len(k[1]) > 1}
+    embed = [(k, n) for k, n in w.items() if k[0] in ('embed_tokens', 'wte', 'lm_head') or k[1][0] == s['vocab_size']]
+    lin = {k: n for k, n in w.items() if k not in dict(embed)}
+    return dict(
+        linear=sum(prod(k[1]) * n for k, n in lin.items()),
+        embedding=sum(prod(k[1]) * n for k, n in embed),
+        adapter=sum(r * sum(k[1]) * n for k, n in lin.items() if k[0] in targets and len(k[1]) == 2),
+    )
+
 
 def _tower(s):
     "Parameters of an image encoder, which stays in 16 bits"
     v = s.get('vision_config')
-    return v['num_hidden_layers']*(4*v['hidden_size']**2+2*v['hidden_size']*v['intermediate_size']) if v else 0
+    return (
+        v['num_hidden_layers'] * (4 * v['hidden_size'] ** 2 + 2 * v['hidden_size'] * v['intermediate_size']) if v else 0
+    )
+
 
 def parameter_counts(
-    s:dict, # From `model_shape`
-    r:int=0, # Rank of the adapter
-    targets=(), # Layers that get one
-)->dict[str,int]: # [parameters] linear, embedding, adapter, active
+    s: dict,  # From `model_shape`
+    r: int = 0,  # Rank of the adapter
+    targets=(),  # Layers that get one
+) -> dict[str, int]:  # [parameters] linear, embedding, adapter, active
     "Parameters of the linear layers, the embeddings and a LoRA adapter, and those that one token passes"
-    lin,layers,head = linear_shapes(s),s['num_hidden_layers'],s['vocab_size']*s['hidden_size']
+    lin, layers, head = linear_shapes(s), s['num_hidden_layers'], s['vocab_size'] * s['hidden_size']
     experts = s.get('num_local_experts', 1)
-    active = head+layers*sum(a*b*(s['num_experts_per_tok'] if n > 1 and n == experts else n) for a,b,n in lin.values())
-    if s.get('weights'): return _from_files(s, r, targets)|dict(active=active)
-    return dict(linear=layers*sum(a*b*n for a,b,n in lin.values()), embedding=head*(1 if s.get('tie_word_embeddings') else 2)+_tower(s),
-        adapter=layers*sum(r*(a+b)*n for k,(a,b,n) in lin.items() if k in targets), active=active)
+    active = head + layers * sum(
+        a * b * (s['num_experts_per_tok'] if n > 1 and n == experts else n) for a, b, n in lin.values()
+    )
+    if s.get('weights'):
+        return _from_files(s, r, targets) | dict(active=active)
+    return dict(
+        linear=layers * sum(a * b * n for a, b, n in lin.values()),
+        embedding=head * (1 if s.get('tie_word_embeddings') else 2) + _tower(s),
+        adapter=layers * sum(r * (a + b) * n for k, (a, b, n) in lin.items() if k in targets),
+        active=active,
+    )

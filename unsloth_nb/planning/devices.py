@@ -6,86 +6,130 @@
 __all__ = ['CONTEXT', 'CARDS', 'Card', 'find_device', 'card_of', 'rates', 'link_rate', 'peak_memory', 'reset_peak']
 
 # %% ../../nbs/planning/devices.ipynb #cfddce80
-import re,sys
+import re
+import sys
 from contextlib import suppress
-from dataclasses import dataclass,replace
+from dataclasses import dataclass, replace
 
 from ..core.engine import Device
-from ..core.schema import SpecError,nearest
+from ..core.schema import SpecError, nearest
 
 # %% ../../nbs/planning/devices.ipynb #f5d12814
 _GIB = 2**30
-CONTEXT = int(0.66*_GIB) # [bytes] the CUDA driver holds in each process
+CONTEXT = int(0.66 * _GIB)  # [bytes] the CUDA driver holds in each process
+
 
 @dataclass(frozen=True)
 class Card:
     "A GPU as its data sheet describes it"
-    memory:float # [GiB] that programs see
-    flops:float # [TFLOP/s] dense 16-bit matrix products, 32-bit sums
-    bandwidth:float # [GB/s] of its memory
-    capability:str # CUDA compute capability
 
-CARDS = {'T4':Card(14.6, 65, 320, '7.5'), 'L4':Card(22.0, 121, 300, '8.9'), 'A10G':Card(22.1, 70, 600, '8.6'),
-    'RTX 4060':Card(7.7, 30, 272, '8.9'), 'RTX 3060':Card(11.7, 26, 360, '8.6'), 'RTX 3090':Card(23.6, 71, 936, '8.6'), 'RTX 4090':Card(23.5, 165, 1008, '8.9'), 'RTX 5090':Card(31.4, 210, 1792, '12.0'),
-    'L40S':Card(44.4, 362, 864, '8.9'), 'A100 40GB':Card(39.4, 312, 1555, '8.0'), 'A100 80GB':Card(79.2, 312, 2039, '8.0'),
-    'H100':Card(79.1, 989, 3350, '9.0'), 'H200':Card(139.8, 989, 4800, '9.0'), 'B200':Card(178.4, 2250, 8000, '10.0')}
+    memory: float  # [GiB] that programs see
+    flops: float  # [TFLOP/s] dense 16-bit matrix products, 32-bit sums
+    bandwidth: float  # [GB/s] of its memory
+    capability: str  # CUDA compute capability
+
+
+CARDS = {
+    'T4': Card(14.6, 65, 320, '7.5'),
+    'L4': Card(22.0, 121, 300, '8.9'),
+    'A10G': Card(22.1, 70, 600, '8.6'),
+    'RTX 4060': Card(7.7, 30, 272, '8.9'),
+    'RTX 3060': Card(11.7, 26, 360, '8.6'),
+    'RTX 3090': Card(23.6, 71, 936, '8.6'),
+    'RTX 4090': Card(23.5, 165, 1008, '8.9'),
+    'RTX 5090': Card(31.4, 210, 1792, '12.0'),
+    'L40S': Card(44.4, 362, 864, '8.9'),
+    'A100 40GB': Card(39.4, 312, 1555, '8.0'),
+    'A100 80GB': Card(79.2, 312, 2039, '8.0'),
+    'H100': Card(79.1, 989, 3350, '9.0'),
+    'H200': Card(139.8, 989, 4800, '9.0'),
+    'B200': Card(178.4, 2250, 8000, '10.0'),
+}
 
 # %% ../../nbs/planning/devices.ipynb #4065e96b
-def _plain(name): return re.sub(r'nvidia|geforce|tesla|rtx|[-_ ]', '', name.lower())
+def _plain(name):
+    return re.sub(r'nvidia|geforce|tesla|rtx|[-_ ]', '', name.lower())
+
 
 def find_device(
-    name:str, # A card, several as `2x H100`, `CPU 32GB` or `Apple 64GB`
-)->Device: # With all its memory free
+    name: str,  # A card, several as `2x H100`, `CPU 32GB` or `Apple 64GB`
+) -> Device:  # With all its memory free
     "A device by name; raises `SpecError` with the nearest name"
-    if (m := re.fullmatch(r'(\d+) ?x (.+)', name)): return replace(find_device(m[2]), count=int(m[1]))
+    if m := re.fullmatch(r'(\d+) ?x (.+)', name):
+        return replace(find_device(m[2]), count=int(m[1]))
     m = re.fullmatch(r'(cpu|apple)(\d+)?(gb|gib)?', _plain(name))
     if m:
-        ram = int(m[2] or 32)*_GIB
-        return Device('cpu' if m[1] == 'cpu' else 'mps', f'{"CPU" if m[1] == "cpu" else "Apple"} {ram//_GIB}GB', ram, int(0.85*ram), True, 8)
-    hit = next((k for k in CARDS if _plain(k) in (_plain(name), _plain(name)+'gb')), None)
-    if hit is None: raise SpecError(f"device: there is no device {name!r}{nearest(name, [*CARDS, 'CPU', 'Apple'])}")
+        ram = int(m[2] or 32) * _GIB
+        return Device(
+            'cpu' if m[1] == 'cpu' else 'mps',
+            f'{"CPU" if m[1] == "cpu" else "Apple"} {ram // _GIB}GB',
+            ram,
+            int(0.85 * ram),
+            True,
+            8,
+        )
+    hit = next((k for k in CARDS if _plain(k) in (_plain(name), _plain(name) + 'gb')), None)
+    if hit is None:
+        raise SpecError(f"device: there is no device {name!r}{nearest(name, [*CARDS, 'CPU', 'Apple'])}")
     c = CARDS[hit]
-    return Device('cuda', hit, int(c.memory*_GIB), int(c.memory*_GIB)-CONTEXT, float(c.capability) >= 8, 8, 1, c.capability)
+    return Device(
+        'cuda', hit, int(c.memory * _GIB), int(c.memory * _GIB) - CONTEXT, float(c.capability) >= 8, 8, 1, c.capability
+    )
 
 # %% ../../nbs/planning/devices.ipynb #76876218
-def card_of(dev:Device)->Card|None:
+def card_of(dev: Device) -> Card | None:
     "The data sheet of a device, by the name that the driver gives"
-    if dev.kind != 'cuda': return None
-    names = sorted((k for k in CARDS if _plain(k.split()[-1] if k.startswith('RTX') else k.split()[0]) in _plain(dev.name)), key=lambda k: abs(CARDS[k].memory*_GIB-dev.memory_total))
+    if dev.kind != 'cuda':
+        return None
+    names = sorted(
+        (k for k in CARDS if _plain(k.split()[-1] if k.startswith('RTX') else k.split()[0]) in _plain(dev.name)),
+        key=lambda k: abs(CARDS[k].memory * _GIB - dev.memory_total),
+    )
     return CARDS[names[0]] if names else None
 
-def rates(dev:Device)->tuple[float,float]|None: # ([FLOP/s] at best, [bytes/s]); None for an unknown card
+
+def rates(dev: Device) -> tuple[float, float] | None:  # ([FLOP/s] at best, [bytes/s]); None for an unknown card
     "How fast a device computes and reads its memory"
-    if dev.kind == 'cpu': return dev.cores*(0.11e12 if dev.bf16 else 0.055e12),20e9
+    if dev.kind == 'cpu':
+        return dev.cores * (0.11e12 if dev.bf16 else 0.055e12), 20e9
     c = card_of(dev)
-    return (c.flops*1e12, c.bandwidth*1e9) if c else None
+    return (c.flops * 1e12, c.bandwidth * 1e9) if c else None
 
 # %% ../../nbs/planning/devices.ipynb #dc8a1ab4
-_LINKS = {'A100':300e9, 'H100':450e9, 'H200':450e9, 'B200':900e9} # [bytes/s] each way, NVLink, data sheets
+_LINKS = {'A100': 300e9, 'H100': 450e9, 'H200': 450e9, 'B200': 900e9}  # [bytes/s] each way, NVLink, data sheets
+
 
 def link_rate(
-    dev:Device, # One of several
-    nodes:int=1, # Machines
-)->float: # [bytes/s] each way
+    dev: Device,  # One of several
+    nodes: int = 1,  # Machines
+) -> float:  # [bytes/s] each way
     "How fast devices that train together reach each other"
-    if nodes > 1: return 25e9
-    if dev.kind == 'cpu': return 1.5e9
-    return 0.8*next((v for k,v in _LINKS.items() if k in dev.name), 16e9)
+    if nodes > 1:
+        return 25e9
+    if dev.kind == 'cpu':
+        return 1.5e9
+    return 0.8 * next((v for k, v in _LINKS.items() if k in dev.name), 16e9)
 
 # %% ../../nbs/planning/devices.ipynb #9a09d54f
-def peak_memory(kind:str)->int: # [bytes]
+def peak_memory(kind: str) -> int:  # [bytes]
     "Most memory held since `reset_peak`, of the GPU or of this process; of a process that is not on Linux, since it began"
     if kind == 'cuda':
         import torch
+
         return torch.cuda.max_memory_allocated()
     with suppress(OSError), open('/proc/self/status') as f:
-        if (m := re.search(r'VmHWM:\s*(\d+) kB', f.read())): return int(m[1])*1024
+        if m := re.search(r'VmHWM:\s*(\d+) kB', f.read()):
+            return int(m[1]) * 1024
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
-def reset_peak(kind:str):
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def reset_peak(kind: str):
     "Begin anew with the peak"
     if kind == 'cuda':
         import torch
+
         return torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError), open('/proc/self/clear_refs', 'w') as f: f.write('5')
+    with suppress(OSError), open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')

@@ -8,53 +8,79 @@ __all__ = ['COMMON', 'TextTable', 'family_presets', 'family_table', 'way', 'card
 # %% ../../nbs/planning/families.ipynb #eaa1013c
 from dataclasses import dataclass
 
-from ..core.escaping import markdown_code,markdown_text,plain_text
+from ..core.escaping import markdown_code, markdown_text, plain_text
 from .plan import make_plan
-from ..core.schema import SpecError,nearest
-from ..core.spec import FinetuneJob,presets
+from ..core.schema import SpecError, nearest
+from ..core.spec import FinetuneJob, presets
 
 # %% ../../nbs/planning/families.ipynb #063b171b
 @dataclass(frozen=True)
 class TextTable:
     "Rows of text under a head, shown as a table"
-    head:tuple # Names of the columns
-    rows:list # Tuples of text
-    code:int=1 # So many columns from the left are names
+
+    head: tuple  # Names of the columns
+    rows: list  # Tuples of text
+    code: int = 1  # So many columns from the left are names
 
     def _repr_markdown_(self):
-        cell = lambda i,s: markdown_code(s) if i < self.code and s else markdown_text(s)
+        cell = lambda i, s: markdown_code(s) if i < self.code and s else markdown_text(s)
         line = lambda cells: f"| {' | '.join(cells)} |"
-        return '\n'.join([line(map(markdown_text, self.head)), line(['---']*len(self.head)), *(line(cell(i, str(s)) for i,s in enumerate(r)) for r in self.rows)])
-    def __repr__(self): return plain_text('\n'.join('  '.join(map(str, r)) for r in [self.head, *self.rows]))
+        return '\n'.join(
+            [
+                line(map(markdown_text, self.head)),
+                line(['---'] * len(self.head)),
+                *(line(cell(i, str(s)) for i, s in enumerate(r)) for r in self.rows),
+            ]
+        )
+
+    def __repr__(self):
+        return plain_text('\n'.join('  '.join(map(str, r)) for r in [self.head, *self.rows]))
 
 # %% ../../nbs/planning/families.ipynb #0f372152
-def family_presets(*families:str)->list: # Presets, in the order of their file
+def family_presets(*families: str) -> list:  # Presets, in the order of their file
     "The presets of one or more families"
     known = {p.family for p in presets().values()}
     bad = next((f for f in families if f not in known), None)
-    if bad: raise SpecError(f"family: there is no family {bad!r}{nearest(bad, known)}")
+    if bad:
+        raise SpecError(f"family: there is no family {bad!r}{nearest(bad, known)}")
     return [p for p in presets().values() if p.family in families]
 
-def family_table(*families:str)->TextTable:
+
+def family_table(*families: str) -> TextTable:
     "What is known of a family's models without loading one"
-    size = lambda n: f'{n/1e9:.3g} B' if n >= 1e9 else f'{n/1e6:.3g} M'
-    rows = [(p.name, p.hub, p.hub_ungated if p.gated and p.hub_ungated else '', size(p.parameters), f'{p.context_length:,}', 'none: a base model' if p.chat_template == 'none' else p.chat_template) for p in family_presets(*families)]
-    return TextTable(('preset', 'on the Hub', 'the same without a licence to accept', 'parameters', 'context', 'template'), rows, 3)
+    size = lambda n: f'{n / 1e9:.3g} B' if n >= 1e9 else f'{n / 1e6:.3g} M'
+    rows = [
+        (
+            p.name,
+            p.hub,
+            p.hub_ungated if p.gated and p.hub_ungated else '',
+            size(p.parameters),
+            f'{p.context_length:,}',
+            'none: a base model' if p.chat_template == 'none' else p.chat_template,
+        )
+        for p in family_presets(*families)
+    ]
+    return TextTable(
+        ('preset', 'on the Hub', 'the same without a licence to accept', 'parameters', 'context', 'template'), rows, 3
+    )
 
 # %% ../../nbs/planning/families.ipynb #3c6b2493
-COMMON = ('RTX 4060', 'T4', 'RTX 4090', 'A100 80GB', 'H100') # 8, 15, 24, 80 and 80 GB
+COMMON = ('RTX 4060', 'T4', 'RTX 4090', 'A100 80GB', 'H100')  # 8, 15, 24, 80 and 80 GB
 
-def way(p)->str: # `p`: Plan
+
+def way(p) -> str:  # `p`: Plan
     "A plan in a few words; a dash where it does not fit"
-    if p.fits is False: return '–'
+    if p.fits is False:
+        return '–'
     speed = f', {p.tokens_per_second:,.0f} tokens/s' if p.tokens_per_second else ''
-    return f"{'NF4' if p.load_in_4bit else '16 bit'}, {p.per_device_train_batch_size} × {p.gradient_accumulation_steps}, {p.peak/2**30:.1f} GiB{speed}"
+    return f"{'NF4' if p.load_in_4bit else '16 bit'}, {p.per_device_train_batch_size} × {p.gradient_accumulation_steps}, {p.peak / 2**30:.1f} GiB{speed}"
+
 
 def card_table(
-    models, # Preset names
-    cards=COMMON, # Names as `find_device` takes them
-    **params, # Of the job, such as `max_seq_length`
-)->TextTable:
+    models,  # Preset names
+    cards=COMMON,  # Names as `find_device` takes them
+    **params,  # Of the job, such as `max_seq_length`
+) -> TextTable:
     "How each model would be trained on each card, with rows as long as `max_seq_length`"
     rows = [(m, *(way(make_plan(FinetuneJob(model=m, **params), device=c)) for c in cards)) for m in models]
     return TextTable(('model', *cards), rows)

@@ -9,66 +9,85 @@ __all__ = ['static_memory', 'activation_memory', 'logit_memory', 'memory_estimat
 from .architecture import linear_shapes
 
 # %% ../../nbs/planning/memory.ipynb #ad7bf1e7
-_BYTES = {4: 4.127/8, 8: 1, 16: 2, 32: 4}
+_BYTES = {4: 4.127 / 8, 8: 1, 16: 2, 32: 4}
+
 
 def static_memory(
-    counts:dict, # From `parameter_counts`
-    bits:int, # 4, 8, 16 or 32: precision of the frozen linear layers
-    optim:str, # Optimizer
-)->dict[str,int]: # [bytes] weights, adapter, optimizer
+    counts: dict,  # From `parameter_counts`
+    bits: int,  # 4, 8, 16 or 32: precision of the frozen linear layers
+    optim: str,  # Optimizer
+) -> dict[str, int]:  # [bytes] weights, adapter, optimizer
     "Memory that a run holds from its first step to its last"
     wide = 4 if bits == 32 else 2
-    return dict(weights=int(counts['linear']*_BYTES[bits])+counts['embedding']*wide, adapter=4*counts['adapter'],
-        optimizer=counts['adapter']*(0 if optim == 'sgd' else 2 if '8bit' in optim else 8))
+    return dict(
+        weights=int(counts['linear'] * _BYTES[bits]) + counts['embedding'] * wide,
+        adapter=4 * counts['adapter'],
+        optimizer=counts['adapter'] * (0 if optim == 'sgd' else 2 if '8bit' in optim else 8),
+    )
 
 # %% ../../nbs/planning/memory.ipynb #4fffe402
 def _widths(s):
     "Hidden, query, key/value and intermediate width of a token"
     lin = linear_shapes(s)
-    kv = lin['v_proj'][1] if 'v_proj' in lin else lin['kv_b_proj'][1]//2
-    i = lin['gate_proj'][1]*(s['num_experts_per_tok'] if lin['gate_proj'][2] > 1 else 1)+s.get('shared_intermediate_size', 0)
-    return s['hidden_size'],lin['o_proj'][0],kv,i
+    kv = lin['v_proj'][1] if 'v_proj' in lin else lin['kv_b_proj'][1] // 2
+    i = lin['gate_proj'][1] * (s['num_experts_per_tok'] if lin['gate_proj'][2] > 1 else 1) + s.get(
+        'shared_intermediate_size', 0
+    )
+    return s['hidden_size'], lin['o_proj'][0], kv, i
+
 
 def activation_memory(
-    s:dict, # From `model_shape`
-    tokens:int, # In one forward pass, padding included
-    checkpointing, # `'unsloth'`, True or False
-    layout:str, # `padding_free`, `packed` (by Unsloth alone) or `padded`
-    wide:int=2, # [bytes] of an activation
-)->tuple[int,int]: # ([bytes] at the end of the forward pass, [bytes] at the peak of the backward pass)
+    s: dict,  # From `model_shape`
+    tokens: int,  # In one forward pass, padding included
+    checkpointing,  # `'unsloth'`, True or False
+    layout: str,  # `padding_free`, `packed` (by Unsloth alone) or `padded`
+    wide: int = 2,  # [bytes] of an activation
+) -> tuple[int, int]:  # ([bytes] at the end of the forward pass, [bytes] at the peak of the backward pass)
     "Activations of a training step"
-    (h,q,kv,i),n = _widths(s),s['num_hidden_layers']
-    layer = 4*h+2*q+2*kv+2*i+int(dict(padding_free=0, packed=1.55, padded=1.2)[layout]*q)
-    if not checkpointing: return (tokens*wide*(n*layer+7*h),)*2
-    work = 7*h+2*kv+3*i+(2*i+h if layout == 'padded' else 0)
-    kept = 3*h if checkpointing == 'unsloth' else n*h
-    return tokens*wide*(7*h+kept),tokens*wide*(work+kept)
+    (h, q, kv, i), n = _widths(s), s['num_hidden_layers']
+    layer = 4 * h + 2 * q + 2 * kv + 2 * i + int(dict(padding_free=0, packed=1.55, padded=1.2)[layout] * q)
+    if not checkpointing:
+        return (tokens * wide * (n * layer + 7 * h),) * 2
+    work = 7 * h + 2 * kv + 3 * i + (2 * i + h if layout == 'padded' else 0)
+    kept = 3 * h if checkpointing == 'unsloth' else n * h
+    return tokens * wide * (7 * h + kept), tokens * wide * (work + kept)
 
 # %% ../../nbs/planning/memory.ipynb #151e6b8b
-def logit_memory(s:dict, tokens:int)->int: # [bytes]
+def logit_memory(s: dict, tokens: int) -> int:  # [bytes]
     "Logits and their gradients, for one chunk of the fused loss"
-    v,floor = s['vocab_size'],lambda x: 1 << max(int(x).bit_length()-1, 0)
-    rows = min(max(floor(tokens*s['hidden_size']/v), floor(512*151936/v), 512), 4096)
-    return 6*v*min(rows, tokens)
+    v, floor = s['vocab_size'], lambda x: 1 << max(int(x).bit_length() - 1, 0)
+    rows = min(max(floor(tokens * s['hidden_size'] / v), floor(512 * 151936 / v), 512), 4096)
+    return 6 * v * min(rows, tokens)
 
 # %% ../../nbs/planning/memory.ipynb #8fab2373
 def memory_estimate(
-    s:dict, # From `model_shape`
-    counts:dict, # From `parameter_counts`
-    tokens:int, # In the largest forward pass, padding included
-    bits:int, # 4, 8, 16 or 32: precision of the frozen linear layers
-    checkpointing, # `'unsloth'`, True or False
-    optim:str, # Optimizer
-    layout:str='padding_free', # `padding_free`, `packed` or `padded`
-    passes:int=1, # Forward passes per optimizer step
-    cuda:bool=True, # Is the device a GPU?
-)->dict[str,int]: # [bytes] by component
+    s: dict,  # From `model_shape`
+    counts: dict,  # From `parameter_counts`
+    tokens: int,  # In the largest forward pass, padding included
+    bits: int,  # 4, 8, 16 or 32: precision of the frozen linear layers
+    checkpointing,  # `'unsloth'`, True or False
+    optim: str,  # Optimizer
+    layout: str = 'padding_free',  # `padding_free`, `packed` or `padded`
+    passes: int = 1,  # Forward passes per optimizer step
+    cuda: bool = True,  # Is the device a GPU?
+) -> dict[str, int]:  # [bytes] by component
     "Peak memory of training, by component"
-    grads,(fwd,bwd) = 4*counts['adapter'],activation_memory(s, tokens, checkpointing, layout, 4 if bits == 32 else 2)
-    if not cuda: fwd,bwd = 2*fwd,2*bwd
-    unpacked = 2*max(a*b for a,b,n in linear_shapes(s).values())*(2 if bits == 4 else 1 if bits == 8 else 0)
-    ends = (dict(gradients=grads if passes > 1 else 0, activations=fwd, logits=logit_memory(s, tokens)),
-        dict(gradients=grads, activations=bwd if checkpointing else 0, logits=0))
-    return static_memory(counts, bits, optim)|max(ends, key=lambda d: sum(d.values()))|dict(workspace=unpacked+2**25 if cuda else _PROCESS)
+    grads, (fwd, bwd) = (
+        4 * counts['adapter'],
+        activation_memory(s, tokens, checkpointing, layout, 4 if bits == 32 else 2),
+    )
+    if not cuda:
+        fwd, bwd = 2 * fwd, 2 * bwd
+    unpacked = 2 * max(a * b for a, b, n in linear_shapes(s).values()) * (2 if bits == 4 else 1 if bits == 8 else 0)
+    ends = (
+        dict(gradients=grads if passes > 1 else 0, activations=fwd, logits=logit_memory(s, tokens)),
+        dict(gradients=grads, activations=bwd if checkpointing else 0, logits=0),
+    )
+    return (
+        static_memory(counts, bits, optim)
+        | max(ends, key=lambda d: sum(d.values()))
+        | dict(workspace=unpacked + 2**25 if cuda else _PROCESS)
+    )
 
-_PROCESS = int(1.3*2**30) # [bytes] of a process with the libraries loaded, on a CPU
+
+_PROCESS = int(1.3 * 2**30)  # [bytes] of a process with the libraries loaded, on a CPU

@@ -14,50 +14,67 @@ from .speed import Speed
 
 # %% ../../nbs/planning/parallel.ipynb #fbe704e0
 def rank_memory(
-    memory:dict, # [bytes] by component, of one device that trains alone: from `memory_estimate`
-    s:dict, # From `model_shape`
-    counts:dict, # From `parameter_counts`
-    parallel:str, # `ddp`, `fsdp`, `device_map`, or empty for one device
-    devices:int, # That share the work
-)->dict: # [bytes] by component
+    memory: dict,  # [bytes] by component, of one device that trains alone: from `memory_estimate`
+    s: dict,  # From `model_shape`
+    counts: dict,  # From `parameter_counts`
+    parallel: str,  # `ddp`, `fsdp`, `device_map`, or empty for one device
+    devices: int,  # That share the work
+) -> dict:  # [bytes] by component
     "Peak memory of one of several devices"
-    if not parallel or devices == 1: return memory
-    if parallel == 'ddp': return memory|dict(buckets=4*counts['adapter'])
-    linear = memory['weights']-2*counts['embedding']
-    if parallel == 'device_map': return memory|dict(weights=linear//devices+2*counts['embedding'])
-    one = linear//s['num_hidden_layers']
-    part = {k:memory[k]//devices for k in ('adapter', 'optimizer', 'gradients')}
-    return memory|part|dict(weights=linear//devices+2*counts['embedding']//devices, gathered=4*one+2*counts['embedding'])
+    if not parallel or devices == 1:
+        return memory
+    if parallel == 'ddp':
+        return memory | dict(buckets=4 * counts['adapter'])
+    linear = memory['weights'] - 2 * counts['embedding']
+    if parallel == 'device_map':
+        return memory | dict(weights=linear // devices + 2 * counts['embedding'])
+    one = linear // s['num_hidden_layers']
+    part = {k: memory[k] // devices for k in ('adapter', 'optimizer', 'gradients')}
+    return (
+        memory
+        | part
+        | dict(
+            weights=linear // devices + 2 * counts['embedding'] // devices, gathered=4 * one + 2 * counts['embedding']
+        )
+    )
 
 # %% ../../nbs/planning/parallel.ipynb #a9b6bc55
 def traffic(
-    memory:dict, # [bytes] by component of one device that trains alone
-    counts:dict, # From `parameter_counts`
-    parallel:str, # `ddp`, `fsdp`, `device_map`, or empty
-    ranks:int, # Processes that train
-    passes:int=1, # Forward passes of each per optimizer step
-)->int: # [bytes] that each sends in an optimizer step
+    memory: dict,  # [bytes] by component of one device that trains alone
+    counts: dict,  # From `parameter_counts`
+    parallel: str,  # `ddp`, `fsdp`, `device_map`, or empty
+    ranks: int,  # Processes that train
+    passes: int = 1,  # Forward passes of each per optimizer step
+) -> int:  # [bytes] that each sends in an optimizer step
     "What goes over the links"
-    if parallel not in ('ddp', 'fsdp') or ranks == 1: return 0
-    grads = 8*counts['adapter']*(ranks-1)//ranks
-    return grads if parallel == 'ddp' else grads+2*passes*memory['weights']*(ranks-1)//ranks
+    if parallel not in ('ddp', 'fsdp') or ranks == 1:
+        return 0
+    grads = 8 * counts['adapter'] * (ranks - 1) // ranks
+    return grads if parallel == 'ddp' else grads + 2 * passes * memory['weights'] * (ranks - 1) // ranks
 
 # %% ../../nbs/planning/parallel.ipynb #1275ddd7
-_HOOKS,_GATHER = 0.035,4.5e-3 # [s] of the processor: a step of DDP, with a hook for each adapter tensor; a layer that FSDP gathers, forwards and backwards
+_HOOKS, _GATHER = (
+    0.035,
+    4.5e-3,
+)  # [s] of the processor: a step of DDP, with a hook for each adapter tensor; a layer that FSDP gathers, forwards and backwards
+
 
 def rank_speed(
-    v:Speed|None, # Of one device that trains alone
-    dev:Device, # One of them
-    sent:int, # [bytes] that each sends in an optimizer step: from `traffic`
-    parallel:str, # `ddp`, `fsdp`, `device_map`, or empty
-    ranks:int, # Processes that train
-    nodes:int=1, # Machines
-    layers:int=32, # That are gone through in an optimizer step: those of the model, for each pass
-)->Speed|None: # Of all together
+    v: Speed | None,  # Of one device that trains alone
+    dev: Device,  # One of them
+    sent: int,  # [bytes] that each sends in an optimizer step: from `traffic`
+    parallel: str,  # `ddp`, `fsdp`, `device_map`, or empty
+    ranks: int,  # Processes that train
+    nodes: int = 1,  # Machines
+    layers: int = 32,  # That are gone through in an optimizer step: those of the model, for each pass
+) -> Speed | None:  # Of all together
     "Tokens a second of several devices, and what they wait for"
-    if v is None or not parallel: return v
-    if parallel == 'device_map': return replace(v, bound='one device after the other')
-    way = sent/link_rate(dev, nodes)
-    step = v.step+_HOOKS+0.3*way if parallel == 'ddp' else (v.step**4+way**4)**(1/4)+layers*_GATHER
-    if dev.kind == 'cpu': step = v.step*ranks+way # They share the cores of one processor
-    return Speed(step, v.tokens_per_second*v.step*ranks/step, 'links' if way > v.step else v.bound)
+    if v is None or not parallel:
+        return v
+    if parallel == 'device_map':
+        return replace(v, bound='one device after the other')
+    way = sent / link_rate(dev, nodes)
+    step = v.step + _HOOKS + 0.3 * way if parallel == 'ddp' else (v.step**4 + way**4) ** (1 / 4) + layers * _GATHER
+    if dev.kind == 'cpu':
+        step = v.step * ranks + way  # They share the cores of one processor
+    return Speed(step, v.tokens_per_second * v.step * ranks / step, 'links' if way > v.step else v.bound)

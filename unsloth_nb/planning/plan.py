@@ -6,20 +6,26 @@
 __all__ = ['Plan', 'past_runs', 'check_devices', 'make_plan', 'run_plan', 'smaller_way', 'check_free', 'Beside']
 
 # %% ../../nbs/planning/plan.ipynb #d58feb97
-import base64,html,io,math,os,shutil,tempfile
-from dataclasses import asdict,dataclass,field,replace
+import base64
+import html
+import io
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from fastcore.basics import patch
 import numpy as np
 import psutil
 
-from .architecture import model_shape,parameter_counts
-from .devices import CARDS,find_device
-from ..core.engine import Device,device_info
-from ..runs.run import Run,read_json,run_dirs
+from .architecture import model_shape, parameter_counts
+from .devices import CARDS, find_device
+from ..core.engine import Device, device_info
+from ..runs.run import Run, read_json, run_dirs
 from ..core.schema import SpecError
-from ..core.spec import FinetuneJob,resolve_model
-from .ways import FAMILIES,compute_dtype,example_lengths,fastest,find_ways,safest,usable
+from ..core.spec import FinetuneJob, resolve_model
+from .ways import FAMILIES, compute_dtype, example_lengths, fastest, find_ways, safest, usable
 
 _GIB = 2**30
 
@@ -27,166 +33,345 @@ _GIB = 2**30
 @dataclass(frozen=True)
 class Plan:
     "How a job runs on a machine"
-    device:Device # What trains
-    dtype:str # `bfloat16`, `float16` or `float32`
-    load_in_4bit:bool # NF4 weights
-    load_in_8bit:bool # LLM.int8 weights
-    per_device_train_batch_size:int # Rows in a forward pass
-    gradient_accumulation_steps:int # Forward passes per optimizer step
-    gradient_checkpointing:object # `'unsloth'`, True or False
-    optim:str # Optimizer
-    packing:bool # Several examples in a row
-    padding_free:bool # Rows end to end
-    attention:str # Kernel
-    max_seq_length:int # [tokens]
-    tokens:int # Assumed length of the longest example [tokens]
-    largest_pass:int # [tokens] in the largest forward pass
-    memory:dict # [bytes] by component; empty when the shape is unknown
-    tokens_per_second:float=0. # Predicted; 0 when the card's rate is unknown
-    seconds:float=0. # Predicted for all steps; 0 when unknown
-    bound:str='' # What it waits for: `compute` or `launches`
-    disk:dict=field(default_factory=dict) # [bytes] adapter, checkpoint, and what each form of export takes while it is made; merge_ram at most
-    reasons:dict=field(default_factory=dict) # Parameter to reason
-    changes:list=field(default_factory=list) # dicts with parameter, requested, effective, why
-    runners_up:list=field(default_factory=list) # dicts with way, peak_bytes, tokens_per_second, fits
-    mend:str='' # When nothing fits: the smallest change that would
-    calibration:dict=field(default_factory=dict) # memory, speed: factors from past runs; runs: how many
-    devices:int=1 # Of each machine that train
-    nodes:int=1 # Machines
-    parallel:str='' # `ddp`, `fsdp`, `device_map`; empty for one device
+
+    device: Device  # What trains
+    dtype: str  # `bfloat16`, `float16` or `float32`
+    load_in_4bit: bool  # NF4 weights
+    load_in_8bit: bool  # LLM.int8 weights
+    per_device_train_batch_size: int  # Rows in a forward pass
+    gradient_accumulation_steps: int  # Forward passes per optimizer step
+    gradient_checkpointing: object  # `'unsloth'`, True or False
+    optim: str  # Optimizer
+    packing: bool  # Several examples in a row
+    padding_free: bool  # Rows end to end
+    attention: str  # Kernel
+    max_seq_length: int  # [tokens]
+    tokens: int  # Assumed length of the longest example [tokens]
+    largest_pass: int  # [tokens] in the largest forward pass
+    memory: dict  # [bytes] by component; empty when the shape is unknown
+    tokens_per_second: float = 0.0  # Predicted; 0 when the card's rate is unknown
+    seconds: float = 0.0  # Predicted for all steps; 0 when unknown
+    bound: str = ''  # What it waits for: `compute` or `launches`
+    disk: dict = field(
+        default_factory=dict
+    )  # [bytes] adapter, checkpoint, and what each form of export takes while it is made; merge_ram at most
+    reasons: dict = field(default_factory=dict)  # Parameter to reason
+    changes: list = field(default_factory=list)  # dicts with parameter, requested, effective, why
+    runners_up: list = field(default_factory=list)  # dicts with way, peak_bytes, tokens_per_second, fits
+    mend: str = ''  # When nothing fits: the smallest change that would
+    calibration: dict = field(default_factory=dict)  # memory, speed: factors from past runs; runs: how many
+    devices: int = 1  # Of each machine that train
+    nodes: int = 1  # Machines
+    parallel: str = ''  # `ddp`, `fsdp`, `device_map`; empty for one device
 
     @property
-    def peak(self)->int: return sum(self.memory.values()) # [bytes]
+    def peak(self) -> int:
+        return sum(self.memory.values())  # [bytes]
+
     @property
-    def ranks(self)->int: return self.devices*self.nodes if self.parallel in ('ddp', 'fsdp') else 1 # Processes that train
+    def ranks(self) -> int:
+        return self.devices * self.nodes if self.parallel in ('ddp', 'fsdp') else 1  # Processes that train
+
     @property
-    def rows_per_step(self)->int: return self.per_device_train_batch_size*self.gradient_accumulation_steps*self.ranks # Of all devices
+    def rows_per_step(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.ranks  # Of all devices
+
     @property
-    def fits(self)->bool|None: return self.peak*(self.devices if self.device.kind == 'cpu' else 1) <= usable(self.device) if self.memory else None # For each device
-    def to_dict(self): return asdict(self)|dict(peak_bytes=self.peak, fits=self.fits)
+    def fits(self) -> bool | None:
+        return (
+            self.peak * (self.devices if self.device.kind == 'cpu' else 1) <= usable(self.device)
+            if self.memory
+            else None
+        )  # For each device
+
+    def to_dict(self):
+        return asdict(self) | dict(peak_bytes=self.peak, fits=self.fits)
+
     @classmethod
-    def from_dict(cls, d): return cls(**{k:Device(**v) if k == 'device' else v for k,v in d.items() if k in cls.__dataclass_fields__})
+    def from_dict(cls, d):
+        return cls(**{k: Device(**v) if k == 'device' else v for k, v in d.items() if k in cls.__dataclass_fields__})
 
 # %% ../../nbs/planning/plan.ipynb #df4b8932
-_NAMES = dict(bits={4:'NF4', 8:'8 bits', 16:'16 bits', 32:'32 bits'}, checkpointing={False:'no checkpointing', True:'checkpointing', 'unsloth':'checkpointing'}, optim={}, rows={}, devices={})
+_NAMES = dict(
+    bits={4: 'NF4', 8: '8 bits', 16: '16 bits', 32: '32 bits'},
+    checkpointing={False: 'no checkpointing', True: 'checkpointing', 'unsloth': 'checkpointing'},
+    optim={},
+    rows={},
+    devices={},
+)
+
 
 def _versus(ways, w, part, dev, asked):
     "Why this value and not another one"
     other = [x for x in ways if getattr(x, part) != getattr(w, part)]
-    if not other: return 'asked for' if asked else 'without a GPU, unpacking 4-bit weights costs more time than it saves' if part == 'bits' else 'the only choice here'
-    if not w.memory: return 'the model’s size is not known beforehand; this is the safe choice'
-    fit,name = [x for x in other if x.fits],lambda x: _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')+('' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once')
+    if not other:
+        return (
+            'asked for'
+            if asked
+            else 'without a GPU, unpacking 4-bit weights costs more time than it saves'
+            if part == 'bits'
+            else 'the only choice here'
+        )
+    if not w.memory:
+        return 'the model’s size is not known beforehand; this is the safe choice'
+    fit, name = (
+        [x for x in other if x.fits],
+        lambda x: (
+            _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')
+            + ('' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once')
+        ),
+    )
     if not fit:
         x = min(other, key=lambda x: x.peak)
-        return f'{name(x)} would need {x.peak/_GIB:.1f} of {usable(dev)/_GIB:.1f} GiB' if not x.fits else ''
+        return f'{name(x)} would need {x.peak / _GIB:.1f} of {usable(dev) / _GIB:.1f} GiB' if not x.fits else ''
     x = max(fit, key=lambda x: x.tokens_per_second)
-    if not w.tokens_per_second: return 'the first that fits, in order of preference'
-    gain = w.tokens_per_second/x.tokens_per_second-1
-    return f'{name(x)}: {x.tokens_per_second:,.0f} tokens/s'+(f' and {x.peak/_GIB:.1f} GiB' if abs(gain) < 0.02 else f', this {w.tokens_per_second:,.0f}')
+    if not w.tokens_per_second:
+        return 'the first that fits, in order of preference'
+    gain = w.tokens_per_second / x.tokens_per_second - 1
+    return f'{name(x)}: {x.tokens_per_second:,.0f} tokens/s' + (
+        f' and {x.peak / _GIB:.1f} GiB' if abs(gain) < 0.02 else f', this {w.tokens_per_second:,.0f}'
+    )
 
 # %% ../../nbs/planning/plan.ipynb #95c4814d
 def _changes(job, dev, w):
     "What this device does not do as written, and what happens instead"
     cpu = dev.kind != 'cuda'
-    asked = dict(optim=(job.optim, w.optim, '8-bit optimizer states need a GPU' if cpu else 'with fsdp each device holds a part of the optimizer, which is small enough in 32 bits'),
-        packing=(job.packing, w.packing, 'packing needs a GPU attention kernel that keeps examples apart; rows are padded instead'),
-        padding_free=(job.padding_free, w.layout == 'padding_free', 'needs an Ampere GPU or newer, 16-bit arithmetic and a model of the '+', '.join(FAMILIES)+' families; rows are padded instead'),
-        gradient_checkpointing=(job.gradient_checkpointing, w.checkpointing, 'offloading activations needs a GPU; they are recomputed'),
-        load_in_8bit=(job.load_in_8bit, job.load_in_8bit and not cpu, '8-bit weights need a GPU; they stay in 16 bits'))
-    return [dict(parameter=k, requested=r, effective=e, why=y) for k,(r,e,y) in asked.items() if r != 'auto' and r != e]
+    asked = dict(
+        optim=(
+            job.optim,
+            w.optim,
+            '8-bit optimizer states need a GPU'
+            if cpu
+            else 'with fsdp each device holds a part of the optimizer, which is small enough in 32 bits',
+        ),
+        packing=(
+            job.packing,
+            w.packing,
+            'packing needs a GPU attention kernel that keeps examples apart; rows are padded instead',
+        ),
+        padding_free=(
+            job.padding_free,
+            w.layout == 'padding_free',
+            'needs an Ampere GPU or newer, 16-bit arithmetic and a model of the '
+            + ', '.join(FAMILIES)
+            + ' families; rows are padded instead',
+        ),
+        gradient_checkpointing=(
+            job.gradient_checkpointing,
+            w.checkpointing,
+            'offloading activations needs a GPU; they are recomputed',
+        ),
+        load_in_8bit=(job.load_in_8bit, job.load_in_8bit and not cpu, '8-bit weights need a GPU; they stay in 16 bits'),
+    )
+    return [
+        dict(parameter=k, requested=r, effective=e, why=y) for k, (r, e, y) in asked.items() if r != 'auto' and r != e
+    ]
 
 # %% ../../nbs/planning/plan.ipynb #928f3461
 def _read(file):
     "A JSON object, empty where there is none or a broken one"
-    try: return read_json(file) or {}
-    except ValueError: return {}
+    try:
+        return read_json(file) or {}
+    except ValueError:
+        return {}
 
-def past_runs(model:str, dev:Device, runs_dir=None)->dict: # memory, speed: measured / predicted; runs: how many
+
+def past_runs(model: str, dev: Device, runs_dir=None) -> dict:  # memory, speed: measured / predicted; runs: how many
     "What finished runs on this device say about the predictions"
     found = []
     for d in run_dirs(runs_dir)[-200:]:
-        p,job = _read(d/'plan.json'),_read(d/'job.json')
-        m,c = p.get('measured') or {},p.get('calibration') or {}
-        if m.get('steady_tokens_per_second') and p.get('tokens_per_second') and p.get('device', {}).get('name') == dev.name and p['device'].get('memory_total') == dev.memory_total:
-            found.append((job.get('parameters', {}).get('model') == model, m['peak_bytes']/p['peak_bytes']*c.get('memory', 1), m['steady_tokens_per_second']/p['tokens_per_second']*c.get('speed', 1)))
+        p, job = _read(d / 'plan.json'), _read(d / 'job.json')
+        m, c = p.get('measured') or {}, p.get('calibration') or {}
+        if (
+            m.get('steady_tokens_per_second')
+            and p.get('tokens_per_second')
+            and p.get('device', {}).get('name') == dev.name
+            and p['device'].get('memory_total') == dev.memory_total
+        ):
+            found.append(
+                (
+                    job.get('parameters', {}).get('model') == model,
+                    m['peak_bytes'] / p['peak_bytes'] * c.get('memory', 1),
+                    m['steady_tokens_per_second'] / p['tokens_per_second'] * c.get('speed', 1),
+                )
+            )
     best = [f for f in found if f[0]] or found
-    if not best: return dict(memory=1., speed=1., runs=0)
-    return dict(memory=max(1., median(f[1] for f in best[-20:])), speed=median(f[2] for f in best[-20:]), runs=len(best[-20:]))
+    if not best:
+        return dict(memory=1.0, speed=1.0, runs=0)
+    return dict(
+        memory=max(1.0, median(f[1] for f in best[-20:])), speed=median(f[2] for f in best[-20:]), runs=len(best[-20:])
+    )
 
 # %% ../../nbs/planning/plan.ipynb #46b65f19
 def _mend(job, rows, dev, s):
     "The smallest change with which the job would fit"
     lengths = [dict(max_seq_length=n) for n in (4096, 2048, 1024, 512, 256) if n < job.max_seq_length]
-    one = [dict(per_device_train_batch_size='auto', gradient_accumulation_steps='auto'), dict(gradient_checkpointing='auto'), dict(load_in_4bit='auto', load_in_8bit=False), dict(optim='auto'), dict(packing=False), *([dict(devices='auto')] if dev.count > 1 else []), *lengths]
-    free = {k:v for d in one[:5] for k,v in d.items()}
-    for change in [c for c in one if any(getattr(job, k) != v for k,v in c.items())]+[free, *(free|l for l in lengths), *(free|l|dict(r=8) for l in lengths)]:
+    one = [
+        dict(per_device_train_batch_size='auto', gradient_accumulation_steps='auto'),
+        dict(gradient_checkpointing='auto'),
+        dict(load_in_4bit='auto', load_in_8bit=False),
+        dict(optim='auto'),
+        dict(packing=False),
+        *([dict(devices='auto')] if dev.count > 1 else []),
+        *lengths,
+    ]
+    free = {k: v for d in one[:5] for k, v in d.items()}
+    for change in [c for c in one if any(getattr(job, k) != v for k, v in c.items())] + [
+        free,
+        *(free | l for l in lengths),
+        *(free | l | dict(r=8) for l in lengths),
+    ]:
         if _plan(job.replace(**change), rows, dev, s).fits:
-            return 'it would fit with '+', '.join(f'{k}={v}' for k,v in change.items() if getattr(job, k) != v)
+            return 'it would fit with ' + ', '.join(f'{k}={v}' for k, v in change.items() if getattr(job, k) != v)
     cards = sorted((find_device(k) for k in CARDS), key=lambda d: d.memory_free)
     card = next((d.name for d in cards if dev.kind == 'cuda' and _plan(job.replace(**free), rows, d, s).fits), None)
-    return f'no setting makes it fit here; the smallest card that would do: {card}' if card else 'no setting makes it fit; take a smaller model'
+    return (
+        f'no setting makes it fit here; the smallest card that would do: {card}'
+        if card
+        else 'no setting makes it fit; take a smaller model'
+    )
 
 # %% ../../nbs/planning/plan.ipynb #47836754
 def _plan(job, rows, dev, s, factors=None):
     "The plan without its mend"
-    ref,n = resolve_model(job.model, job.allow_remote_code),example_lengths(rows, job.max_seq_length)
-    counts,f = parameter_counts(s, job.r, job.target_modules) if s else None,factors or dict(memory=1., speed=1., runs=0)
+    ref, n = resolve_model(job.model, job.allow_remote_code), example_lengths(rows, job.max_seq_length)
+    counts, f = (
+        parameter_counts(s, job.r, job.target_modules) if s else None,
+        factors or dict(memory=1.0, speed=1.0, runs=0),
+    )
     n = np.minimum(n, job.max_seq_length)
     ways = find_ways(job, dev, s, n, ref.preset.family if ref.preset else '', f)
     w = fastest(ways, job.batch_size == 'fastest') if s else safest(ways)
-    dtype,why = compute_dtype(job, dev)
-    parts = dict(devices='devices', load_in_4bit='bits', gradient_checkpointing='checkpointing', optim='optim', per_device_train_batch_size='rows')
-    reasons = dict(dtype=why)|{k:_versus(ways, w, part, dev, getattr(job, k) != 'auto' or (k == 'load_in_4bit' and job.load_in_8bit)) for k,part in parts.items()}
+    dtype, why = compute_dtype(job, dev)
+    parts = dict(
+        devices='devices',
+        load_in_4bit='bits',
+        gradient_checkpointing='checkpointing',
+        optim='optim',
+        per_device_train_batch_size='rows',
+    )
+    reasons = dict(dtype=why) | {
+        k: _versus(ways, w, part, dev, getattr(job, k) != 'auto' or (k == 'load_in_4bit' and job.load_in_8bit))
+        for k, part in parts.items()
+    }
     reasons |= _shared(job, dev, ways, w, counts)
-    if w.packing and job.packing == 'auto': reasons['packing'] = 'batch_size=fastest lets the plan fill rows'
-    if w.layout == 'padding_free': reasons['padding_free'] = 'no token is computed for padding'
-    ranks = w.devices*job.nodes if w.parallel in ('ddp', 'fsdp') else 1
-    steps = job.max_steps or math.ceil(job.num_train_epochs*(n.sum()/(0.98*job.max_seq_length) if w.packing else len(n))/(w.rows*w.passes*ranks))
-    return Plan(dev, dtype, w.bits == 4, w.bits == 8 and dev.kind == 'cuda', w.rows, w.passes, w.checkpointing, w.optim, w.packing, w.layout == 'padding_free', 'variable-length flash' if w.layout == 'padding_free' else 'sdpa',
-        job.max_seq_length, int(n.max()), w.largest, w.memory, w.tokens_per_second, steps*w.step, w.bound, _disk(counts), reasons, _changes(job, dev, w), _runners_up(ways, w), calibration=f, devices=w.devices, nodes=job.nodes, parallel=w.parallel)
+    if w.packing and job.packing == 'auto':
+        reasons['packing'] = 'batch_size=fastest lets the plan fill rows'
+    if w.layout == 'padding_free':
+        reasons['padding_free'] = 'no token is computed for padding'
+    ranks = w.devices * job.nodes if w.parallel in ('ddp', 'fsdp') else 1
+    steps = job.max_steps or math.ceil(
+        job.num_train_epochs
+        * (n.sum() / (0.98 * job.max_seq_length) if w.packing else len(n))
+        / (w.rows * w.passes * ranks)
+    )
+    return Plan(
+        dev,
+        dtype,
+        w.bits == 4,
+        w.bits == 8 and dev.kind == 'cuda',
+        w.rows,
+        w.passes,
+        w.checkpointing,
+        w.optim,
+        w.packing,
+        w.layout == 'padding_free',
+        'variable-length flash' if w.layout == 'padding_free' else 'sdpa',
+        job.max_seq_length,
+        int(n.max()),
+        w.largest,
+        w.memory,
+        w.tokens_per_second,
+        steps * w.step,
+        w.bound,
+        _disk(counts),
+        reasons,
+        _changes(job, dev, w),
+        _runners_up(ways, w),
+        calibration=f,
+        devices=w.devices,
+        nodes=job.nodes,
+        parallel=w.parallel,
+    )
 
 # %% ../../nbs/planning/plan.ipynb #b9cdfa94
 def _shared(job, dev, ways, w, counts):
     "Why this way of sharing the work among devices"
-    if not w.parallel: return dict(devices=f'this machine has {dev.count}; devices={dev.count} shares the rows of a step among them') if dev.count > 1 and job.devices == 1 else {}
-    if w.parallel == 'device_map': return dict(parallel='asked for; the GPUs work one after the other, no faster than one of them')
-    other = next((x for x in ways if x.parallel == 'ddp' and x.devices == w.devices and x.bits == w.bits and x.memory), None)
-    if w.parallel == 'fsdp' and job.parallel == 'auto' and other: return dict(parallel=f'with ddp each device would hold {other.peak/_GIB:.1f} of {usable(dev)/_GIB:.1f} GiB')
-    return dict(parallel='each device holds the model'+(f'; {4*counts["adapter"]/1e6:.0f} MB of gradients are summed a step' if counts else '') if w.parallel == 'ddp' else 'each device holds a part of the weights, and gathers a layer when it computes')
+    if not w.parallel:
+        return (
+            dict(devices=f'this machine has {dev.count}; devices={dev.count} shares the rows of a step among them')
+            if dev.count > 1 and job.devices == 1
+            else {}
+        )
+    if w.parallel == 'device_map':
+        return dict(parallel='asked for; the GPUs work one after the other, no faster than one of them')
+    other = next(
+        (x for x in ways if x.parallel == 'ddp' and x.devices == w.devices and x.bits == w.bits and x.memory), None
+    )
+    if w.parallel == 'fsdp' and job.parallel == 'auto' and other:
+        return dict(parallel=f'with ddp each device would hold {other.peak / _GIB:.1f} of {usable(dev) / _GIB:.1f} GiB')
+    return dict(
+        parallel='each device holds the model'
+        + (f'; {4 * counts["adapter"] / 1e6:.0f} MB of gradients are summed a step' if counts else '')
+        if w.parallel == 'ddp'
+        else 'each device holds a part of the weights, and gathers a layer when it computes'
+    )
 
 # %% ../../nbs/planning/plan.ipynb #d2f08219
 def _disk(counts):
     "What a run leaves on disk, and RAM for merging at most"
-    if counts is None: return {}
-    adapter,merged = 4*counts['adapter'],2*(counts['linear']+counts['embedding'])
-    weights = counts['linear']+counts['embedding']
-    others = dict(merged_4bit=0.56*counts['linear']+2*counts['embedding'], gguf_f16=merged, gguf_q8_0=1.07*weights, gguf_q4_k_m=merged+0.65*weights) # Made from a merged model, which stands beside them meanwhile
-    return dict(adapter=adapter, checkpoint=adapter+8*counts['adapter'], merged_16bit=merged, merge_ram=merged)|{k:int(merged+v) for k,v in others.items()}
+    if counts is None:
+        return {}
+    adapter, merged = 4 * counts['adapter'], 2 * (counts['linear'] + counts['embedding'])
+    weights = counts['linear'] + counts['embedding']
+    others = dict(
+        merged_4bit=0.56 * counts['linear'] + 2 * counts['embedding'],
+        gguf_f16=merged,
+        gguf_q8_0=1.07 * weights,
+        gguf_q4_k_m=merged + 0.65 * weights,
+    )  # Made from a merged model, which stands beside them meanwhile
+    return dict(adapter=adapter, checkpoint=adapter + 8 * counts['adapter'], merged_16bit=merged, merge_ram=merged) | {
+        k: int(merged + v) for k, v in others.items()
+    }
 
 # %% ../../nbs/planning/plan.ipynb #aae425f3
 def _runners_up(ways, w):
     "The best other ways: one for each precision and checkpointing, and of the plan's own one for each other optimizer"
     best = {}
-    for x in sorted((x for x in ways if x.memory and x != w), key=lambda x: (not x.fits, -x.tokens_per_second)): best.setdefault((x.bits, x.checkpointing, x.optim if x.bits == w.bits and x.checkpointing == w.checkpointing else ''), x)
-    return [dict(way=str(x), peak_bytes=x.peak, tokens_per_second=x.tokens_per_second, fits=x.fits) for x in [*best.values()][:5]]
+    for x in sorted((x for x in ways if x.memory and x != w), key=lambda x: (not x.fits, -x.tokens_per_second)):
+        best.setdefault(
+            (x.bits, x.checkpointing, x.optim if x.bits == w.bits and x.checkpointing == w.checkpointing else ''), x
+        )
+    return [
+        dict(way=str(x), peak_bytes=x.peak, tokens_per_second=x.tokens_per_second, fits=x.fits)
+        for x in [*best.values()][:5]
+    ]
 
 # %% ../../nbs/planning/plan.ipynb #712d1353
-def check_devices(job:FinetuneJob, dev:Device):
+def check_devices(job: FinetuneJob, dev: Device):
     "Raise `SpecError` when the job asks for GPUs that are not there"
-    if dev.kind == 'cuda' and job.devices != 'auto' and job.devices > dev.count: raise SpecError(f"devices: {job.devices} asked for, and there {'is' if dev.count == 1 else 'are'} {dev.count} ({dev.name}); set devices to {dev.count}, or to auto")
-    if dev.kind != 'cuda' and job.parallel == 'device_map': raise SpecError('parallel: device_map splits a model over GPUs, and there is none; leave it out')
+    if dev.kind == 'cuda' and job.devices != 'auto' and job.devices > dev.count:
+        raise SpecError(
+            f"devices: {job.devices} asked for, and there {'is' if dev.count == 1 else 'are'} {dev.count} ({dev.name}); set devices to {dev.count}, or to auto"
+        )
+    if dev.kind != 'cuda' and job.parallel == 'device_map':
+        raise SpecError('parallel: device_map splits a model over GPUs, and there is none; leave it out')
+
 
 def make_plan(
-    job:FinetuneJob, # What to do
-    rows=None, # Examples or Data, for the lengths of the rows; None: max_seq_length is assumed
-    device:Device|str|None=None, # This machine by default; a name as `find_device` takes it plans for another one
-    runs_dir=None, # Where past runs are, for calibration on this machine
-    like:dict|None=None, # The `plan.json` of an attempt before: what it decided stays decided
-)->Plan:
+    job: FinetuneJob,  # What to do
+    rows=None,  # Examples or Data, for the lengths of the rows; None: max_seq_length is assumed
+    device: Device
+    | str
+    | None = None,  # This machine by default; a name as `find_device` takes it plans for another one
+    runs_dir=None,  # Where past runs are, for calibration on this machine
+    like: dict | None = None,  # The `plan.json` of an attempt before: what it decided stays decided
+) -> Plan:
     "The fastest configuration that fits, among those that the job leaves open"
     dev = find_device(device) if isinstance(device, str) else device or device_info()
     check_devices(job, dev)
-    if like and like['device']['kind'] == dev.kind: return _as_before(job, rows, device, dev, runs_dir, like)
+    if like and like['device']['kind'] == dev.kind:
+        return _as_before(job, rows, device, dev, runs_dir, like)
     s = model_shape(resolve_model(job.model, job.allow_remote_code), job.revision)
     factors = past_runs(job.model, dev, runs_dir) if device is None else None
     plan = _plan(job, rows, dev, s, factors)
@@ -195,160 +380,333 @@ def make_plan(
 # %% ../../nbs/planning/plan.ipynb #8191dcd7
 def _as_before(job, rows, device, dev, runs_dir, like):
     "The plan of the attempt before, for what the job leaves open"
-    keep = {k:like[k] for k in _DECIDED if like.get(k, '') != '' and getattr(job, k) == 'auto'}
-    if dev.kind == 'cuda' and keep.get('devices', 1) > dev.count: del keep['devices']
-    moved = (keep.get('devices', job.devices), job.nodes) != (like.get('devices', 1), like.get('nodes', 1)) or job.parallel not in ('auto', like.get('parallel') or 'auto')
-    free,before = all(getattr(job, k) == 'auto' for k in _SPLIT),_rows_per_step(like)
-    if moved and free and job.batch_size in ('auto', 'fastest'): job = job.replace(batch_size=before) # Other devices share the same rows of a step
-    if moved or not free or job.batch_size not in ('auto', 'fastest', before): keep = {k:v for k,v in keep.items() if k not in _SPLIT}
+    keep = {k: like[k] for k in _DECIDED if like.get(k, '') != '' and getattr(job, k) == 'auto'}
+    if dev.kind == 'cuda' and keep.get('devices', 1) > dev.count:
+        del keep['devices']
+    moved = (keep.get('devices', job.devices), job.nodes) != (
+        like.get('devices', 1),
+        like.get('nodes', 1),
+    ) or job.parallel not in ('auto', like.get('parallel') or 'auto')
+    free, before = all(getattr(job, k) == 'auto' for k in _SPLIT), _rows_per_step(like)
+    if moved and free and job.batch_size in ('auto', 'fastest'):
+        job = job.replace(batch_size=before)  # Other devices share the same rows of a step
+    if moved or not free or job.batch_size not in ('auto', 'fastest', before):
+        keep = {k: v for k, v in keep.items() if k not in _SPLIT}
     plan = make_plan(job.replace(**keep), rows, device, runs_dir)
-    return replace(plan, reasons=plan.reasons|{k:'as in the attempt before' for k in keep})
+    return replace(plan, reasons=plan.reasons | {k: 'as in the attempt before' for k in keep})
 
-def _rows_per_step(like): return like['per_device_train_batch_size']*like['gradient_accumulation_steps']*(like.get('devices', 1)*like.get('nodes', 1) if like.get('parallel') in ('ddp', 'fsdp') else 1)
 
-_SPLIT = ('per_device_train_batch_size', 'gradient_accumulation_steps') # Of the rows of a step
-_DECIDED = ('devices', 'parallel', 'dtype', 'load_in_4bit', *_SPLIT, 'gradient_checkpointing', 'optim', 'packing', 'padding_free')
+def _rows_per_step(like):
+    return (
+        like['per_device_train_batch_size']
+        * like['gradient_accumulation_steps']
+        * (like.get('devices', 1) * like.get('nodes', 1) if like.get('parallel') in ('ddp', 'fsdp') else 1)
+    )
+
+
+_SPLIT = ('per_device_train_batch_size', 'gradient_accumulation_steps')  # Of the rows of a step
+_DECIDED = (
+    'devices',
+    'parallel',
+    'dtype',
+    'load_in_4bit',
+    *_SPLIT,
+    'gradient_checkpointing',
+    'optim',
+    'packing',
+    'padding_free',
+)
 
 # %% ../../nbs/planning/plan.ipynb #8286c07d
 def run_plan(
-    run:Run, # A run that has trained
-    device:Device|str|None=None, # This machine by default; a name as `find_device` takes it
-)->Plan:
+    run: Run,  # A run that has trained
+    device: Device | str | None = None,  # This machine by default; a name as `find_device` takes it
+) -> Plan:
     "The plan that a run was trained with, on this machine; raises `SpecError` where its weights cannot be held as they were"
     dev = find_device(device) if isinstance(device, str) else device or device_info()
-    had = read_json(run.path/'plan.json')
-    if had is None: raise SpecError(f"run: {run.name} has no plan.json, so the precision that it was trained in is not known; load its adapter with load_adapter and a plan")
+    had = read_json(run.path / 'plan.json')
+    if had is None:
+        raise SpecError(
+            f"run: {run.name} has no plan.json, so the precision that it was trained in is not known; load its adapter with load_adapter and a plan"
+        )
     if had['load_in_8bit'] and dev.kind != 'cuda':
-        raise SpecError(f"run: {run.name} was trained on weights in 8 bits, which need a GPU; load it on a machine that has one")
-    job = run.job.replace(load_in_4bit=had['load_in_4bit'], load_in_8bit=had['load_in_8bit'], dtype=_dtype_here(had['dtype'], dev))
-    plan = Plan.from_dict(had) if had['device']['kind'] == dev.kind else make_plan(job.replace(devices=1, nodes=1, parallel='auto'), device=dev)
-    changed = [dict(parameter='dtype', requested=had['dtype'], effective=job.dtype, why='this device does not compute in it natively')] if job.dtype != had['dtype'] else []
+        raise SpecError(
+            f"run: {run.name} was trained on weights in 8 bits, which need a GPU; load it on a machine that has one"
+        )
+    job = run.job.replace(
+        load_in_4bit=had['load_in_4bit'], load_in_8bit=had['load_in_8bit'], dtype=_dtype_here(had['dtype'], dev)
+    )
+    plan = (
+        Plan.from_dict(had)
+        if had['device']['kind'] == dev.kind
+        else make_plan(job.replace(devices=1, nodes=1, parallel='auto'), device=dev)
+    )
+    changed = (
+        [
+            dict(
+                parameter='dtype',
+                requested=had['dtype'],
+                effective=job.dtype,
+                why='this device does not compute in it natively',
+            )
+        ]
+        if job.dtype != had['dtype']
+        else []
+    )
     return replace(plan, device=dev, dtype=job.dtype, changes=[*plan.changes, *changed])
+
 
 def _dtype_here(dtype, dev):
     "The precision of computation, or the nearest that the device has"
-    if dtype == 'float16' and dev.kind != 'cuda' or dtype == 'bfloat16' and not dev.bf16: return compute_dtype(FinetuneJob(), dev)[0]
+    if dtype == 'float16' and dev.kind != 'cuda' or dtype == 'bfloat16' and not dev.bf16:
+        return compute_dtype(FinetuneJob(), dev)[0]
     return dtype
 
 # %% ../../nbs/planning/plan.ipynb #429ac8c2
 def smaller_way(
-    job:FinetuneJob, # The job
-    rows, # Its examples
-    plan:Plan, # What was too much
-    held:int=0, # [bytes] held when memory ran out; 0: not known
-)->str:
+    job: FinetuneJob,  # The job
+    rows,  # Its examples
+    plan: Plan,  # What was too much
+    held: int = 0,  # [bytes] held when memory ran out; 0: not known
+) -> str:
     "What to change when a plan was more than the device could hold"
-    room = min([usable(plan.device), *([0.8*plan.peak] if plan.memory else []), *([0.95*held] if held else [])])
-    less = make_plan(job, rows, replace(plan.device, memory_free=int((room+2**28)/0.98)))
-    if not less.fits: return f'Of what the job leaves open, nothing needs clearly less; {less.mend or "take a smaller model"}.'
-    change = {k:v for k in _DECIDED if k != 'dtype' and (v := getattr(less, k)) not in ('', getattr(plan, k))}
-    return f"It should fit with {' '.join(f'-p {k}={str(v).lower() if isinstance(v, bool) else v}' for k,v in change.items())} ({less.peak/_GIB:.2f} GiB)."
+    room = min([usable(plan.device), *([0.8 * plan.peak] if plan.memory else []), *([0.95 * held] if held else [])])
+    less = make_plan(job, rows, replace(plan.device, memory_free=int((room + 2**28) / 0.98)))
+    if not less.fits:
+        return f'Of what the job leaves open, nothing needs clearly less; {less.mend or "take a smaller model"}.'
+    change = {k: v for k in _DECIDED if k != 'dtype' and (v := getattr(less, k)) not in ('', getattr(plan, k))}
+    return f"It should fit with {' '.join(f'-p {k}={str(v).lower() if isinstance(v, bool) else v}' for k, v in change.items())} ({less.peak / _GIB:.2f} GiB)."
 
 # %% ../../nbs/planning/plan.ipynb #90e3dfb9
 @patch
-def room_needed(self:Plan, job:FinetuneJob)->dict: # [bytes] disk, ram
+def room_needed(self: Plan, job: FinetuneJob) -> dict:  # [bytes] disk, ram
     "What the run's directory will take at most, and what merging takes in RAM"
-    if not self.disk: return dict(disk=0, ram=0)
-    kept = 0 if job.save_steps is None else job.save_total_limit+2 # The best one, and one that is being written
+    if not self.disk:
+        return dict(disk=0, ram=0)
+    kept = 0 if job.save_steps is None else job.save_total_limit + 2  # The best one, and one that is being written
     merged = job.save != 'adapter'
-    return dict(disk=self.disk['adapter']+kept*self.disk['checkpoint']+merged*self.disk[job.save], ram=merged*self.disk['merge_ram'])
+    return dict(
+        disk=self.disk['adapter'] + kept * self.disk['checkpoint'] + merged * self.disk[job.save],
+        ram=merged * self.disk['merge_ram'],
+    )
+
 
 @patch
-def check_room(self:Plan, job:FinetuneJob, folder):
+def check_room(self: Plan, job: FinetuneJob, folder):
     "Raise `SpecError` when a run's directory cannot be written, or disk or RAM will not do"
     need = self.room_needed(job)
     check_free(folder, need['disk'], need['ram'])
 
+
 def check_free(
-    folder, # Where files will go
-    disk:int, # [bytes]
-    ram:int=0, # [bytes]
+    folder,  # Where files will go
+    disk: int,  # [bytes]
+    ram: int = 0,  # [bytes]
 ):
     "Raise `SpecError` when a folder cannot be written, or there is less room than that"
     try:
-        with tempfile.TemporaryFile(dir=folder) as f: f.write(bytes(4096)); f.flush(); os.fsync(f.fileno())
-    except OSError as e: raise SpecError(f"runs_dir: {folder} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
-    free,ram_free = shutil.disk_usage(folder).free,psutil.virtual_memory().available
-    if free < disk: raise SpecError(f"runs_dir: {folder} has {free/1e9:.2f} GB free, and up to {disk/1e9:.2f} GB will be written; make room, choose another place with --runs-dir, or keep less: save_total_limit, save=adapter")
-    if ram_free < ram: raise SpecError(f"save: merging takes up to {ram/1e9:.2f} GB of RAM, and {ram_free/1e9:.2f} GB are free; use save=adapter, and merge on a larger machine")
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(4096))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise SpecError(
+            f"runs_dir: {folder} cannot be written: {e.strerror}; choose another one with --runs-dir"
+        ) from None
+    free, ram_free = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    if free < disk:
+        raise SpecError(
+            f"runs_dir: {folder} has {free / 1e9:.2f} GB free, and up to {disk / 1e9:.2f} GB will be written; make room, choose another place with --runs-dir, or keep less: save_total_limit, save=adapter"
+        )
+    if ram_free < ram:
+        raise SpecError(
+            f"save: merging takes up to {ram / 1e9:.2f} GB of RAM, and {ram_free / 1e9:.2f} GB are free; use save=adapter, and merge on a larger machine"
+        )
 
 # %% ../../nbs/planning/plan.ipynb #895bf822
-_SHOWN = ('devices', 'nodes', 'parallel', 'dtype', 'load_in_4bit', 'load_in_8bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'attention', 'max_seq_length')
+_SHOWN = (
+    'devices',
+    'nodes',
+    'parallel',
+    'dtype',
+    'load_in_4bit',
+    'load_in_8bit',
+    'per_device_train_batch_size',
+    'gradient_accumulation_steps',
+    'gradient_checkpointing',
+    'optim',
+    'packing',
+    'padding_free',
+    'attention',
+    'max_seq_length',
+)
+
 
 @patch
-def _rows(self:Plan):
+def _rows(self: Plan):
     "Choice, value, reason"
-    changed = {c['parameter']:c for c in self.changes}
+    changed = {c['parameter']: c for c in self.changes}
     for k in _SHOWN:
-        if k == 'load_in_8bit' and not self.load_in_8bit or k in ('nodes', 'parallel') and not self.parallel or k == 'devices' and self.device.count == self.devices == 1: continue
+        if (
+            k == 'load_in_8bit'
+            and not self.load_in_8bit
+            or k in ('nodes', 'parallel')
+            and not self.parallel
+            or k == 'devices'
+            and self.device.count == self.devices == 1
+        ):
+            continue
         c = changed.get(k)
-        yield k,getattr(self, k),(f"**asked for {c['requested']}**: {c['why']}" if c else self.reasons.get(k, ''))
+        yield k, getattr(self, k), (f"**asked for {c['requested']}**: {c['why']}" if c else self.reasons.get(k, ''))
+
 
 @patch
-def _facts(self:Plan):
+def _facts(self: Plan):
     "Memory, speed, time and disk in lines"
-    if self.fits is None: yield "Memory: not estimated, since the model's shape is not known before it is loaded."; return
-    free = f'{self.device.memory_free/_GIB:.1f} GiB free on {self.device.name}'+(f', for each of {self.devices}' if self.ranks > 1 else '')
-    yield f"Memory: about {self.peak/_GIB:.2f} GiB at its peak, {free}: "+('it fits.' if self.fits else f'**it does not fit; {self.mend}.**')
-    yield 'By part, in GiB: '+', '.join(f"{k} {v/_GIB:.2f}" for k,v in self.memory.items() if v)+f', in a forward pass of at most {self.largest_pass:,} tokens.'
-    if self.tokens_per_second: yield f"Speed: about {self.tokens_per_second:,.0f} tokens/s{' of all devices together' if self.ranks > 1 else ''}, waiting for {self.bound}; {_duration(self.seconds)} in all"+(f", corrected by what {n} past run{'s'*(n > 1)} measured." if (n := self.calibration.get('runs')) else '.')
-    yield f"Disk: adapter {self.disk['adapter']/1e6:.0f} MB, merged model {self.disk['merged_16bit']/1e9:.2f} GB (and as much RAM at most while it is merged)."
+    if self.fits is None:
+        yield "Memory: not estimated, since the model's shape is not known before it is loaded."
+        return
+    free = f'{self.device.memory_free / _GIB:.1f} GiB free on {self.device.name}' + (
+        f', for each of {self.devices}' if self.ranks > 1 else ''
+    )
+    yield f"Memory: about {self.peak / _GIB:.2f} GiB at its peak, {free}: " + (
+        'it fits.' if self.fits else f'**it does not fit; {self.mend}.**'
+    )
+    yield (
+        'By part, in GiB: '
+        + ', '.join(f"{k} {v / _GIB:.2f}" for k, v in self.memory.items() if v)
+        + f', in a forward pass of at most {self.largest_pass:,} tokens.'
+    )
+    if self.tokens_per_second:
+        yield (
+            f"Speed: about {self.tokens_per_second:,.0f} tokens/s{' of all devices together' if self.ranks > 1 else ''}, waiting for {self.bound}; {_duration(self.seconds)} in all"
+            + (
+                f", corrected by what {n} past run{'s' * (n > 1)} measured."
+                if (n := self.calibration.get('runs'))
+                else '.'
+            )
+        )
+    yield f"Disk: adapter {self.disk['adapter'] / 1e6:.0f} MB, merged model {self.disk['merged_16bit'] / 1e9:.2f} GB (and as much RAM at most while it is merged)."
 
-def _duration(s): return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.1f} h'
+
+def _duration(s):
+    return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s < 7200 else f'{s / 3600:.1f} h'
+
 
 @patch
-def _others(self:Plan):
+def _others(self: Plan):
     "The runners-up as rows"
-    return [(r['way'], f"{r['peak_bytes']/_GIB:.1f}", f"{r['tokens_per_second']:,.0f}" if r['tokens_per_second'] else '', 'yes' if r['fits'] else 'no') for r in self.runners_up]
+    return [
+        (
+            r['way'],
+            f"{r['peak_bytes'] / _GIB:.1f}",
+            f"{r['tokens_per_second']:,.0f}" if r['tokens_per_second'] else '',
+            'yes' if r['fits'] else 'no',
+        )
+        for r in self.runners_up
+    ]
 
 # %% ../../nbs/planning/plan.ipynb #f52a4fae
 @patch
-def _repr_markdown_(self:Plan):
-    parts = ['| parameter | value | why |', '|---|---|---|', *(f'| {k} | `{v}` | {w} |' for k,v,w in self._rows()), '', *(f'{f}\n' for f in self._facts())]
-    if self.runners_up: parts += ['| runner-up | GiB | tokens/s | fits |', '|---|---|---|---|', *(f"| {' | '.join(r)} |" for r in self._others())]
+def _repr_markdown_(self: Plan):
+    parts = [
+        '| parameter | value | why |',
+        '|---|---|---|',
+        *(f'| {k} | `{v}` | {w} |' for k, v, w in self._rows()),
+        '',
+        *(f'{f}\n' for f in self._facts()),
+    ]
+    if self.runners_up:
+        parts += [
+            '| runner-up | GiB | tokens/s | fits |',
+            '|---|---|---|---|',
+            *(f"| {' | '.join(r)} |" for r in self._others()),
+        ]
     return '\n'.join(parts)
 
+
 @patch
-def __str__(self:Plan):
-    rows = [(k, str(v), w.replace('**', '')) for k,v,w in self._rows()]
+def __str__(self: Plan):
+    rows = [(k, str(v), w.replace('**', '')) for k, v, w in self._rows()]
     w = [max(len(r[i]) for r in rows) for i in (0, 1)]
-    out = [*(f'{k.ljust(w[0])}  {v.ljust(w[1])}  {y}'.rstrip() for k,v,y in rows), *(f.replace('**', '') for f in self._facts())]
-    return '\n'.join(out+([''] + [f"runner-up: {a}: {b} GiB, {c} tokens/s{'' if d == 'yes' else ', does not fit'}" for a,b,c,d in self._others()] if self.runners_up else []))
+    out = [
+        *(f'{k.ljust(w[0])}  {v.ljust(w[1])}  {y}'.rstrip() for k, v, y in rows),
+        *(f.replace('**', '') for f in self._facts()),
+    ]
+    return '\n'.join(
+        out
+        + (
+            ['']
+            + [
+                f"runner-up: {a}: {b} GiB, {c} tokens/s{'' if d == 'yes' else ', does not fit'}"
+                for a, b, c, d in self._others()
+            ]
+            if self.runners_up
+            else []
+        )
+    )
 
 # %% ../../nbs/planning/plan.ipynb #e2e24173
 @patch
-def plot(self:Plan, ax=None):
+def plot(self: Plan, ax=None):
     "Predicted memory by part, against what is free; returns the axes"
     from matplotlib.figure import Figure
-    ax,left = ax or Figure(figsize=(6, 1.3), layout='tight').gca(),0
-    for k,v in self.memory.items():
-        if v: ax.barh(0, v/_GIB, left=left, label=f'{k} {v/_GIB:.2f}'); left += v/_GIB
-    ax.axvline(self.device.memory_free/_GIB, color='crimson', label=f'free {self.device.memory_free/_GIB:.1f}')
+
+    ax, left = ax or Figure(figsize=(6, 1.3), layout='tight').gca(), 0
+    for k, v in self.memory.items():
+        if v:
+            ax.barh(0, v / _GIB, left=left, label=f'{k} {v / _GIB:.2f}')
+            left += v / _GIB
+    ax.axvline(self.device.memory_free / _GIB, color='crimson', label=f'free {self.device.memory_free / _GIB:.1f}')
     ax.set(yticks=[], xlabel='GiB')
     ax.legend(fontsize=7, ncols=4, loc='lower center', bbox_to_anchor=(0.5, 1))
     return ax
 
+
 @patch
-def _repr_html_(self:Plan):
-    cell = lambda r,tag='td': '<tr>'+''.join(f'<{tag} style="padding:0 .6em;text-align:left">{html.escape(str(c)).replace("**", "")}</{tag}>' for c in r)+'</tr>'
-    table = lambda head,rows: '<table>'+cell(head, 'th')+''.join(map(cell, rows))+'</table>'
-    out = table(('parameter', 'value', 'why'), self._rows())+''.join(f'<p>{html.escape(f).replace("**", "")}</p>' for f in self._facts())
-    if not self.memory: return out
+def _repr_html_(self: Plan):
+    cell = lambda r, tag='td': (
+        '<tr>'
+        + ''.join(
+            f'<{tag} style="padding:0 .6em;text-align:left">{html.escape(str(c)).replace("**", "")}</{tag}>' for c in r
+        )
+        + '</tr>'
+    )
+    table = lambda head, rows: '<table>' + cell(head, 'th') + ''.join(map(cell, rows)) + '</table>'
+    out = table(('parameter', 'value', 'why'), self._rows()) + ''.join(
+        f'<p>{html.escape(f).replace("**", "")}</p>' for f in self._facts()
+    )
+    if not self.memory:
+        return out
     buf = io.BytesIO()
     self.plot().figure.savefig(buf, format='png', dpi=90)
-    out += f'<img alt="predicted memory by part" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
-    return out+(table(('runner-up', 'GiB', 'tokens/s', 'fits'), self._others()) if self.runners_up else '')
+    out += (
+        f'<img alt="predicted memory by part" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
+    )
+    return out + (table(('runner-up', 'GiB', 'tokens/s', 'fits'), self._others()) if self.runners_up else '')
 
 # %% ../../nbs/planning/plan.ipynb #63d8ff16
 class Beside(dict):
     "Figures by name: predicted and measured"
-    def _repr_markdown_(self): return '\n'.join(['| | predicted | measured |', '|---|---:|---:|', *(f'| {k} | {p:,.2f} | {m:,.2f} |' for k,(p,m) in self.items())])
+
+    def _repr_markdown_(self):
+        return '\n'.join(
+            [
+                '| | predicted | measured |',
+                '|---|---:|---:|',
+                *(f'| {k} | {p:,.2f} | {m:,.2f} |' for k, (p, m) in self.items()),
+            ]
+        )
+
 
 @patch
 def beside(
-    self:Plan,
-    measured:dict, # From `train`: peak_bytes, steady_tokens_per_second
-)->Beside:
+    self: Plan,
+    measured: dict,  # From `train`: peak_bytes, steady_tokens_per_second
+) -> Beside:
     "Prediction beside measurement"
     m = measured.get('steady_tokens_per_second')
-    return Beside(({'peak memory, GiB':(self.peak/_GIB, measured['peak_bytes']/_GIB)} if self.memory else {})|({'tokens/s':(self.tokens_per_second, m)} if m and self.tokens_per_second else {}))
+    return Beside(
+        ({'peak memory, GiB': (self.peak / _GIB, measured['peak_bytes'] / _GIB)} if self.memory else {})
+        | ({'tokens/s': (self.tokens_per_second, m)} if m and self.tokens_per_second else {})
+    )

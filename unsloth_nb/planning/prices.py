@@ -9,90 +9,137 @@ __all__ = ['PRICES_DATE', 'PRICES_SOURCE', 'PRICES', 'CORE_SECOND', 'GIB_SECOND'
 
 # %% ../../nbs/planning/prices.ipynb #f29bc520
 import math
-from dataclasses import dataclass,replace
+from dataclasses import dataclass, replace
 
 from fastcore.basics import patch
 from .architecture import model_shape
 from .devices import find_device
-from ..core.escaping import markdown_text,plain_text
-from .plan import Plan,make_plan
-from ..core.schema import SpecError,nearest
-from ..core.spec import FinetuneJob,resolve_model
+from ..core.escaping import markdown_text, plain_text
+from .plan import Plan, make_plan
+from ..core.schema import SpecError, nearest
+from ..core.spec import FinetuneJob, resolve_model
 from .ways import usable
 
 # %% ../../nbs/planning/prices.ipynb #09c07a5f
-PRICES_DATE,PRICES_SOURCE = '2026-09-01','https://modal.com/pricing'
+PRICES_DATE, PRICES_SOURCE = '2026-09-01', 'https://modal.com/pricing'
+
 
 @dataclass(frozen=True)
 class Price:
     "A GPU that can be rented by the second"
-    gpu:str # Modal's name for it
-    second:float # [USD] for one GPU
-    most:int=8 # GPUs of one machine
-    @property
-    def hour(self)->float: return 3600*self.second # [USD]
 
-PRICES = {'T4':Price('T4', 0.000164), 'L4':Price('L4', 0.000222), 'A10G':Price('A10', 0.000306, 4), 'L40S':Price('L40S', 0.000542),
-    'A100 40GB':Price('A100-40GB', 0.000583), 'A100 80GB':Price('A100-80GB', 0.000694),
-    'H100':Price('H100', 0.001097), 'H200':Price('H200', 0.001261), 'B200':Price('B200', 0.001736)}
-CORE_SECOND,GIB_SECOND = 0.0000131,0.00000222 # [USD] a physical core, a GiB of RAM; billed beside the GPU
+    gpu: str  # Modal's name for it
+    second: float  # [USD] for one GPU
+    most: int = 8  # GPUs of one machine
+
+    @property
+    def hour(self) -> float:
+        return 3600 * self.second  # [USD]
+
+
+PRICES = {
+    'T4': Price('T4', 0.000164),
+    'L4': Price('L4', 0.000222),
+    'A10G': Price('A10', 0.000306, 4),
+    'L40S': Price('L40S', 0.000542),
+    'A100 40GB': Price('A100-40GB', 0.000583),
+    'A100 80GB': Price('A100-80GB', 0.000694),
+    'H100': Price('H100', 0.001097),
+    'H200': Price('H200', 0.001261),
+    'B200': Price('B200', 0.001736),
+}
+CORE_SECOND, GIB_SECOND = 0.0000131, 0.00000222  # [USD] a physical core, a GiB of RAM; billed beside the GPU
 
 # %% ../../nbs/planning/prices.ipynb #a3466f35
 def gpu_string(
-    card:str, # A card of `PRICES`, by our name or Modal's
-    count:int=1, # GPUs of one machine
-)->str: # As in `H100:2`
+    card: str,  # A card of `PRICES`, by our name or Modal's
+    count: int = 1,  # GPUs of one machine
+) -> str:  # As in `H100:2`
     "The GPUs of a job, as Modal takes them; raises `SpecError` for what is not rented"
-    key = next((k for k,p in PRICES.items() if card.upper().replace(' ', '-') in (p.gpu, k.upper().replace(' ', '-'))), None)
-    if key is None: raise SpecError(f"gpu: {card!r} is not in the price list{nearest(card, [p.gpu for p in PRICES.values()])}")
-    if not 1 <= count <= PRICES[key].most: raise SpecError(f"gpu: {count} x {key}; one machine has 1 to {PRICES[key].most} of them")
-    return PRICES[key].gpu+(f':{count}' if count > 1 else '')
+    key = next(
+        (k for k, p in PRICES.items() if card.upper().replace(' ', '-') in (p.gpu, k.upper().replace(' ', '-'))), None
+    )
+    if key is None:
+        raise SpecError(f"gpu: {card!r} is not in the price list{nearest(card, [p.gpu for p in PRICES.values()])}")
+    if not 1 <= count <= PRICES[key].most:
+        raise SpecError(f"gpu: {count} x {key}; one machine has 1 to {PRICES[key].most} of them")
+    return PRICES[key].gpu + (f':{count}' if count > 1 else '')
 
 # %% ../../nbs/planning/prices.ipynb #b477cab5
-START,COMPILE,DOWNLOAD_RATE,LOAD_RATE,TOKEN_LAYER,CORES = 90,13,0.2e9,0.45e9,1.5e-3,4 # [s], [s], [bytes/s], [bytes/s], [s], physical cores
+START, COMPILE, DOWNLOAD_RATE, LOAD_RATE, TOKEN_LAYER, CORES = (
+    90,
+    13,
+    0.2e9,
+    0.45e9,
+    1.5e-3,
+    4,
+)  # [s], [s], [bytes/s], [bytes/s], [s], physical cores
+
 
 def billed_seconds(
-    job:FinetuneJob, # What is to be done
-    plan:Plan, # On the card in question
-    layers:int, # Of the model
-    cached:bool=False, # Are the weights on the Volume already?
-)->dict: # [s] by part
+    job: FinetuneJob,  # What is to be done
+    plan: Plan,  # On the card in question
+    layers: int,  # Of the model
+    cached: bool = False,  # Are the weights on the Volume already?
+) -> dict:  # [s] by part
     "How long a container will be up, part by part"
     weights = plan.disk.get('merged_16bit', 0)
-    answers = 2*math.ceil(job.test_size/job.eval_batch_size)*job.max_new_tokens*layers*TOKEN_LAYER
-    return dict(start=START, download=0 if cached else weights/DOWNLOAD_RATE, load=weights/LOAD_RATE, train=plan.seconds+COMPILE, answers=answers)
+    answers = 2 * math.ceil(job.test_size / job.eval_batch_size) * job.max_new_tokens * layers * TOKEN_LAYER
+    return dict(
+        start=START,
+        download=0 if cached else weights / DOWNLOAD_RATE,
+        load=weights / LOAD_RATE,
+        train=plan.seconds + COMPILE,
+        answers=answers,
+    )
 
-def ram_needed(job:FinetuneJob, plan:Plan)->int: # [GiB]
+
+def ram_needed(job: FinetuneJob, plan: Plan) -> int:  # [GiB]
     "The RAM to ask for: 16 GiB, or the weights once and half again"
-    return max(16, math.ceil(1.5*max(plan.disk.get('merged_16bit', 0), plan.room_needed(job)['ram'])/2**30))
+    return max(16, math.ceil(1.5 * max(plan.disk.get('merged_16bit', 0), plan.room_needed(job)['ram']) / 2**30))
 
 # %% ../../nbs/planning/prices.ipynb #1ec1996a
 @dataclass(frozen=True)
 class Offer:
     "A job on one kind of machine"
-    card:str # Our name
-    gpu:str # Modal's, with the count
-    count:int # GPUs
-    plan:Plan # How it would run
-    cores:int # Physical ones
-    ram:int # [GiB]
-    parts:dict # [s] by part; empty when the speed is unknown
+
+    card: str  # Our name
+    gpu: str  # Modal's, with the count
+    count: int  # GPUs
+    plan: Plan  # How it would run
+    cores: int  # Physical ones
+    ram: int  # [GiB]
+    parts: dict  # [s] by part; empty when the speed is unknown
+
     @property
-    def fits(self)->bool|None: return self.plan.fits # None: unknown
+    def fits(self) -> bool | None:
+        return self.plan.fits  # None: unknown
+
     @property
-    def seconds(self)->float|None: return sum(self.parts.values()) or None
+    def seconds(self) -> float | None:
+        return sum(self.parts.values()) or None
+
     @property
-    def rate(self)->float: return self.count*PRICES[self.card].second+self.cores*CORE_SECOND+self.ram*GIB_SECOND # [USD] a second
+    def rate(self) -> float:
+        return (
+            self.count * PRICES[self.card].second + self.cores * CORE_SECOND + self.ram * GIB_SECOND
+        )  # [USD] a second
+
     @property
-    def cost(self)->float|None: return self.seconds and self.seconds*self.rate # [USD]; None when unknown
+    def cost(self) -> float | None:
+        return self.seconds and self.seconds * self.rate  # [USD]; None when unknown
+
 
 @dataclass(frozen=True)
 class Offers:
     "What a job would cost on each kind of machine"
-    offers:list # Every `Offer`, the cheapest that fits first
-    job:FinetuneJob
+
+    offers: list  # Every `Offer`, the cheapest that fits first
+    job: FinetuneJob
+
     @property
-    def best(self)->Offer|None: return next((o for o in self.offers if o.fits and o.cost is not None), None)
+    def best(self) -> Offer | None:
+        return next((o for o in self.offers if o.fits and o.cost is not None), None)
 
 # %% ../../nbs/planning/prices.ipynb #892bd199
 def _offer(job, data, card, count, cached):
@@ -100,15 +147,24 @@ def _offer(job, data, card, count, cached):
     job = job if getattr(job, 'devices', 1) == count else job.replace(devices=count)
     plan = make_plan(job, data, replace(find_device(card), count=count))
     shape = model_shape(resolve_model(job.model, job.allow_remote_code), job.revision)
-    return Offer(card, gpu_string(card, count), count, plan, CORES*count, ram_needed(job, plan), billed_seconds(job, plan, shape['num_hidden_layers'], cached) if shape and plan.seconds else {})
+    return Offer(
+        card,
+        gpu_string(card, count),
+        count,
+        plan,
+        CORES * count,
+        ram_needed(job, plan),
+        billed_seconds(job, plan, shape['num_hidden_layers'], cached) if shape and plan.seconds else {},
+    )
+
 
 def cheapest(
-    job:FinetuneJob, # What is to be done
-    data=None, # Examples or Data, for the lengths of the rows; None: max_seq_length is assumed
-    counts=(1,), # GPUs of one machine that may be used
-    cards=None, # Which cards; default: all of `PRICES`
-    cached:bool=False, # Are the weights on the Volume already?
-)->Offers:
+    job: FinetuneJob,  # What is to be done
+    data=None,  # Examples or Data, for the lengths of the rows; None: max_seq_length is assumed
+    counts=(1,),  # GPUs of one machine that may be used
+    cards=None,  # Which cards; default: all of `PRICES`
+    cached: bool = False,  # Are the weights on the Volume already?
+) -> Offers:
     "The job on each card: what fits, how long it would take, what it would cost"
     found = [_offer(job, data, c, n, cached) for n in counts for c in cards or PRICES if n <= PRICES[c].most]
     return Offers(sorted(found, key=lambda o: (not o.fits, o.cost is None, o.cost or 0)), job)
@@ -116,40 +172,72 @@ def cheapest(
 # %% ../../nbs/planning/prices.ipynb #dde1ac04
 def _why(o, best):
     "Why this one, or why not"
-    if o.fits is None: return "unknown: the model's shape is not known before it is loaded"
-    if not o.fits: return f'does not fit: {o.plan.peak/2**30:.1f} of {usable(o.plan.device)/2**30:.1f} GiB'
-    if o.cost is None: return 'it fits; its speed is unknown, and so is the cost'
-    if o is best: return 'the cheapest that fits'
-    speed = best.seconds/o.seconds
-    return f'{o.cost/best.cost:.1f} times the cost, '+('about as fast' if 0.95 < speed < 1.05 else f'{speed:.1f} times as fast' if speed > 1 else f'{1/speed:.1f} times as long')
+    if o.fits is None:
+        return "unknown: the model's shape is not known before it is loaded"
+    if not o.fits:
+        return f'does not fit: {o.plan.peak / 2**30:.1f} of {usable(o.plan.device) / 2**30:.1f} GiB'
+    if o.cost is None:
+        return 'it fits; its speed is unknown, and so is the cost'
+    if o is best:
+        return 'the cheapest that fits'
+    speed = best.seconds / o.seconds
+    return f'{o.cost / best.cost:.1f} times the cost, ' + (
+        'about as fast'
+        if 0.95 < speed < 1.05
+        else f'{speed:.1f} times as fast'
+        if speed > 1
+        else f'{1 / speed:.1f} times as long'
+    )
 
-def duration(s:float)->str:
+
+def duration(s: float) -> str:
     "Seconds in words"
-    return f'{s:.0f} s' if s < 120 else f'{s/60:.0f} min' if s < 7200 else f'{s/3600:.3g} h'
+    return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s < 7200 else f'{s / 3600:.3g} h'
+
 
 @patch
-def rows(self:Offers)->list[tuple]:
+def rows(self: Offers) -> list[tuple]:
     "GPU, fits, time, cost, why; all of them text"
-    yes = {True:'yes', False:'no', None:'unknown'}
-    return [(o.gpu, yes[o.fits], duration(o.seconds) if o.fits and o.seconds else 'unknown' if o.fits is not False else '', f'${o.cost:.2f}' if o.fits and o.cost is not None else 'unknown' if o.fits is not False else '', _why(o, self.best)) for o in self.offers]
+    yes = {True: 'yes', False: 'no', None: 'unknown'}
+    return [
+        (
+            o.gpu,
+            yes[o.fits],
+            duration(o.seconds) if o.fits and o.seconds else 'unknown' if o.fits is not False else '',
+            f'${o.cost:.2f}' if o.fits and o.cost is not None else 'unknown' if o.fits is not False else '',
+            _why(o, self.best),
+        )
+        for o in self.offers
+    ]
 
 # %% ../../nbs/planning/prices.ipynb #2946bf7b
 _HEAD = ('GPU', 'fits', 'time', 'cost', 'why')
 
+
 @patch
-def basis(self:Offers)->str:
+def basis(self: Offers) -> str:
     "What the numbers rest on"
     out = f'List prices of {PRICES_SOURCE}, read {PRICES_DATE}; GPU, cores and RAM counted, credits and regions not.'
-    if (b := self.best) is None: return out+' None of them is known to fit: choose a GPU by name.'
-    return out+f" {b.gpu}: "+', '.join(f'{k} {duration(v)}' for k,v in b.parts.items() if v)+f'; {b.cores} cores, {b.ram} GiB of RAM, ${3600*b.rate:.2f} an hour.'
+    if (b := self.best) is None:
+        return out + ' None of them is known to fit: choose a GPU by name.'
+    return (
+        out
+        + f" {b.gpu}: "
+        + ', '.join(f'{k} {duration(v)}' for k, v in b.parts.items() if v)
+        + f'; {b.cores} cores, {b.ram} GiB of RAM, ${3600 * b.rate:.2f} an hour.'
+    )
+
 
 @patch
-def _repr_markdown_(self:Offers):
-    line = lambda r: '| '+' | '.join(map(markdown_text, r))+' |'
+def _repr_markdown_(self: Offers):
+    line = lambda r: '| ' + ' | '.join(map(markdown_text, r)) + ' |'
     return '\n'.join([line(_HEAD), '|---|---|---|---:|---|', *map(line, self.rows()), '', markdown_text(self.basis())])
 
+
 @patch
-def __str__(self:Offers):
+def __str__(self: Offers):
     rows = [_HEAD, *self.rows()]
     w = [max(len(r[i]) for r in rows) for i in range(len(_HEAD))]
-    return plain_text('\n'.join(['  '.join(c.ljust(n) for c,n in zip(r, w)).rstrip() for r in rows]+['', self.basis()]))
+    return plain_text(
+        '\n'.join(['  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows] + ['', self.basis()])
+    )

@@ -13,49 +13,64 @@ from ..core.engine import Device
 
 # %% ../../nbs/planning/speed.ipynb #63642791
 def training_flops(
-    s:dict, # From `model_shape`
-    counts:dict, # From `parameter_counts`
-    tokens:float, # Computed ones, padding included
-    length:float, # [tokens] a token's example has, on average
-    checkpointing=False, # Run the layers again?
-)->float: # [FLOP]
+    s: dict,  # From `model_shape`
+    counts: dict,  # From `parameter_counts`
+    tokens: float,  # Computed ones, padding included
+    length: float,  # [tokens] a token's example has, on average
+    checkpointing=False,  # Run the layers again?
+) -> float:  # [FLOP]
     "Arithmetic of a forward and backward pass with LoRA"
-    head,window = s['vocab_size']*s['hidden_size'],s.get('sliding_window')
-    seen = min(length, window)/2 if window else length/2
-    attention = 4*s['num_hidden_layers']*s['num_attention_heads']*s['head_dim']*seen
+    head, window = s['vocab_size'] * s['hidden_size'], s.get('sliding_window')
+    seen = min(length, window) / 2 if window else length / 2
+    attention = 4 * s['num_hidden_layers'] * s['num_attention_heads'] * s['head_dim'] * seen
     again = 1 if checkpointing else 0
-    return tokens*((4+2*again)*(counts['active']-head)+4*head+(3.5+again)*attention+6*counts['adapter'])
+    return tokens * (
+        (4 + 2 * again) * (counts['active'] - head) + 4 * head + (3.5 + again) * attention + 6 * counts['adapter']
+    )
 
 # %% ../../nbs/planning/speed.ipynb #50dbba4d
-EFFICIENCY,LAUNCH,LAUNCH_NF4,LAUNCH_AGAIN = 0.49,4.4e-3,1.7,1.45
-LAUNCH_CPU = 16e-3 # [s] a layer, not hidden behind the arithmetic
+EFFICIENCY, LAUNCH, LAUNCH_NF4, LAUNCH_AGAIN = 0.49, 4.4e-3, 1.7, 1.45
+LAUNCH_CPU = 16e-3  # [s] a layer, not hidden behind the arithmetic
+
 
 @dataclass(frozen=True)
 class Speed:
     "How fast a configuration trains"
-    step:float # [s] an optimizer step
-    tokens_per_second:float # Real ones, without padding
-    bound:str # What it waits for: `compute` or `launches`
+
+    step: float  # [s] an optimizer step
+    tokens_per_second: float  # Real ones, without padding
+    bound: str  # What it waits for: `compute` or `launches`
 
 # %% ../../nbs/planning/speed.ipynb #75bb4ed6
 def predict_speed(
-    s:dict, # From `model_shape`
-    counts:dict, # From `parameter_counts`
-    dev:Device, # What trains
-    computed:float, # [tokens] of one forward pass, padding included, on average
-    real:float, # [tokens] of one forward pass, padding not included
-    length:float, # [tokens] of an example, on average
-    bits:int, # 4, 8, 16 or 32
-    checkpointing, # `'unsloth'`, True or False
-    passes:int=1, # Forward passes per optimizer step
-)->Speed|None: # None for a card of unknown rate
+    s: dict,  # From `model_shape`
+    counts: dict,  # From `parameter_counts`
+    dev: Device,  # What trains
+    computed: float,  # [tokens] of one forward pass, padding included, on average
+    real: float,  # [tokens] of one forward pass, padding not included
+    length: float,  # [tokens] of an example, on average
+    bits: int,  # 4, 8, 16 or 32
+    checkpointing,  # `'unsloth'`, True or False
+    passes: int = 1,  # Forward passes per optimizer step
+) -> Speed | None:  # None for a card of unknown rate
     "Tokens a second, and what they wait for"
-    if (r := rates(dev)) is None: return None
-    flops,bandwidth = r
-    gpu = training_flops(s, counts, computed, length, checkpointing)/(flops*(EFFICIENCY if dev.kind == 'cuda' else 1))
-    if bits in (4, 8): gpu += (4 if checkpointing else 3)*counts['linear']*2.5/bandwidth
+    if (r := rates(dev)) is None:
+        return None
+    flops, bandwidth = r
+    gpu = training_flops(s, counts, computed, length, checkpointing) / (
+        flops * (EFFICIENCY if dev.kind == 'cuda' else 1)
+    )
+    if bits in (4, 8):
+        gpu += (4 if checkpointing else 3) * counts['linear'] * 2.5 / bandwidth
     cpu = dev.kind == 'cpu'
-    launches = s['num_hidden_layers']*(LAUNCH_CPU if cpu else LAUNCH)*(LAUNCH_NF4 if bits in (4, 8) else 1)*(LAUNCH_AGAIN if checkpointing else 1)
-    power = 1 if cpu else 4 # A processor does one after the other; beside a GPU the longer one counts, with a soft edge where they meet
-    step = passes*(gpu**power+launches**power)**(1/power)
-    return Speed(step, passes*real/step, 'compute' if gpu >= launches else 'launches')
+    launches = (
+        s['num_hidden_layers']
+        * (LAUNCH_CPU if cpu else LAUNCH)
+        * (LAUNCH_NF4 if bits in (4, 8) else 1)
+        * (LAUNCH_AGAIN if checkpointing else 1)
+    )
+    power = (
+        1 if cpu else 4
+    )  # A processor does one after the other; beside a GPU the longer one counts, with a soft edge where they meet
+    step = passes * (gpu**power + launches**power) ** (1 / power)
+    return Speed(step, passes * real / step, 'compute' if gpu >= launches else 'launches')

@@ -7,160 +7,265 @@ __all__ = ['FAMILIES', 'example_lengths', 'Way', 'usable', 'runs_padding_free', 
 
 # %% ../../nbs/planning/ways.ipynb #091dd9af
 import itertools
-from dataclasses import dataclass,field,replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .architecture import parameter_counts
 from ..core.engine import Device
 from .memory import memory_estimate
-from .parallel import rank_memory,rank_speed,traffic
+from .parallel import rank_memory, rank_speed, traffic
 from ..core.schema import SpecError
-from ..core.spec import FinetuneJob,split_batch
+from ..core.spec import FinetuneJob, split_batch
 from .speed import predict_speed
 
 # %% ../../nbs/planning/ways.ipynb #9a0982cc
 def example_lengths(
-    rows, # Examples, Data, or lists of token ids; None: nothing is known yet
-    limit:int, # [tokens] What a row counts as when nothing is known
-)->np.ndarray: # [tokens]
+    rows,  # Examples, Data, or lists of token ids; None: nothing is known yet
+    limit: int,  # [tokens] What a row counts as when nothing is known
+) -> np.ndarray:  # [tokens]
     "Lengths of the examples: exact for Examples or token lists, estimated for Data, else the limit"
-    if rows is None: return np.array([limit])
-    if hasattr(rows, 'train'): return np.minimum(np.ceil(np.array(rows.train.column('characters'))/3)+64, limit).astype(int)
+    if rows is None:
+        return np.array([limit])
+    if hasattr(rows, 'train'):
+        return np.minimum(np.ceil(np.array(rows.train.column('characters')) / 3) + 64, limit).astype(int)
     return np.array(rows.lengths if hasattr(rows, 'lengths') else [len(r) for r in rows], int)
 
 # %% ../../nbs/planning/ways.ipynb #f8c26433
 @dataclass(frozen=True)
 class Way:
     "One configuration, with what it costs"
-    bits:int # 4, 8, 16 or 32: precision of the frozen weights
-    checkpointing:object # `'unsloth'`, True or False
-    optim:str # Optimizer
-    rows:int # In a forward pass
-    passes:int # Forward passes per optimizer step
-    packing:bool # Rows filled to max_seq_length?
-    layout:str # `padding_free`, `packed` or `padded`
-    devices:int=1 # Of each machine that share the rows
-    parallel:str='' # `ddp`, `fsdp` or `device_map`; empty for one device
-    largest:int=0 # [tokens] in the largest pass
-    memory:dict=field(default_factory=dict) # [bytes] by component; empty when the shape is unknown
-    step:float=0. # [s] an optimizer step; 0 when unknown
-    tokens_per_second:float=0. # Real ones; 0 when unknown
-    bound:str='' # What it waits for
-    fits:bool|None=None # None when memory is unknown
+
+    bits: int  # 4, 8, 16 or 32: precision of the frozen weights
+    checkpointing: object  # `'unsloth'`, True or False
+    optim: str  # Optimizer
+    rows: int  # In a forward pass
+    passes: int  # Forward passes per optimizer step
+    packing: bool  # Rows filled to max_seq_length?
+    layout: str  # `padding_free`, `packed` or `padded`
+    devices: int = 1  # Of each machine that share the rows
+    parallel: str = ''  # `ddp`, `fsdp` or `device_map`; empty for one device
+    largest: int = 0  # [tokens] in the largest pass
+    memory: dict = field(default_factory=dict)  # [bytes] by component; empty when the shape is unknown
+    step: float = 0.0  # [s] an optimizer step; 0 when unknown
+    tokens_per_second: float = 0.0  # Real ones; 0 when unknown
+    bound: str = ''  # What it waits for
+    fits: bool | None = None  # None when memory is unknown
+
     @property
-    def peak(self)->int: return sum(self.memory.values()) # [bytes]
+    def peak(self) -> int:
+        return sum(self.memory.values())  # [bytes]
+
     def __str__(self):
-        batch = f'{self.rows} x {self.passes}'+(' packed' if self.packing else ' padding-free' if self.layout == 'padding_free' else '')
-        return f"{'NF4' if self.bits == 4 else f'{self.bits} bit'}, {batch}, {'checkpointing' if self.checkpointing else 'no checkpointing'}, {self.optim}"+(f', {self.parallel} on {self.devices}' if self.parallel else '')
+        batch = f'{self.rows} x {self.passes}' + (
+            ' packed' if self.packing else ' padding-free' if self.layout == 'padding_free' else ''
+        )
+        return (
+            f"{'NF4' if self.bits == 4 else f'{self.bits} bit'}, {batch}, {'checkpointing' if self.checkpointing else 'no checkpointing'}, {self.optim}"
+            + (f', {self.parallel} on {self.devices}' if self.parallel else '')
+        )
 
 # %% ../../nbs/planning/ways.ipynb #0dea2e4f
 def _pass_tokens(w, n, limit):
     "Tokens of a forward pass: (largest, computed on average, real on average)"
-    rows,top = min(w.rows, len(n)) if len(n) > 1 else w.rows,np.sort(n)[::-1]
-    if w.packing: return w.rows*limit,w.rows*limit*(0.98 if w.layout == 'padding_free' else 1),0.98*w.rows*limit
-    real = w.rows*n.mean()
-    if w.layout == 'padding_free': return (int(top[:rows].sum()) if len(n) > 1 else rows*int(n[0])),real,real
+    rows, top = min(w.rows, len(n)) if len(n) > 1 else w.rows, np.sort(n)[::-1]
+    if w.packing:
+        return w.rows * limit, w.rows * limit * (0.98 if w.layout == 'padding_free' else 1), 0.98 * w.rows * limit
+    real = w.rows * n.mean()
+    if w.layout == 'padding_free':
+        return (int(top[:rows].sum()) if len(n) > 1 else rows * int(n[0])), real, real
     sample = np.random.default_rng(0).choice(n, (200, w.rows)).max(1).mean()
-    return w.rows*int(top[0]),w.rows*sample,real
+    return w.rows * int(top[0]), w.rows * sample, real
 
-def usable(dev:Device)->int: # [bytes]
+
+def usable(dev: Device) -> int:  # [bytes]
     "What a plan may fill: the free memory less what fragments, 2% and 256 MiB"
-    return int(0.98*dev.memory_free)-2**28
+    return int(0.98 * dev.memory_free) - 2**28
+
 
 def _measure(w, s, counts, n, limit, dev, factors, nodes):
     "The same way with its memory and speed"
-    largest,computed,real = _pass_tokens(w, n, limit)
-    if s is None: return replace(w, largest=largest)
-    alone = memory_estimate(s, counts, largest, w.bits, w.checkpointing, w.optim, w.layout, w.passes, dev.kind == 'cuda')
-    mem = {k:int(v*factors['memory']) for k,v in rank_memory(alone, s, counts, w.parallel, w.devices*(nodes if w.parallel == 'fsdp' else 1)).items()}
-    v = predict_speed(s, counts, dev, computed, real, float((n**2).sum()/n.sum()), w.bits, w.checkpointing, w.passes)
-    ranks = w.devices*nodes if w.parallel in ('ddp', 'fsdp') else 1
-    v = rank_speed(v, dev, traffic(alone, counts, w.parallel, ranks, w.passes), w.parallel, ranks, nodes, w.passes*s['num_hidden_layers'])
-    known = dict(step=float(v.step/factors['speed']), tokens_per_second=float(v.tokens_per_second*factors['speed']), bound=v.bound) if v else {}
-    return replace(w, largest=largest, memory=mem, fits=sum(mem.values())*(w.devices if dev.kind == 'cpu' else 1) <= usable(dev), **known)
+    largest, computed, real = _pass_tokens(w, n, limit)
+    if s is None:
+        return replace(w, largest=largest)
+    alone = memory_estimate(
+        s, counts, largest, w.bits, w.checkpointing, w.optim, w.layout, w.passes, dev.kind == 'cuda'
+    )
+    mem = {
+        k: int(v * factors['memory'])
+        for k, v in rank_memory(
+            alone, s, counts, w.parallel, w.devices * (nodes if w.parallel == 'fsdp' else 1)
+        ).items()
+    }
+    v = predict_speed(s, counts, dev, computed, real, float((n**2).sum() / n.sum()), w.bits, w.checkpointing, w.passes)
+    ranks = w.devices * nodes if w.parallel in ('ddp', 'fsdp') else 1
+    v = rank_speed(
+        v,
+        dev,
+        traffic(alone, counts, w.parallel, ranks, w.passes),
+        w.parallel,
+        ranks,
+        nodes,
+        w.passes * s['num_hidden_layers'],
+    )
+    known = (
+        dict(
+            step=float(v.step / factors['speed']),
+            tokens_per_second=float(v.tokens_per_second * factors['speed']),
+            bound=v.bound,
+        )
+        if v
+        else {}
+    )
+    return replace(
+        w,
+        largest=largest,
+        memory=mem,
+        fits=sum(mem.values()) * (w.devices if dev.kind == 'cpu' else 1) <= usable(dev),
+        **known,
+    )
 
 # %% ../../nbs/planning/ways.ipynb #31c336eb
-FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3') # Padding-free batches are measured to train as padded ones do
+FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')  # Padding-free batches are measured to train as padded ones do
 
-def runs_padding_free(s:dict|None, family:str, dev:Device)->bool:
+
+def runs_padding_free(s: dict | None, family: str, dev: Device) -> bool:
     "May rows be put end to end? Needs an Ampere card or newer, a family whose attention was checked, and heads that flash attention takes"
     s = s or {}
-    kind,head = s.get('model_type') or {'llama2':'llama', 'llama3':'llama', 'tinyllama':'llama', 'smollm2':'llama'}.get(family, family),s.get('head_dim', 64)
-    return dev.kind == 'cuda' and dev.bf16 and kind in FAMILIES and s.get('num_local_experts', 1) == 1 and head <= 256 and head % 8 == 0
+    kind, head = (
+        s.get('model_type')
+        or {'llama2': 'llama', 'llama3': 'llama', 'tinyllama': 'llama', 'smollm2': 'llama'}.get(family, family),
+        s.get('head_dim', 64),
+    )
+    return (
+        dev.kind == 'cuda'
+        and dev.bf16
+        and kind in FAMILIES
+        and s.get('num_local_experts', 1) == 1
+        and head <= 256
+        and head % 8 == 0
+    )
 
 # %% ../../nbs/planning/ways.ipynb #7d1b007b
 def compute_dtype(
-    job:FinetuneJob, # What to do
-    dev:Device, # Where
-)->tuple[str,str]: # `bfloat16`, `float16` or `float32`, and why
+    job: FinetuneJob,  # What to do
+    dev: Device,  # Where
+) -> tuple[str, str]:  # `bfloat16`, `float16` or `float32`, and why
     "Precision of computation: what the hardware computes in natively, unless the job states another"
-    if job.dtype == 'float16' and dev.kind != 'cuda': raise SpecError("dtype: float16 needs a GPU; use 'bfloat16', 'float32' or 'auto'")
-    if job.dtype == 'bfloat16' and not dev.bf16: return 'bfloat16','asked for; this device emulates it, slowly'
-    if job.dtype != 'auto': return job.dtype,'asked for'
-    if dev.bf16: return 'bfloat16','the device computes in it natively'
-    return ('float16','the GPU has no bfloat16') if dev.kind == 'cuda' else ('float32','this processor has no fast 16-bit arithmetic')
+    if job.dtype == 'float16' and dev.kind != 'cuda':
+        raise SpecError("dtype: float16 needs a GPU; use 'bfloat16', 'float32' or 'auto'")
+    if job.dtype == 'bfloat16' and not dev.bf16:
+        return 'bfloat16', 'asked for; this device emulates it, slowly'
+    if job.dtype != 'auto':
+        return job.dtype, 'asked for'
+    if dev.bf16:
+        return 'bfloat16', 'the device computes in it natively'
+    return (
+        ('float16', 'the GPU has no bfloat16')
+        if dev.kind == 'cuda'
+        else ('float32', 'this processor has no fast 16-bit arithmetic')
+    )
 
 # %% ../../nbs/planning/ways.ipynb #3bb552b9
 def _teams(job, dev):
     "Numbers of devices, and how they share the work"
-    if job.devices != 'auto': numbers = [job.devices]
-    else: numbers = [d for d in range(1, dev.count+1) if dev.kind == 'cuda' and (d == dev.count or d & (d-1) == 0)] or [1]
+    if job.devices != 'auto':
+        numbers = [job.devices]
+    else:
+        numbers = [
+            d for d in range(1, dev.count + 1) if dev.kind == 'cuda' and (d == dev.count or d & (d - 1) == 0)
+        ] or [1]
     for d in numbers:
-        if d*job.nodes == 1: yield 1,''
-        else: yield from ((d, p) for p in (['ddp', 'fsdp'] if job.parallel == 'auto' else [job.parallel]))
+        if d * job.nodes == 1:
+            yield 1, ''
+        else:
+            yield from ((d, p) for p in (['ddp', 'fsdp'] if job.parallel == 'auto' else [job.parallel]))
+
 
 def _splits(job, n, limit, ranks):
     "Rows and passes of each device that make up the optimizer step; none where it cannot be divided"
-    try: step,rows,passes = split_batch(job.batch_size, job.per_device_train_batch_size, job.gradient_accumulation_steps, ranks)
-    except ValueError: return []
-    if step: return [(rows, passes)] if rows else [(b, step//ranks//b) for b in range(step//ranks, 0, -1) if step//ranks % b == 0]
+    try:
+        step, rows, passes = split_batch(
+            job.batch_size, job.per_device_train_batch_size, job.gradient_accumulation_steps, ranks
+        )
+    except ValueError:
+        return []
+    if step:
+        return (
+            [(rows, passes)]
+            if rows
+            else [(b, step // ranks // b) for b in range(step // ranks, 0, -1) if step // ranks % b == 0]
+        )
     size = limit if job.packing is not False else n.mean()
-    return [(b, passes or 1) for b in ([rows] if rows else [2**k for k in range(11) if k == 0 or 2**k*size <= 16384])]
+    return [(b, passes or 1) for b in ([rows] if rows else [2**k for k in range(11) if k == 0 or 2**k * size <= 16384])]
 
 # %% ../../nbs/planning/ways.ipynb #e978c74a
 def _open(job, dev, s, family, n):
     "Every way that the job leaves open, the preferred ones first"
-    cuda,limit = dev.kind == 'cuda',job.max_seq_length
+    cuda, limit = dev.kind == 'cuda', job.max_seq_length
     wide = 16 if compute_dtype(job, dev)[0] != 'float32' else 32
     flat = job.padding_free is not False and wide == 16 and runs_padding_free(s, family, dev)
     packing = cuda and (job.batch_size == 'fastest' if job.packing == 'auto' else job.packing)
-    bits = [8] if job.load_in_8bit else [wide, 4] if job.load_in_4bit == 'auto' and cuda else [4] if job.load_in_4bit is True else [wide]
-    ckpt = [False, 'unsloth' if cuda else True] if job.gradient_checkpointing == 'auto' else [job.gradient_checkpointing if cuda else bool(job.gradient_checkpointing)]
-    optim = (['adamw_torch_fused', 'adamw_8bit'] if cuda else ['adamw_torch_fused']) if job.optim == 'auto' else [job.optim if cuda or '8bit' not in job.optim else 'adamw_torch_fused']
-    for d,team in _teams(job, dev):
+    bits = (
+        [8]
+        if job.load_in_8bit
+        else [wide, 4]
+        if job.load_in_4bit == 'auto' and cuda
+        else [4]
+        if job.load_in_4bit is True
+        else [wide]
+    )
+    ckpt = (
+        [False, 'unsloth' if cuda else True]
+        if job.gradient_checkpointing == 'auto'
+        else [job.gradient_checkpointing if cuda else bool(job.gradient_checkpointing)]
+    )
+    optim = (
+        (['adamw_torch_fused', 'adamw_8bit'] if cuda else ['adamw_torch_fused'])
+        if job.optim == 'auto'
+        else [job.optim if cuda or '8bit' not in job.optim else 'adamw_torch_fused']
+    )
+    for d, team in _teams(job, dev):
         layout = 'padding_free' if flat and team != 'device_map' else 'packed' if packing else 'padded'
-        opts,kinds = (['adamw_torch_fused' if '8bit' in o else o for o in optim[:1]], [b for b in bits if b != 8]) if team == 'fsdp' else (optim, bits)
-        ranks = d*job.nodes if team in ('ddp', 'fsdp') else 1
-        for b,c,o,(r,p) in itertools.product(kinds, ckpt, opts, _splits(job, n, limit, ranks)): yield Way(b, c, o, r, p, packing, layout, d, team)
+        opts, kinds = (
+            (['adamw_torch_fused' if '8bit' in o else o for o in optim[:1]], [b for b in bits if b != 8])
+            if team == 'fsdp'
+            else (optim, bits)
+        )
+        ranks = d * job.nodes if team in ('ddp', 'fsdp') else 1
+        for b, c, o, (r, p) in itertools.product(kinds, ckpt, opts, _splits(job, n, limit, ranks)):
+            yield Way(b, c, o, r, p, packing, layout, d, team)
 
 # %% ../../nbs/planning/ways.ipynb #bfac92c6
 def find_ways(
-    job:FinetuneJob, # What to do
-    dev:Device, # Where
-    s:dict|None, # The model's shape, as `model_shape` gives it; None when unknown
-    n:np.ndarray, # [tokens] lengths of the examples, none above max_seq_length
-    family:str='', # The preset's family
-    factors:dict|None=None, # memory, speed: measured / predicted by past runs
-)->list[Way]: # The preferred ones first
+    job: FinetuneJob,  # What to do
+    dev: Device,  # Where
+    s: dict | None,  # The model's shape, as `model_shape` gives it; None when unknown
+    n: np.ndarray,  # [tokens] lengths of the examples, none above max_seq_length
+    family: str = '',  # The preset's family
+    factors: dict | None = None,  # memory, speed: measured / predicted by past runs
+) -> list[Way]:  # The preferred ones first
     "Every way that the job leaves open, with its memory and speed; raises `SpecError` where there is none"
-    counts,f = parameter_counts(s, job.r, job.target_modules) if s else None,factors or dict(memory=1., speed=1.)
+    counts, f = parameter_counts(s, job.r, job.target_modules) if s else None, factors or dict(memory=1.0, speed=1.0)
     ways = [_measure(w, s, counts, n, job.max_seq_length, dev, f, job.nodes) for w in _open(job, dev, s, family, n)]
-    if not ways: raise SpecError('parallel: fsdp takes weights in 16 or 4 bits; leave load_in_8bit out, or use ddp')
+    if not ways:
+        raise SpecError('parallel: fsdp takes weights in 16 or 4 bits; leave load_in_8bit out, or use ddp')
     return ways
 
 # %% ../../nbs/planning/ways.ipynb #e7b1c55d
 def fastest(
-    ways:list[Way], # As `find_ways` gives them
-    smallest:bool=False, # Among those within two percent, the smallest optimizer step
-)->Way:
+    ways: list[Way],  # As `find_ways` gives them
+    smallest: bool = False,  # Among those within two percent, the smallest optimizer step
+) -> Way:
     "The fastest that fits, the first of those within two percent; the smallest of all when none fits"
     ok = [w for w in ways if w.fits] or ([w for w in ways if w.fits is None])
-    if not ok: return min(ways, key=lambda w: w.peak)
-    near = [w for w in ok if w.tokens_per_second >= 0.98*max(w.tokens_per_second for w in ok)]
-    return min(near, key=lambda w: w.rows*w.passes) if smallest else near[0]
+    if not ok:
+        return min(ways, key=lambda w: w.peak)
+    near = [w for w in ok if w.tokens_per_second >= 0.98 * max(w.tokens_per_second for w in ok)]
+    return min(near, key=lambda w: w.rows * w.passes) if smallest else near[0]
 
-def safest(ways:list[Way])->Way:
+
+def safest(ways: list[Way]) -> Way:
     "Without a model's shape: NF4 where it may be, recomputation, the classic two rows"
-    key = lambda w: (w.bits != 4, not w.checkpointing, '8bit' not in w.optim, abs(w.rows-2))
+    key = lambda w: (w.bits != 4, not w.checkpointing, '8bit' not in w.optim, abs(w.rows - 2))
     return min(ways, key=key)

@@ -6,120 +6,163 @@
 __all__ = ['hash_of']
 
 # %% ../../nbs/runs/attempts.ipynb #c695f989
-import hashlib,json,os,shutil
+import hashlib
+import json
+import os
+import shutil
 from datetime import datetime
 from pathlib import Path
 
 from fastcore.basics import patch
-from .run import Run,RunError,_plain,append_line,fingerprint,read_json,read_lines,write_json
+from .run import Run, RunError, _plain, append_line, fingerprint, read_json, read_lines, write_json
 
 # %% ../../nbs/runs/attempts.ipynb #804d8e52
 @patch
-def interrupt(self:Run, reason:str):
+def interrupt(self: Run, reason: str):
     "The run was stopped from outside and can go on"
     return self._end('interrupted', reason=reason, metrics={}, artifacts=self.artifacts())
 
+
 @patch
-def reopen(self:Run,
-    allow=(), # What may differ from the attempt before: parameter names, or data, model, code, plan
-    **params, # Parameters that are to be other from now on
-)->Run:
+def reopen(
+    self: Run,
+    allow=(),  # What may differ from the attempt before: parameter names, or data, model, code, plan
+    **params,  # Parameters that are to be other from now on
+) -> Run:
     "Go on with a run that has ended without being finished"
-    if self.status in ('finished', 'running'): raise RunError(f"{self.name} is {self.status}; "+('there is nothing left to do; a new run with --reuse takes over what it has' if self.status == 'finished' else 'wait for it, or stop it'))
+    if self.status in ('finished', 'running'):
+        raise RunError(
+            f"{self.name} is {self.status}; "
+            + (
+                'there is nothing left to do; a new run with --reuse takes over what it has'
+                if self.status == 'finished'
+                else 'wait for it, or stop it'
+            )
+        )
     job = self.job.replace(**params)
-    attempt = dict(result=self.result, reopened=datetime.now().astimezone().isoformat(), allow=sorted({*allow, *params}), changed=params)
-    append_line(self.path/'attempts.jsonl', attempt)
-    aside = self.path/'attempts'/str(self.attempt-1)
+    attempt = dict(
+        result=self.result,
+        reopened=datetime.now().astimezone().isoformat(),
+        allow=sorted({*allow, *params}),
+        changed=params,
+    )
+    append_line(self.path / 'attempts.jsonl', attempt)
+    aside = self.path / 'attempts' / str(self.attempt - 1)
     aside.mkdir(parents=True, exist_ok=True)
     for n in ('notebook.ipynb', 'report.html', 'result.json', 'launch'):
-        if (self.path/n).exists(): os.replace(self.path/n, aside/n)
-    self.stop_asked() # That was for the attempt before
-    if params: write_json(self.path/'job.json', read_json(self.path/'job.json')|dict(parameters=job.to_dict(), auto=job.auto_fields()))
+        if (self.path / n).exists():
+            os.replace(self.path / n, aside / n)
+    self.stop_asked()  # That was for the attempt before
+    if params:
+        write_json(
+            self.path / 'job.json',
+            read_json(self.path / 'job.json') | dict(parameters=job.to_dict(), auto=job.auto_fields()),
+        )
     return self
 
 # %% ../../nbs/runs/attempts.ipynb #7f413f07
 @patch(as_prop=True)
-def attempt(self:Run)->int: # From 1
+def attempt(self: Run) -> int:  # From 1
     "Which attempt this is"
-    return len(read_lines(self.path/'attempts.jsonl'))+1
+    return len(read_lines(self.path / 'attempts.jsonl')) + 1
+
 
 @patch(as_prop=True)
-def planned(self:Run)->dict|None:
+def planned(self: Run) -> dict | None:
     "What an attempt before has planned, or the run that this one replays; None in the first"
-    first = (read_json(self.path/'job.json') or {}).get('replays')
-    return read_json(self.path/'plan.json') or (read_json(self.path.parent/Path(first).name/'plan.json') if first else None)
+    first = (read_json(self.path / 'job.json') or {}).get('replays')
+    return read_json(self.path / 'plan.json') or (
+        read_json(self.path.parent / Path(first).name / 'plan.json') if first else None
+    )
+
 
 @patch(as_prop=True)
-def allowed(self:Run)->list: # Names
+def allowed(self: Run) -> list:  # Names
     "What may differ between this attempt and the one before"
-    return (read_lines(self.path/'attempts.jsonl') or [{}])[-1].get('allow', [])
+    return (read_lines(self.path / 'attempts.jsonl') or [{}])[-1].get('allow', [])
 
 # %% ../../nbs/runs/attempts.ipynb #2d99cfb8
 @patch
-def stop(self:Run, by:str='someone'):
+def stop(self: Run, by: str = 'someone'):
     "Ask a run to stop after its next step of training, with a checkpoint"
-    write_json(self.path/'stop.json', dict(by=by))
+    write_json(self.path / 'stop.json', dict(by=by))
+
 
 @patch
-def stop_asked(self:Run)->str|None: # By whom
+def stop_asked(self: Run) -> str | None:  # By whom
     "Has anyone asked this run to stop? The question is answered once"
-    asked = read_json(self.path/'stop.json')
-    if asked: (self.path/'stop.json').unlink()
+    asked = read_json(self.path / 'stop.json')
+    if asked:
+        (self.path / 'stop.json').unlink()
     return asked and asked['by']
 
 # %% ../../nbs/runs/attempts.ipynb #6275e562
-def hash_of(o)->str:
+def hash_of(o) -> str:
     "SHA-256 of plain data, whatever the order of its keys"
     return hashlib.sha256(json.dumps(_plain(o), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/runs/attempts.ipynb #19d08d95
 def _put_aside(run, name):
     "Move an artefact of other inputs out of the way"
-    if not (run.path/name).exists(): return
-    home = run.path/'attempts'
+    if not (run.path / name).exists():
+        return
+    home = run.path / 'attempts'
     home.mkdir(exist_ok=True)
-    n = next(i for i in range(1, 10**6) if not (home/f'{name}-{i}').exists())
-    os.replace(run.path/name, home/f'{name}-{n}')
+    n = next(i for i in range(1, 10**6) if not (home / f'{name}-{i}').exists())
+    os.replace(run.path / name, home / f'{name}-{n}')
+
 
 def _bring(run, other, name):
     "A copy of another run's folder, whole or not at all"
-    stage = run.path/f'.saving-{name}'
+    stage = run.path / f'.saving-{name}'
     shutil.rmtree(stage, ignore_errors=True)
-    shutil.copytree(other.path/name, stage)
-    os.replace(stage, run.path/name)
+    shutil.copytree(other.path / name, stage)
+    os.replace(stage, run.path / name)
 
 # %% ../../nbs/runs/attempts.ipynb #4158e2ea
 @patch
-def keep(self:Run,
-    name:str, # Of the stage
-    inputs:dict, # All that the value depends on
-    make, # Called without arguments; gives plain data
-    folders=(), # Folders in the run that it writes
-    reuse:Run|None=None, # Another run to look in; default: the one that this run was told to reuse
-): # The value, as JSON has it
+def keep(
+    self: Run,
+    name: str,  # Of the stage
+    inputs: dict,  # All that the value depends on
+    make,  # Called without arguments; gives plain data
+    folders=(),  # Folders in the run that it writes
+    reuse: Run | None = None,  # Another run to look in; default: the one that this run was told to reuse
+):  # The value, as JSON has it
     "What `make` gives, or what was kept of it for the same inputs"
-    key,reuse = hash_of(inputs),reuse or self.reused
+    key, reuse = hash_of(inputs), reuse or self.reused
     for home in filter(None, (self, reuse)):
-        kept = read_json(home.path/'stages'/f'{name}.json')
-        if not kept or kept['key'] != key or any(fingerprint(home.path/f) != had for f,had in kept['folders'].items()): continue
+        kept = read_json(home.path / 'stages' / f'{name}.json')
+        if (
+            not kept
+            or kept['key'] != key
+            or any(fingerprint(home.path / f) != had for f, had in kept['folders'].items())
+        ):
+            continue
         if home is not self:
-            for f in folders: _put_aside(self, f); _bring(self, home, f)
+            for f in folders:
+                _put_aside(self, f)
+                _bring(self, home, f)
             self._record(name, kept)
         self.note(f"{name}: kept from {'an earlier attempt' if home is self else home.name}, which had the same inputs")
         return kept['value']
-    for f in folders: _put_aside(self, f)
+    for f in folders:
+        _put_aside(self, f)
     value = _plain(make())
-    self._record(name, dict(key=key, inputs=inputs, value=value, folders={f:fingerprint(self.path/f) for f in folders}))
+    self._record(
+        name, dict(key=key, inputs=inputs, value=value, folders={f: fingerprint(self.path / f) for f in folders})
+    )
     return value
 
+
 @patch
-def _record(self:Run, name, kept):
-    (self.path/'stages').mkdir(exist_ok=True)
-    write_json(self.path/'stages'/f'{name}.json', kept)
+def _record(self: Run, name, kept):
+    (self.path / 'stages').mkdir(exist_ok=True)
+    write_json(self.path / 'stages' / f'{name}.json', kept)
 
 # %% ../../nbs/runs/attempts.ipynb #82d5c340
 @patch(as_prop=True)
-def reused(self:Run)->Run|None:
+def reused(self: Run) -> Run | None:
     "The run whose stages this one may take over"
-    name = (read_json(self.path/'job.json') or {}).get('reuse')
-    return Run(self.path.parent/Path(name).name) if name else None
+    name = (read_json(self.path / 'job.json') or {}).get('reuse')
+    return Run(self.path.parent / Path(name).name) if name else None

@@ -7,41 +7,53 @@ __all__ = ['MANIFEST', 'MANIFEST_SUM', 'CheckpointError', 'write_whole', 'check_
            'rotate_checkpoints', 'only_writer', 'split_state', 'join_state']
 
 # %% ../../nbs/runs/checkpoints.ipynb #2a18c8d7
-import hashlib,os,re,shutil,tempfile
+import hashlib
+import os
+import re
+import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .run import Run,RunError,fingerprint,read_json,write_json
+from .run import Run, RunError, fingerprint, read_json, write_json
 
 # %% ../../nbs/runs/checkpoints.ipynb #74ec636a
-MANIFEST,MANIFEST_SUM = 'manifest.json','manifest.sha256'
+MANIFEST, MANIFEST_SUM = 'manifest.json', 'manifest.sha256'
+
 
 class CheckpointError(RunError):
     "A checkpoint that is damaged, or was made for other work"
 
+
 def _flush(path):
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
-def _sum(folder): return f"{hashlib.sha256((folder/MANIFEST).read_bytes()).hexdigest()}  {MANIFEST}\n"
+
+def _sum(folder):
+    return f"{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}  {MANIFEST}\n"
 
 # %% ../../nbs/runs/checkpoints.ipynb #28f1c3f5
 def write_whole(
-    folder, # Must not exist yet
-    write, # Called with an empty folder
-    **about, # Kept in the manifest
-)->Path:
+    folder,  # Must not exist yet
+    write,  # Called with an empty folder
+    **about,  # Kept in the manifest
+) -> Path:
     "A folder that is whole or absent: written beside its place, hashed, flushed, renamed"
     folder = Path(folder)
-    if folder.exists(): raise FileExistsError(f"{folder} exists already; nothing is overwritten")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix='.saving-', dir=folder.parent))
     try:
         write(stage)
-        write_json(stage/MANIFEST, dict(about, files=fingerprint(stage)))
-        (stage/MANIFEST_SUM).write_text(_sum(stage))
-        for p in [*stage.rglob('*'), stage]: _flush(p)
+        write_json(stage / MANIFEST, dict(about, files=fingerprint(stage)))
+        (stage / MANIFEST_SUM).write_text(_sum(stage))
+        for p in [*stage.rglob('*'), stage]:
+            _flush(p)
         stage.chmod(0o755)
         os.rename(stage, folder)
         _flush(folder.parent)
@@ -51,94 +63,129 @@ def write_whole(
     return folder
 
 # %% ../../nbs/runs/checkpoints.ipynb #8a94b074
-def check_whole(folder)->dict: # The manifest
+def check_whole(folder) -> dict:  # The manifest
     "Raise `CheckpointError` with the name of each file that is missing, cut, changed or unknown"
     folder = Path(folder)
-    lost = [n for n in (MANIFEST, MANIFEST_SUM) if not (folder/n).is_file()]
-    if lost: raise CheckpointError(f"{folder.name}: {' and '.join(lost)} missing, so nothing vouches for its files")
-    if (folder/MANIFEST_SUM).read_bytes() != _sum(folder).encode(): raise CheckpointError(f"{folder.name}: {MANIFEST} and {MANIFEST_SUM} do not agree; one of them has changed")
-    manifest = read_json(folder/MANIFEST)
-    want,have = manifest['files'],{str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}-{MANIFEST, MANIFEST_SUM, '.gitattributes'} # The last one is the Hub's own
-    bad = [f'{n} is missing' for n in want if n not in have]+[f'{n} is not in the manifest' for n in sorted(have-set(want))]
-    bad += [_damage(folder/n, n, w) for n,w in want.items() if n in have]
-    if any(bad): raise CheckpointError(f"{folder.name}: {'; '.join(filter(None, bad))}")
+    lost = [n for n in (MANIFEST, MANIFEST_SUM) if not (folder / n).is_file()]
+    if lost:
+        raise CheckpointError(f"{folder.name}: {' and '.join(lost)} missing, so nothing vouches for its files")
+    if (folder / MANIFEST_SUM).read_bytes() != _sum(folder).encode():
+        raise CheckpointError(f"{folder.name}: {MANIFEST} and {MANIFEST_SUM} do not agree; one of them has changed")
+    manifest = read_json(folder / MANIFEST)
+    want, have = (
+        manifest['files'],
+        {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
+        - {MANIFEST, MANIFEST_SUM, '.gitattributes'},
+    )  # The last one is the Hub's own
+    bad = [f'{n} is missing' for n in want if n not in have] + [
+        f'{n} is not in the manifest' for n in sorted(have - set(want))
+    ]
+    bad += [_damage(folder / n, n, w) for n, w in want.items() if n in have]
+    if any(bad):
+        raise CheckpointError(f"{folder.name}: {'; '.join(filter(None, bad))}")
     return manifest
+
 
 def _damage(path, name, want):
     size = path.stat().st_size
-    if size != want['bytes']: return f"{name} has {size:,} bytes instead of {want['bytes']:,}"
-    with open(path, 'rb') as f: got = hashlib.file_digest(f, 'sha256').hexdigest()
-    return '' if got == want['sha256'] else f'{name} has changed (SHA-256 {got[:12]}… instead of {want["sha256"][:12]}…)'
+    if size != want['bytes']:
+        return f"{name} has {size:,} bytes instead of {want['bytes']:,}"
+    with open(path, 'rb') as f:
+        got = hashlib.file_digest(f, 'sha256').hexdigest()
+    return (
+        '' if got == want['sha256'] else f'{name} has changed (SHA-256 {got[:12]}… instead of {want["sha256"][:12]}…)'
+    )
 
 # %% ../../nbs/runs/checkpoints.ipynb #36ad6002
 _STEP = re.compile(r'step-(\d+)')
 
-def checkpoint_dirs(run:Run)->list[Path]: # Newest first
+
+def checkpoint_dirs(run: Run) -> list[Path]:  # Newest first
     "The checkpoints that stand in a run"
-    home = run.path/'checkpoints'
+    home = run.path / 'checkpoints'
     found = [(int(m[1]), p) for p in (home.iterdir() if home.is_dir() else ()) if (m := _STEP.fullmatch(p.name))]
-    return [p for _,p in sorted(found, reverse=True)]
+    return [p for _, p in sorted(found, reverse=True)]
+
 
 def newest_checkpoint(
-    run:Run, # Where to look
-    say=None, # Called with a line for each one that is passed over
-)->tuple[Path,dict]|None: # (folder, manifest)
+    run: Run,  # Where to look
+    say=None,  # Called with a line for each one that is passed over
+) -> tuple[Path, dict] | None:  # (folder, manifest)
     "The newest checkpoint that is whole"
     for p in checkpoint_dirs(run):
-        try: return p,check_whole(p)
+        try:
+            return p, check_whole(p)
         except CheckpointError as e:
-            if say: say(f'checkpoint passed over: {e}')
+            if say:
+                say(f'checkpoint passed over: {e}')
 
 # %% ../../nbs/runs/checkpoints.ipynb #4010baa3
 def rotate_checkpoints(
-    run:Run, # Whose
-    keep:int, # The newest so many stay
-    best:int|None=None, # [step] of one that stays as well
+    run: Run,  # Whose
+    keep: int,  # The newest so many stay
+    best: int | None = None,  # [step] of one that stays as well
 ):
     "Delete old checkpoints, and what an interrupted save has left"
-    home = run.path/'checkpoints'
+    home = run.path / 'checkpoints'
     for p in checkpoint_dirs(run)[keep:]:
-        if int(_STEP.fullmatch(p.name)[1]) != best: p.rename(p.with_name(f'.old-{p.name}'))
-    for p in home.glob('.*'): shutil.rmtree(p, ignore_errors=True)
+        if int(_STEP.fullmatch(p.name)[1]) != best:
+            p.rename(p.with_name(f'.old-{p.name}'))
+    for p in home.glob('.*'):
+        shutil.rmtree(p, ignore_errors=True)
 
 # %% ../../nbs/runs/checkpoints.ipynb #473bba06
 @contextmanager
-def only_writer(run:Run):
+def only_writer(run: Run):
     "Hold a run's lock; raises `RunError` when another process holds it"
     import socket
-    from filelock import FileLock,Timeout
-    lock = FileLock(run.path/'.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        who = read_json(run.path/'writer.json') or {}
-        raise RunError(f"{run.name} is being written by process {who.get('pid', '?')} on {who.get('host', '?')}; two writers would mix their steps: wait for it, or stop it") from None
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run.path / '.lock')
     try:
-        write_json(run.path/'writer.json', dict(pid=os.getpid(), host=socket.gethostname()))
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = read_json(run.path / 'writer.json') or {}
+        raise RunError(
+            f"{run.name} is being written by process {who.get('pid', '?')} on {who.get('host', '?')}; two writers would mix their steps: wait for it, or stop it"
+        ) from None
+    try:
+        write_json(run.path / 'writer.json', dict(pid=os.getpid(), host=socket.gethostname()))
         yield
-    finally: lock.release()
+    finally:
+        lock.release()
 
 # %% ../../nbs/runs/checkpoints.ipynb #78818a6b
 def split_state(
-    state, # Dicts, lists, tuples, plain values and tensors
-    tensors:dict, # Gets the tensors by name
+    state,  # Dicts, lists, tuples, plain values and tensors
+    tensors: dict,  # Gets the tensors by name
 ):
     "A nested state as JSON can hold it; its tensors go into `tensors`"
     import torch
+
     if isinstance(state, torch.Tensor):
         t = state.detach().cpu().contiguous()
-        if t.data_ptr() == state.data_ptr(): t = t.clone() # What several parameters share is written for each
+        if t.data_ptr() == state.data_ptr():
+            t = t.clone()  # What several parameters share is written for each
         tensors[key := str(len(tensors))] = t
         return dict(tensor=key)
-    if isinstance(state, dict): return dict(dict=[[k, split_state(v, tensors)] for k,v in state.items()])
-    if isinstance(state, (list, tuple)): return {type(state).__name__:[split_state(v, tensors) for v in state]}
-    if hasattr(state, 'item'): state = state.item()
-    if state is not None and not isinstance(state, (bool, int, float, str)): raise TypeError(f"a {type(state).__name__} cannot be kept without pickle")
+    if isinstance(state, dict):
+        return dict(dict=[[k, split_state(v, tensors)] for k, v in state.items()])
+    if isinstance(state, (list, tuple)):
+        return {type(state).__name__: [split_state(v, tensors) for v in state]}
+    if hasattr(state, 'item'):
+        state = state.item()
+    if state is not None and not isinstance(state, (bool, int, float, str)):
+        raise TypeError(f"a {type(state).__name__} cannot be kept without pickle")
     return dict(value=state)
+
 
 def join_state(tree, tensors):
     "The nested state that `split_state` took apart"
-    (kind,v), = tree.items()
-    if kind == 'tensor': return tensors[v]
-    if kind == 'dict': return {k:join_state(x, tensors) for k,x in v}
-    if kind in ('list', 'tuple'): return (list if kind == 'list' else tuple)(join_state(x, tensors) for x in v)
+    ((kind, v),) = tree.items()
+    if kind == 'tensor':
+        return tensors[v]
+    if kind == 'dict':
+        return {k: join_state(x, tensors) for k, x in v}
+    if kind in ('list', 'tuple'):
+        return (list if kind == 'list' else tuple)(join_state(x, tensors) for x in v)
     return v

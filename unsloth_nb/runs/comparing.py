@@ -6,36 +6,48 @@
 __all__ = ['Curve', 'compare_curves', 'RunDiff', 'diff_runs', 'Replay', 'replayed']
 
 # %% ../../nbs/runs/comparing.ipynb #16d3e9dd
-import math,re
-from dataclasses import asdict,dataclass,field
+import math
+import re
+from dataclasses import asdict, dataclass, field
 
 from fastcore.basics import patch
-from ..core.escaping import markdown_text,plain_text
-from .run import STATUSES,RunError,RunList,_plain,open_run,read_json
-from ..core.schema import SpecError,nearest
+from ..core.escaping import markdown_text, plain_text
+from .run import STATUSES, RunError, RunList, _plain, open_run, read_json
+from ..core.schema import SpecError, nearest
 from ..core.spec import JOBS
 
 # %% ../../nbs/runs/comparing.ipynb #e7c8fa60
 _PLAN = 'dtype load_in_4bit load_in_8bit per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim packing padding_free attention max_seq_length'.split()
-_DATA,_EXAMPLES = 'source revision format fingerprint system ledger'.split(),'template loss_on rows tokens'.split()
+_DATA, _EXAMPLES = 'source revision format fingerprint system ledger'.split(), 'template loss_on rows tokens'.split()
 _PASSING = ('started', 'device.memory_free')
+
 
 def _read(run, name):
     "One file of a run as a dict, empty where there is none"
-    try: d = read_json(run.path/f'{name}.json') or {}
-    except ValueError as e: raise RunError(f"{run.name}: {name}.json is not JSON ({e}); its run cannot be compared") from None
-    if not isinstance(d, dict): raise RunError(f"{run.name}: {name}.json holds a {type(d).__name__} where names and values belong; its run cannot be compared")
+    try:
+        d = read_json(run.path / f'{name}.json') or {}
+    except ValueError as e:
+        raise RunError(f"{run.name}: {name}.json is not JSON ({e}); its run cannot be compared") from None
+    if not isinstance(d, dict):
+        raise RunError(
+            f"{run.name}: {name}.json holds a {type(d).__name__} where names and values belong; its run cannot be compared"
+        )
     return d
+
 
 def _flat(d, prefix=''):
     "Nested dicts as one, names joined by dots"
     res = {}
-    for k,v in d.items(): res |= _flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}':v}
+    for k, v in d.items():
+        res |= _flat(v, f'{prefix}{k}.') if isinstance(v, dict) else {f'{prefix}{k}': v}
     return res
 
-def _some(d, names): return {k:d[k] for k in names if k in d}
 
-def _differing(a, b)->list[dict]:
+def _some(d, names):
+    return {k: d[k] for k in names if k in d}
+
+
+def _differing(a, b) -> list[dict]:
     "The names about which two sets of values disagree"
     return [dict(name=n, a=a.get(n), b=b.get(n)) for n in dict.fromkeys([*a, *b]) if a.get(n) != b.get(n)]
 
@@ -44,226 +56,341 @@ def _parameters(run):
     job = _read(run, 'job')
     return dict(job=job.get('job')) | job.get('parameters', {})
 
+
 def _decided(run):
     "What the plan made of the parameters, and what the backend made of the plan"
     plan = _read(run, 'plan')
-    return _some(plan, _PLAN) | {c['parameter']:c['effective'] for c in plan.get('changes', [])}
+    return _some(plan, _PLAN) | {c['parameter']: c['effective'] for c in plan.get('changes', [])}
+
 
 def _environment(run):
-    env,device = _read(run, 'env'),_read(run, 'plan').get('device')
+    env, device = _read(run, 'env'), _read(run, 'plan').get('device')
     flat = _flat(env | (dict(device=device) if device else {}))
-    return {k:v for k,v in flat.items() if k not in _PASSING}
+    return {k: v for k, v in flat.items() if k not in _PASSING}
+
 
 def _data(run):
     d = _read(run, 'data')
     return _flat(_some(d, _DATA) | dict(examples=_some(d.get('examples') or {}, _EXAMPLES)))
 
 # %% ../../nbs/runs/comparing.ipynb #b0c62527
-_TRAINED,_PREDICTED = 'train_loss steps tokens tokens_per_second peak_bytes'.split(),('tokens_per_second', 'peak_bytes')
+_TRAINED, _PREDICTED = (
+    'train_loss steps tokens tokens_per_second peak_bytes'.split(),
+    ('tokens_per_second', 'peak_bytes'),
+)
+
 
 def _metrics(run):
     "Final metrics by name; of a run that is not over, what its plan measured"
-    m,plan = _read(run, 'result').get('metrics') or {},_read(run, 'plan')
+    m, plan = _read(run, 'result').get('metrics') or {}, _read(run, 'plan')
     measured = _some(m.get('training') or plan.get('measured') or {}, _TRAINED)
-    kept = {k:v for k,v in m.items() if k not in ('training', 'certificates')}
+    kept = {k: v for k, v in m.items() if k not in ('training', 'certificates')}
     return _flat(kept | dict(measured=measured, predicted=_some(plan, _PREDICTED)))
 
-def _side_by_side(a, b): return [dict(name=n, a=a.get(n), b=b.get(n)) for n in dict.fromkeys([*a, *b])]
 
-def _artefacts(a, b)->list[dict]:
+def _side_by_side(a, b):
+    return [dict(name=n, a=a.get(n), b=b.get(n)) for n in dict.fromkeys([*a, *b])]
+
+
+def _artefacts(a, b) -> list[dict]:
     "Each artefact with the files that differ, and whether its weights are the same; None where only one run has it"
-    x,y = (_read(r, 'result').get('artifacts') or {} for r in (a, b))
+    x, y = (_read(r, 'result').get('artifacts') or {} for r in (a, b))
     res = []
     for n in dict.fromkeys([*x, *y]):
         files = [f for f in dict.fromkeys([*x.get(n, {}), *y.get(n, {})])]
         differ = [f for f in files if x.get(n, {}).get(f, {}).get('sha256') != y.get(n, {}).get(f, {}).get('sha256')]
         weights = [f for f in files if f.endswith('.safetensors')] or files
-        res.append(dict(name=n, same_weights=not set(weights) & set(differ) if n in x and n in y else None, only='' if n in x and n in y else 'a' if n in x else 'b', differ=differ))
+        res.append(
+            dict(
+                name=n,
+                same_weights=not set(weights) & set(differ) if n in x and n in y else None,
+                only='' if n in x and n in y else 'a' if n in x else 'b',
+                differ=differ,
+            )
+        )
     return res
 
 # %% ../../nbs/runs/comparing.ipynb #17e7fbd7
 @dataclass(frozen=True)
 class Curve:
     "How one curve of two runs compares; differences are relative to the larger value"
-    name:str # `loss` or `grad_norm`
-    common:int # Steps that both have
-    only_a:int # Steps that only one has
-    only_b:int
-    first:int|None # First step at which they differ at all
-    largest:float # Largest relative difference
-    at:int|None # and its step
-    final:float # Relative difference at the last common step
+
+    name: str  # `loss` or `grad_norm`
+    common: int  # Steps that both have
+    only_a: int  # Steps that only one has
+    only_b: int
+    first: int | None  # First step at which they differ at all
+    largest: float  # Largest relative difference
+    at: int | None  # and its step
+    final: float  # Relative difference at the last common step
+
     @property
-    def same(self): return self.common > 0 and self.first is None and not self.only_a and not self.only_b
+    def same(self):
+        return self.common > 0 and self.first is None and not self.only_a and not self.only_b
+
 
 def _number(v):
-    try: return float(v)
-    except (TypeError, ValueError): return None
+    try:
+        return float(v)
+    except (TypeError, ValueError):
+        return None
+
 
 def _by_step(metrics, name):
-    vals = {m['step']:_number(m.get(name)) for m in metrics if isinstance(m.get('step'), int)}
-    return {s:v for s,v in vals.items() if v is not None}
+    vals = {m['step']: _number(m.get(name)) for m in metrics if isinstance(m.get('step'), int)}
+    return {s: v for s, v in vals.items() if v is not None}
+
 
 def _apart(x, y):
     "Relative difference; infinite where only one is a number"
-    if x == y or (math.isnan(x) and math.isnan(y)): return 0.0
-    return abs(x-y)/max(abs(x), abs(y)) if math.isfinite(x) and math.isfinite(y) else math.inf
+    if x == y or (math.isnan(x) and math.isnan(y)):
+        return 0.0
+    return abs(x - y) / max(abs(x), abs(y)) if math.isfinite(x) and math.isfinite(y) else math.inf
 
 # %% ../../nbs/runs/comparing.ipynb #b25a7bdb
 def compare_curves(
-    a:list[dict], # Lines of metrics
-    b:list[dict],
-    name:str='loss', # What is compared
-)->Curve:
+    a: list[dict],  # Lines of metrics
+    b: list[dict],
+    name: str = 'loss',  # What is compared
+) -> Curve:
     "Where two curves part, and by how much"
-    x,y = _by_step(a, name),_by_step(b, name)
-    gaps = {s:_apart(x[s], y[s]) for s in sorted(x.keys() & y.keys())}
+    x, y = _by_step(a, name), _by_step(b, name)
+    gaps = {s: _apart(x[s], y[s]) for s in sorted(x.keys() & y.keys())}
     at = max(gaps, key=gaps.get, default=None)
-    first = next((s for s,g in gaps.items() if g), None)
-    return Curve(name, len(gaps), len(x.keys()-y.keys()), len(y.keys()-x.keys()), first, gaps.get(at, 0.0), at if first is not None else None, list(gaps.values())[-1] if gaps else 0.0)
+    first = next((s for s, g in gaps.items() if g), None)
+    return Curve(
+        name,
+        len(gaps),
+        len(x.keys() - y.keys()),
+        len(y.keys() - x.keys()),
+        first,
+        gaps.get(at, 0.0),
+        at if first is not None else None,
+        list(gaps.values())[-1] if gaps else 0.0,
+    )
 
 # %% ../../nbs/runs/comparing.ipynb #3f10e1ea
 @dataclass
 class RunDiff:
     "What differs between two runs; `a` and `b` of each entry are their values"
-    a:str # Names of the runs
-    b:str
-    status:tuple # Of both
-    parameters:list[dict] # Parameters that differ
-    plan:list[dict] # Decisions of the plan that differ
-    environment:list[dict] # Versions, git state and device, where they differ
-    data:list[dict] # Fingerprint and counts, where they differ
-    metrics:list[dict] # Final metrics, all of them
-    artefacts:list[dict] # Which weights are the same, which files differ
-    curves:dict[str,Curve] # `loss` and `grad_norm`
-    runs:tuple=field(default=(), repr=False) # The Run objects
 
-    def to_dict(self)->dict: return _plain({k:v for k,v in asdict(self).items() if k != 'runs'} | dict(verdict=self.verdict, identical=self.identical))
+    a: str  # Names of the runs
+    b: str
+    status: tuple  # Of both
+    parameters: list[dict]  # Parameters that differ
+    plan: list[dict]  # Decisions of the plan that differ
+    environment: list[dict]  # Versions, git state and device, where they differ
+    data: list[dict]  # Fingerprint and counts, where they differ
+    metrics: list[dict]  # Final metrics, all of them
+    artefacts: list[dict]  # Which weights are the same, which files differ
+    curves: dict[str, Curve]  # `loss` and `grad_norm`
+    runs: tuple = field(default=(), repr=False)  # The Run objects
+
+    def to_dict(self) -> dict:
+        return _plain(
+            {k: v for k, v in asdict(self).items() if k != 'runs'}
+            | dict(verdict=self.verdict, identical=self.identical)
+        )
+
     @property
-    def same_curves(self)->bool: return all(c.same for c in self.curves.values())
+    def same_curves(self) -> bool:
+        return all(c.same for c in self.curves.values())
+
     @property
-    def same_adapter(self)->bool|None: # None where a run has none
+    def same_adapter(self) -> bool | None:  # None where a run has none
         return next((f['same_weights'] for f in self.artefacts if f['name'] == 'adapter'), None)
+
     @property
-    def identical(self)->bool: return self.same_curves and self.same_adapter is True
+    def identical(self) -> bool:
+        return self.same_curves and self.same_adapter is True
 
 # %% ../../nbs/runs/comparing.ipynb #3eb5fd6c
 def diff_runs(
-    a, # Run, name, unique part of a name, directory, or `latest`
-    b, # The same, for the other run
-    runs_dir=None, # Where runs are
-)->RunDiff:
+    a,  # Run, name, unique part of a name, directory, or `latest`
+    b,  # The same, for the other run
+    runs_dir=None,  # Where runs are
+) -> RunDiff:
     "Compare two runs by everything they wrote down"
-    x,y = runs = open_run(a, runs_dir),open_run(b, runs_dir)
+    x, y = runs = open_run(a, runs_dir), open_run(b, runs_dir)
     inputs = [_differing(f(x), f(y)) for f in (_parameters, _decided, _environment, _data)]
-    curves = {n:compare_curves(x.metrics, y.metrics, n) for n in ('loss', 'grad_norm')}
-    return RunDiff(x.name, y.name, (x.status, y.status), *inputs, _side_by_side(_metrics(x), _metrics(y)), _artefacts(x, y), curves, runs)
+    curves = {n: compare_curves(x.metrics, y.metrics, n) for n in ('loss', 'grad_norm')}
+    return RunDiff(
+        x.name,
+        y.name,
+        (x.status, y.status),
+        *inputs,
+        _side_by_side(_metrics(x), _metrics(y)),
+        _artefacts(x, y),
+        curves,
+        runs,
+    )
 
 # %% ../../nbs/runs/comparing.ipynb #351501ff
 def _names(rows, most=5):
     "The names of differences, the first few of them"
     names = [r['name'] for r in rows]
-    return ', '.join(names[:most])+(f' and {len(names)-most} more' if len(names) > most else '')
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
 
 @patch
-def _course(self:RunDiff):
+def _course(self: RunDiff):
     "What the curves and the adapters say"
     loss = self.curves['loss']
     parts = [c.first for c in self.curves.values() if c.first is not None]
-    if not loss.common: return 'no steps in common'
-    if parts: return f'curves part at step {min(parts)}'
+    if not loss.common:
+        return 'no steps in common'
+    if parts:
+        return f'curves part at step {min(parts)}'
     over = f'same curves over {loss.common} common steps'
-    return over+{True:', same adapter', False:', the adapters differ', None:', no two adapters to compare'}[self.same_adapter]
+    return (
+        over
+        + {True: ', same adapter', False: ', the adapters differ', None: ', no two adapters to compare'}[
+            self.same_adapter
+        ]
+    )
+
 
 @patch
-def _others(self:RunDiff, *parts): return [f'other {p} ({_names(rows)})' for p in parts if (rows := getattr(self, p))]
+def _others(self: RunDiff, *parts):
+    return [f'other {p} ({_names(rows)})' for p in parts if (rows := getattr(self, p))]
+
 
 @patch(as_prop=True)
-def verdict(self:RunDiff)->str:
+def verdict(self: RunDiff) -> str:
     "The comparison in one line"
     differ = f'differ in {_names(self.parameters)}' if self.parameters else ''
-    if self.identical: return f"identical: {self.curves['loss'].common} steps bit for bit, same adapter"+(f'; {differ}' if differ else '')
-    if differ: return f'{differ}; {self._course()}'
+    if self.identical:
+        return f"identical: {self.curves['loss'].common} steps bit for bit, same adapter" + (
+            f'; {differ}' if differ else ''
+        )
+    if differ:
+        return f'{differ}; {self._course()}'
     return '; '.join([f'same parameters, {self._course()}', *self._others('plan', 'data', 'environment')])
 
 # %% ../../nbs/runs/comparing.ipynb #7f38092c
-def _text(v): return '' if v is None else ' '.join(plain_text(v).split())
+def _text(v):
+    return '' if v is None else ' '.join(plain_text(v).split())
+
 
 def _short(x, y, most=56):
     "Two long texts, cut where they begin to differ"
-    i = next((i for i,(p,q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-    start = max(0, i-16) if max(len(x), len(y)) > most and i > most//2 else 0
-    return [('…' if start else '')+s[start:start+most]+('…' if len(s) > start+most else '') for s in (x, y)]
+    i = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
+    start = max(0, i - 16) if max(len(x), len(y)) > most and i > most // 2 else 0
+    return [('…' if start else '') + s[start : start + most] + ('…' if len(s) > start + most else '') for s in (x, y)]
+
 
 def _rounded(x, y):
     "Two metrics, with as many digits as it takes to tell them apart"
-    a,b = (f'{v:.5g}' if isinstance(v, float) else _text(v) for v in (x, y))
+    a, b = (f'{v:.5g}' if isinstance(v, float) else _text(v) for v in (x, y))
     return [_text(x), _text(y)] if a == b and x != y else [a, b]
 
-def _percent(v): return '' if v == 0 else f'{100*v:.3g}%'
+
+def _percent(v):
+    return '' if v == 0 else f'{100 * v:.3g}%'
 
 # %% ../../nbs/runs/comparing.ipynb #87595a54
 @patch
-def _sections(self:RunDiff):
+def _sections(self: RunDiff):
     "Title and rows of each table that has something to say"
     for what in ('parameters', 'plan', 'environment', 'data'):
         rows = getattr(self, what)
-        if rows: yield what,[(what, 'a', 'b'), *((_text(r['name']), *_short(_text(r['a']), _text(r['b']))) for r in rows)]
-    if self.metrics: yield 'metrics',[('metric', 'a', 'b'), *((_text(r['name']), *_rounded(r['a'], r['b'])) for r in self.metrics)]
-    said = lambda f: f"only in {f['only']}" if f['only'] else 'identical' if not f['differ'] else ('same weights' if f['same_weights'] else 'other weights')+'; differ: '+', '.join(f['differ'])
-    if self.artefacts: yield 'artefacts',[('artefact', 'hashes'), *((_text(f['name']), _text(said(f))) for f in self.artefacts)]
+        if rows:
+            yield what, [(what, 'a', 'b'), *((_text(r['name']), *_short(_text(r['a']), _text(r['b']))) for r in rows)]
+    if self.metrics:
+        yield 'metrics', [('metric', 'a', 'b'), *((_text(r['name']), *_rounded(r['a'], r['b'])) for r in self.metrics)]
+    said = lambda f: (
+        f"only in {f['only']}"
+        if f['only']
+        else 'identical'
+        if not f['differ']
+        else ('same weights' if f['same_weights'] else 'other weights') + '; differ: ' + ', '.join(f['differ'])
+    )
+    if self.artefacts:
+        yield 'artefacts', [('artefact', 'hashes'), *((_text(f['name']), _text(said(f))) for f in self.artefacts)]
     head = ('curve', 'common steps', 'only a', 'only b', 'part at step', 'largest difference', 'at step', 'at the end')
-    yield 'curves',[head, *((n, *map(str, (c.common, c.only_a, c.only_b)), _text(c.first), _percent(c.largest), _text(c.at), _percent(c.final)) for n,c in self.curves.items())]
+    yield (
+        'curves',
+        [
+            head,
+            *(
+                (
+                    n,
+                    *map(str, (c.common, c.only_a, c.only_b)),
+                    _text(c.first),
+                    _percent(c.largest),
+                    _text(c.at),
+                    _percent(c.final),
+                )
+                for n, c in self.curves.items()
+            ),
+        ],
+    )
 
 # %% ../../nbs/runs/comparing.ipynb #3dfed335
 def _columns(rows):
     w = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(c.ljust(n) for c,n in zip(r, w)).rstrip() for r in rows)
+    return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows)
 
-def _cell(s): return s if re.fullmatch(r'-?[\d.]+(e[+-]?\d+)?%?', s) else markdown_text(s)
+
+def _cell(s):
+    return s if re.fullmatch(r'-?[\d.]+(e[+-]?\d+)?%?', s) else markdown_text(s)
+
 
 def _table(rows):
-    line = lambda r: '| '+' | '.join(map(_cell, r))+' |'
-    return '\n'.join([line(rows[0]), '|'+'---|'*len(rows[0]), *map(line, rows[1:])])
+    line = lambda r: '| ' + ' | '.join(map(_cell, r)) + ' |'
+    return '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
+
 
 @patch
-def __repr__(self:RunDiff):
-    who = [f'{k}  {_text(n)}  {_text(s)}' for k,n,s in zip('ab', (self.a, self.b), self.status)]
-    return '\n'.join([*who, _text(self.verdict)]+['\n'+_columns(rows) for _,rows in self._sections()])
+def __repr__(self: RunDiff):
+    who = [f'{k}  {_text(n)}  {_text(s)}' for k, n, s in zip('ab', (self.a, self.b), self.status)]
+    return '\n'.join([*who, _text(self.verdict)] + ['\n' + _columns(rows) for _, rows in self._sections()])
+
 
 @patch
-def _repr_markdown_(self:RunDiff):
-    who = [f'{k}: {markdown_text(n)}, {markdown_text(s)}  ' for k,n,s in zip('ab', (self.a, self.b), self.status)]
-    return '\n'.join([*who, f'**{markdown_text(self.verdict)}**']+['\n'+_table(rows) for _,rows in self._sections()])
+def _repr_markdown_(self: RunDiff):
+    who = [f'{k}: {markdown_text(n)}, {markdown_text(s)}  ' for k, n, s in zip('ab', (self.a, self.b), self.status)]
+    return '\n'.join(
+        [*who, f'**{markdown_text(self.verdict)}**'] + ['\n' + _table(rows) for _, rows in self._sections()]
+    )
 
 # %% ../../nbs/runs/comparing.ipynb #198830b4
 def _losses(run):
     "Steps and losses that can be drawn"
-    return [*zip(*((s, v) for s,v in _by_step(run.metrics, 'loss').items() if math.isfinite(v)))] or [(), ()]
+    return [*zip(*((s, v) for s, v in _by_step(run.metrics, 'loss').items() if math.isfinite(v)))] or [(), ()]
 
-def _label(run): return plain_text(f'{run.name}, {run.status}').replace('$', r'\$')
+
+def _label(run):
+    return plain_text(f'{run.name}, {run.status}').replace('$', r'\$')
+
 
 def _loss_axes(runs, ax):
     "The loss curves of some runs in one picture"
     import matplotlib.pyplot as plt
+
     ax = ax or plt.figure(figsize=(7, 3), layout='tight').gca()
     for r in runs:
-        steps,vals = _losses(r)
-        if steps: ax.plot(steps, vals, lw=1.5, marker='.' if len(steps) < 40 else '', label=_label(r))
+        steps, vals = _losses(r)
+        if steps:
+            ax.plot(steps, vals, lw=1.5, marker='.' if len(steps) < 40 else '', label=_label(r))
     lows = [min(l.get_ydata()) for l in ax.lines]
     ax.set(xlabel='step', ylabel='loss per token', yscale='log' if lows and min(lows) > 0 else 'linear')
     ax.grid(alpha=0.3)
-    if ax.lines: ax.legend(fontsize='small')
+    if ax.lines:
+        ax.legend(fontsize='small')
     return ax
 
+
 @patch
-def plot(self:RunDiff, ax=None):
+def plot(self: RunDiff, ax=None):
     "Both loss curves, and the relative difference at the right; returns the axes"
     ax = _loss_axes(self.runs, ax)
-    x,y = (_by_step(r.metrics, 'loss') for r in self.runs)
-    gaps = {s:_apart(x[s], y[s]) for s in sorted(x.keys() & y.keys())}
+    x, y = (_by_step(r.metrics, 'loss') for r in self.runs)
+    gaps = {s: _apart(x[s], y[s]) for s in sorted(x.keys() & y.keys())}
     twin = ax.twinx()
-    twin.fill_between([*gaps], [100*g if math.isfinite(g) else math.nan for g in gaps.values()], color='grey', alpha=0.25, lw=0)
+    twin.fill_between(
+        [*gaps], [100 * g if math.isfinite(g) else math.nan for g in gaps.values()], color='grey', alpha=0.25, lw=0
+    )
     twin.set(ylabel='relative difference [%]', ylim=(0, None))
     return ax
 
@@ -271,47 +398,72 @@ def plot(self:RunDiff, ax=None):
 @dataclass
 class Replay:
     "A run beside its replay: the comparison, and the relative difference that is allowed"
-    diff:RunDiff # `a` is the original
-    band:float # Of the loss; the gradient norm may differ ten times as much
+
+    diff: RunDiff  # `a` is the original
+    band: float  # Of the loss; the gradient norm may differ ten times as much
+
     @property
-    def ok(self)->bool: return not self._problem()
-    def to_dict(self)->dict: return dict(ok=self.ok, verdict=self.verdict, band=self.band, diff=self.diff.to_dict())
-    def __repr__(self): return f'{_text(self.verdict)}\n\n{self.diff!r}'
-    def _repr_markdown_(self): return f'**{markdown_text(self.verdict)}**\n\n{self.diff._repr_markdown_()}'
-    def plot(self, ax=None): return self.diff.plot(ax)
+    def ok(self) -> bool:
+        return not self._problem()
+
+    def to_dict(self) -> dict:
+        return dict(ok=self.ok, verdict=self.verdict, band=self.band, diff=self.diff.to_dict())
+
+    def __repr__(self):
+        return f'{_text(self.verdict)}\n\n{self.diff!r}'
+
+    def _repr_markdown_(self):
+        return f'**{markdown_text(self.verdict)}**\n\n{self.diff._repr_markdown_()}'
+
+    def plot(self, ax=None):
+        return self.diff.plot(ax)
 
 # %% ../../nbs/runs/comparing.ipynb #3ea7f961
 @patch
-def _problem(self:Replay):
+def _problem(self: Replay):
     "Why this is no repetition, or nothing"
-    d,loss,grad = self.diff,*self.diff.curves.values()
-    if d.parameters: return f'not a replay: differ in {_names(d.parameters)}'
-    if d.data: return f'not the same data: {_names(d.data)}'
-    if not loss.common: return 'nothing to judge: no steps in common'
-    if loss.only_a: return f'not complete: {loss.common} of {loss.common+loss.only_a} steps'
-    if loss.only_b and d.status[0] == 'finished': return f'not the same length: {loss.only_b} steps more'
-    worst = next((c for c,band in ((loss, self.band), (grad, 10*self.band)) if c.largest > band), None)
+    d, loss, grad = self.diff, *self.diff.curves.values()
+    if d.parameters:
+        return f'not a replay: differ in {_names(d.parameters)}'
+    if d.data:
+        return f'not the same data: {_names(d.data)}'
+    if not loss.common:
+        return 'nothing to judge: no steps in common'
+    if loss.only_a:
+        return f'not complete: {loss.common} of {loss.common + loss.only_a} steps'
+    if loss.only_b and d.status[0] == 'finished':
+        return f'not the same length: {loss.only_b} steps more'
+    worst = next((c for c, band in ((loss, self.band), (grad, 10 * self.band)) if c.largest > band), None)
     since = ''.join(f'; {o}' for o in d._others('plan', 'environment'))
-    if worst: return f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step {worst.at}){since}'
-    if d.same_adapter is False and not self.band: return f'parted: the same curves, yet other adapter weights{since}'
+    if worst:
+        return f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step {worst.at}){since}'
+    if d.same_adapter is False and not self.band:
+        return f'parted: the same curves, yet other adapter weights{since}'
 
 # %% ../../nbs/runs/comparing.ipynb #f808cd0f
 @patch(as_prop=True)
-def verdict(self:Replay)->str:
+def verdict(self: Replay) -> str:
     "Bit-identical, within the band, or parted and where"
     loss = self.diff.curves['loss']
-    if (why := self._problem()): return why
+    if why := self._problem():
+        return why
     parted = any(c.first is not None for c in self.diff.curves.values()) or self.diff.same_adapter is False
-    if parted: return f'within the band: loss differs by up to {_percent(loss.largest) or "0%"}, {_percent(self.band)} is allowed'
-    return f'bit-identical: {loss.common} steps'+(' and the adapter' if self.diff.same_adapter else ', no two adapters to compare')
+    if parted:
+        return (
+            f'within the band: loss differs by up to {_percent(loss.largest) or "0%"}, {_percent(self.band)} is allowed'
+        )
+    return f'bit-identical: {loss.common} steps' + (
+        ' and the adapter' if self.diff.same_adapter else ', no two adapters to compare'
+    )
 
 # %% ../../nbs/runs/comparing.ipynb #c95b43a6
 def replayed(
-    original, # Run, name or directory
-    again, # Its replay, likewise
-    runs_dir=None, # Where runs are
-    band:float|None=None, # Relative difference of the loss that is allowed; default: 0, and 0.02 where a GPU trained
-)->Replay:
+    original,  # Run, name or directory
+    again,  # Its replay, likewise
+    runs_dir=None,  # Where runs are
+    band: float
+    | None = None,  # Relative difference of the loss that is allowed; default: 0, and 0.02 where a GPU trained
+) -> Replay:
     "Judge whether a replay repeats its original"
     d = diff_runs(original, again, runs_dir)
     gpu = any((_read(r, 'plan').get('device') or {}).get('kind') == 'cuda' for r in d.runs)
@@ -320,42 +472,53 @@ def replayed(
 # %% ../../nbs/runs/comparing.ipynb #ff53bd23
 _NUMBERS = ('steps', 'base', 'tuned', 'minutes')
 
+
 def _check_word(what, got, known):
-    if got is not None and got not in known: raise SpecError(f"{what}: there is no {what} {got!r}{nearest(str(got), known)}")
+    if got is not None and got not in known:
+        raise SpecError(f"{what}: there is no {what} {got!r}{nearest(str(got), known)}")
+
 
 @patch
-def where(self:RunList,
-    status:str|None=None, # One of `STATUSES`
-    job:str|None=None, # `finetune`, `evaluate` …
-    model:str|None=None, # Part of the model's name
-    dataset:str|None=None, # Part of the dataset's name
-    name:str|None=None, # Part of the run's name
-)->RunList:
+def where(
+    self: RunList,
+    status: str | None = None,  # One of `STATUSES`
+    job: str | None = None,  # `finetune`, `evaluate` …
+    model: str | None = None,  # Part of the model's name
+    dataset: str | None = None,  # Part of the dataset's name
+    name: str | None = None,  # Part of the run's name
+) -> RunList:
     "The runs that fit all that is given"
     cells = [dict(zip(self.columns, row)) for row in self.rows()]
     _check_word('status', status, STATUSES)
     _check_word('job', job, JOBS)
-    whole,part = dict(status=status, job=job),dict(model=model, dataset=dataset, run=name)
-    fits = lambda c: all(v is None or c[k] == v for k,v in whole.items()) and all(v is None or str(v) in str(c[k]) for k,v in part.items())
-    return RunList(r for r,c in zip(self, cells) if fits(c))
+    whole, part = dict(status=status, job=job), dict(model=model, dataset=dataset, run=name)
+    fits = lambda c: (
+        all(v is None or c[k] == v for k, v in whole.items())
+        and all(v is None or str(v) in str(c[k]) for k, v in part.items())
+    )
+    return RunList(r for r, c in zip(self, cells) if fits(c))
 
 # %% ../../nbs/runs/comparing.ipynb #9d4cfd54
 @patch
-def by(self:RunList,
-    column:str='run', # One of `RunList.columns`
-    reverse:bool=False, # Largest or newest first
-)->RunList:
+def by(
+    self: RunList,
+    column: str = 'run',  # One of `RunList.columns`
+    reverse: bool = False,  # Largest or newest first
+) -> RunList:
     "Sorted by a column: `run` by time, numbers as numbers, what is missing before the rest"
     _check_word('column', column, self.columns)
     i = self.columns.index(column)
+
     def key(run, cell):
-        if column == 'run': return (run.path/'job.json').stat().st_mtime_ns
+        if column == 'run':
+            return (run.path / 'job.json').stat().st_mtime_ns
         return (cell != '', float(cell or 0)) if column in _NUMBERS else str(cell)
-    keyed = [(key(r, row[i]), r) for r,row in zip(self, self.rows())]
-    return RunList(r for _,r in sorted(keyed, key=lambda k: k[0], reverse=reverse))
+
+    keyed = [(key(r, row[i]), r) for r, row in zip(self, self.rows())]
+    return RunList(r for _, r in sorted(keyed, key=lambda k: k[0], reverse=reverse))
 
 # %% ../../nbs/runs/comparing.ipynb #9527747a
 @patch
-def plot(self:RunList, ax=None):
+def plot(self: RunList, ax=None):
     "The loss curves of all runs in one picture; returns the axes"
     return _loss_axes(self, ax)

@@ -6,63 +6,81 @@
 __all__ = ['Progress', 'duration', 'samples_html', 'Tail', 'TrainingMonitor', 'Live', 'live_view']
 
 # %% ../../nbs/runs/monitor.ipynb #0c55d70b
-import json,sys,threading,time
+import json
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 
-from ..core.escaping import html_text,plain_text
-from ..core.panels import Command,Pace,Panel,in_browser,in_notebook,message,picture,while_busy
-from .run import RunError,open_run,plot_metrics,read_json
+from ..core.escaping import html_text, plain_text
+from ..core.panels import Command, Pace, Panel, in_browser, in_notebook, message, picture, while_busy
+from .run import RunError, open_run, plot_metrics, read_json
 
 # %% ../../nbs/runs/monitor.ipynb #58e628ab
 _COLUMNS = dict(step='d', loss='.4f', learning_rate='.2e', grad_norm='.3f', tokens_per_second='.0f', seconds='.1f')
 
-def _fmt(m, k): return format(m[k], _COLUMNS[k]) if isinstance(m.get(k), (int, float)) else str(m.get(k, ''))
+
+def _fmt(m, k):
+    return format(m[k], _COLUMNS[k]) if isinstance(m.get(k), (int, float)) else str(m.get(k, ''))
+
 
 class Progress:
     "The state of a training run, as a picture and a table"
-    def __init__(self,
-        metrics:list, # Lines of `metrics.jsonl`
-        total:int|None=None, # Steps in all; None: as the metrics say
-        samples=(), # Lines of `samples.jsonl`
+
+    def __init__(
+        self,
+        metrics: list,  # Lines of `metrics.jsonl`
+        total: int | None = None,  # Steps in all; None: as the metrics say
+        samples=(),  # Lines of `samples.jsonl`
     ):
-        self.metrics,self.samples = metrics,samples
+        self.metrics, self.samples = metrics, samples
         self.last = metrics[-1] if metrics else {}
-        self.step,self.total = self.last.get('step', 0),total or next((m['max_steps'] for m in reversed(metrics) if 'max_steps' in m), None)
+        self.step, self.total = (
+            self.last.get('step', 0),
+            total or next((m['max_steps'] for m in reversed(metrics) if 'max_steps' in m), None),
+        )
+
     @property
-    def seconds_left(self)->float|None: # [s]; None before the first step, and where the end is not known
+    def seconds_left(self) -> float | None:  # [s]; None before the first step, and where the end is not known
         "How long the rest will take at the speed of the last lines"
         late = [m for m in self.metrics[-20:] if isinstance(m.get('seconds'), (int, float))]
-        return (self.total-self.step)*sum(m['seconds'] for m in late)/len(late) if late and self.total else None
+        return (self.total - self.step) * sum(m['seconds'] for m in late) / len(late) if late and self.total else None
+
     def __repr__(self):
         more = [f'{k} {_fmt(self.last, k)}' for k in list(_COLUMNS)[1:] if k in self.last]
-        return plain_text(f"step {self.step}/{self.total}  "+'  '.join(more))
+        return plain_text(f"step {self.step}/{self.total}  " + '  '.join(more))
 
 # %% ../../nbs/runs/monitor.ipynb #8bc02431
-def duration(seconds:float)->str:
+def duration(seconds: float) -> str:
     "Seconds as a person says them"
     s = round(seconds)
-    return f'{s} s' if s < 100 else f'{s//60} min' if s < 6000 else f'{s//3600} h {s//60%60} min'
+    return f'{s} s' if s < 100 else f'{s // 60} min' if s < 6000 else f'{s // 3600} h {s // 60 % 60} min'
+
 
 @patch
-def facts(self:Progress)->dict: # Name to text
+def facts(self: Progress) -> dict:  # Name to text
     "The last numbers, in words and units"
-    m,left = self.last,self.seconds_left
-    res = {'step':f"{self.step:,} of {self.total or '?'}"}
-    res |= {k.replace('_', ' '):_fmt(m, k) for k in ('loss', 'learning_rate', 'grad_norm') if k in m}
-    if 'tokens_per_second' in m: res['tokens/s'] = format(m['tokens_per_second'], ',.0f')
-    if 'peak_bytes' in m: res['peak memory'] = f"{m['peak_bytes']/2**30:.2f} GiB"
-    return res|({'time left':duration(left)} if left else {})
+    m, left = self.last, self.seconds_left
+    res = {'step': f"{self.step:,} of {self.total or '?'}"}
+    res |= {k.replace('_', ' '): _fmt(m, k) for k in ('loss', 'learning_rate', 'grad_norm') if k in m}
+    if 'tokens_per_second' in m:
+        res['tokens/s'] = format(m['tokens_per_second'], ',.0f')
+    if 'peak_bytes' in m:
+        res['peak memory'] = f"{m['peak_bytes'] / 2**30:.2f} GiB"
+    return res | ({'time left': duration(left)} if left else {})
 
 # %% ../../nbs/runs/monitor.ipynb #e6f2e215
 @patch
-def curves(self:Progress)->str: # HTML; empty before the second step
+def curves(self: Progress) -> str:  # HTML; empty before the second step
     "Loss, learning rate and gradient norm by step"
-    if len(self.metrics) < 2: return ''
+    if len(self.metrics) < 2:
+        return ''
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(8, 2.4), layout='tight')
-    left,right = fig.subplots(1, 2, width_ratios=(3, 2))
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     plot_metrics(self.metrics, left)
     pts = [(m['step'], m['grad_norm']) for m in self.metrics if isinstance(m.get('grad_norm'), (int, float))]
     right.plot([p[0] for p in pts], [p[1] for p in pts], lw=1.5, color='tab:orange')
@@ -70,47 +88,71 @@ def curves(self:Progress)->str: # HTML; empty before the second step
     right.grid(alpha=0.3)
     return picture(fig, f"loss, learning rate and gradient norm up to step {self.step}")
 
-def _facts_html(facts): return '<div style="display:flex;flex-wrap:wrap;gap:.2em 1.6em">'+''.join(f'<span>{html_text(k)} <b>{html_text(v)}</b></span>' for k,v in facts.items())+'</div>'
+
+def _facts_html(facts):
+    return (
+        '<div style="display:flex;flex-wrap:wrap;gap:.2em 1.6em">'
+        + ''.join(f'<span>{html_text(k)} <b>{html_text(v)}</b></span>' for k, v in facts.items())
+        + '</div>'
+    )
 
 # %% ../../nbs/runs/monitor.ipynb #40e9aa0d
 _SIDES = ('prompt', 'expected', 'base', 'tuned')
 
-def samples_html(rows, n=5)->str: # Rows of `samples.jsonl`, how many to show
+
+def samples_html(rows, n=5) -> str:  # Rows of `samples.jsonl`, how many to show
     "Questions and answers as a table"
-    if not rows: return ''
-    cut = lambda s: s if len(s) <= 400 else s[:400]+' …'
+    if not rows:
+        return ''
+    cut = lambda s: s if len(s) <= 400 else s[:400] + ' …'
     keys = [k for k in _SIDES if any(k in r for r in rows)]
-    cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em .6em">{html_text(cut(str(s)))}</td>'
-    body = ''.join('<tr>'+''.join(cell(r.get(k, '')) for k in keys)+'</tr>' for r in rows[:n])
-    return f'<table style="line-height:1.5"><caption style="text-align:left">answers to held-out rows, {min(n, len(rows))} of {len(rows)}</caption><tr>'+''.join(f'<th style="text-align:left;padding:.2em .6em">{k}</th>' for k in keys)+f'</tr>{body}</table>'
+    cell = lambda s: (
+        f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em .6em">{html_text(cut(str(s)))}</td>'
+    )
+    body = ''.join('<tr>' + ''.join(cell(r.get(k, '')) for k in keys) + '</tr>' for r in rows[:n])
+    return (
+        f'<table style="line-height:1.5"><caption style="text-align:left">answers to held-out rows, {min(n, len(rows))} of {len(rows)}</caption><tr>'
+        + ''.join(f'<th style="text-align:left;padding:.2em .6em">{k}</th>' for k in keys)
+        + f'</tr>{body}</table>'
+    )
+
 
 @patch
-def table(self:Progress)->str: # HTML
+def table(self: Progress) -> str:  # HTML
     "At most twelve lines of metrics"
     n = len(self.metrics)
-    rows = self.metrics if n <= 12 else [self.metrics[i*(n-1)//11] for i in range(12)]
+    rows = self.metrics if n <= 12 else [self.metrics[i * (n - 1) // 11] for i in range(12)]
     pad = ' style="padding:0 .6em;text-align:right"'
     head = ''.join(f'<th{pad}>{k.replace("_", " ")}</th>' for k in _COLUMNS)
-    body = ''.join('<tr>'+''.join(f'<td{pad}>{html_text(_fmt(m, k))}</td>' for k in _COLUMNS)+'</tr>' for m in rows)
+    body = ''.join('<tr>' + ''.join(f'<td{pad}>{html_text(_fmt(m, k))}</td>' for k in _COLUMNS) + '</tr>' for m in rows)
     return f'<table><tr>{head}</tr>{body}</table>'
 
+
 @patch
-def _repr_html_(self:Progress): return _facts_html(self.facts())+self.curves()+self.table()+samples_html(self.samples)
+def _repr_html_(self: Progress):
+    return _facts_html(self.facts()) + self.curves() + self.table() + samples_html(self.samples)
 
 # %% ../../nbs/runs/monitor.ipynb #8b5d60d9
 class Tail:
     "The whole lines of a JSON-lines file that grows"
-    def __init__(self, path): self.path,self.lines,self.at,self.inode = Path(path),[],0,None
-    def read(self)->int: # How many are new
+
+    def __init__(self, path):
+        self.path, self.lines, self.at, self.inode = Path(path), [], 0, None
+
+    def read(self) -> int:  # How many are new
         "Read on"
-        try: st = self.path.stat()
-        except FileNotFoundError: return 0
-        if st.st_ino != self.inode or st.st_size < self.at: self.lines,self.at,self.inode = [],0,st.st_ino
-        if st.st_size == self.at: return 0
+        try:
+            st = self.path.stat()
+        except FileNotFoundError:
+            return 0
+        if st.st_ino != self.inode or st.st_size < self.at:
+            self.lines, self.at, self.inode = [], 0, st.st_ino
+        if st.st_size == self.at:
+            return 0
         with self.path.open('rb') as f:
             f.seek(self.at)
             got = f.read()
-        whole = got[:got.rfind(b'\n')+1]
+        whole = got[: got.rfind(b'\n') + 1]
         new = [json.loads(l) for l in whole.splitlines()]
         self.at += len(whole)
         self.lines += new
@@ -119,174 +161,251 @@ class Tail:
 # %% ../../nbs/runs/monitor.ipynb #711db608
 class TrainingMonitor(Panel):
     "A run while it trains, live in any notebook"
-    def __init__(self,
-        run='latest', # Run, its name or directory; default: the newest finetune run
-        runs_dir=None, # Where runs are
-        every:float=1.0, # [s] between two looks
+
+    def __init__(
+        self,
+        run='latest',  # Run, its name or directory; default: the newest finetune run
+        runs_dir=None,  # Where runs are
+        every: float = 1.0,  # [s] between two looks
     ):
-        self.run,self.every = open_run(run, runs_dir, kind='finetune'),every
-        self.tails = {n:Tail(self.run.path/f'{n}.jsonl') for n in ('metrics', 'progress', 'samples')}
-        self.lock,self.over,self.command = threading.Lock(),threading.Event(),None
-        self.status,self.trains,self.ended,self.asked = '',False,False,None
+        self.run, self.every = open_run(run, runs_dir, kind='finetune'), every
+        self.tails = {n: Tail(self.run.path / f'{n}.jsonl') for n in ('metrics', 'progress', 'samples')}
+        self.lock, self.over, self.command = threading.Lock(), threading.Event(), None
+        self.status, self.trains, self.ended, self.asked = '', False, False, None
         self.look()
+
     @property
-    def progress(self)->Progress: return Progress(self.tails['metrics'].lines, None, self.tails['samples'].lines)
-    def __repr__(self): return plain_text(f'{self.run.name}: {self.look()}\n{self.progress}')
+    def progress(self) -> Progress:
+        return Progress(self.tails['metrics'].lines, None, self.tails['samples'].lines)
+
+    def __repr__(self):
+        return plain_text(f'{self.run.name}: {self.look()}\n{self.progress}')
 
 # %% ../../nbs/runs/monitor.ipynb #55fd89be
 @patch
-def look(self:TrainingMonitor)->str:
+def look(self: TrainingMonitor) -> str:
     "Read what is new; returns how the run is, in words"
     with self.lock:
-        before,new = self.status,{k:t.read() for k,t in self.tails.items()}
-        self.status,beat = self.run.status,read_json(self.run.path/'heartbeat.json') or {}
+        before, new = self.status, {k: t.read() for k, t in self.tails.items()}
+        self.status, beat = self.run.status, read_json(self.run.path / 'heartbeat.json') or {}
         stages = [l for l in self.tails['progress'].lines if 'stage' in l]
         moves = self.trains or beat.get('step') is not None or bool(before and new['metrics'])
-        self.trains = self.status == 'running' and moves and [l['state'] for l in stages if l['stage'] == 'training'][-1:] != ['done']
+        self.trains = (
+            self.status == 'running'
+            and moves
+            and [l['state'] for l in stages if l['stage'] == 'training'][-1:] != ['done']
+        )
         self.ended = self.status != 'running' and not self._starts(beat)
         return self._words(beat, stages)
 
-@patch
-def _starts(self:TrainingMonitor, beat):
-    "Is a sign of life still to come?"
-    if self.command and self.command.code is None: return True
-    return self.status == 'unfinished' and not beat and time.time()-(self.run.path/'job.json').stat().st_mtime < 300
 
 @patch
-def _words(self:TrainingMonitor, beat, stages):
-    if self.status == 'running' and stages and stages[-1]['state'] == 'started': return f"running: {stages[-1]['stage'].replace('_', ' ')}, for {duration(time.time()-stages[-1]['time'])}"
-    if not self.ended: return 'running' if self.status == 'running' else 'starting'
-    if self.status == 'unfinished': return 'died: no sign of life'+(f" for {duration(time.time()-beat['time'])}" if beat else '')
+def _starts(self: TrainingMonitor, beat):
+    "Is a sign of life still to come?"
+    if self.command and self.command.code is None:
+        return True
+    return self.status == 'unfinished' and not beat and time.time() - (self.run.path / 'job.json').stat().st_mtime < 300
+
+
+@patch
+def _words(self: TrainingMonitor, beat, stages):
+    if self.status == 'running' and stages and stages[-1]['state'] == 'started':
+        return f"running: {stages[-1]['stage'].replace('_', ' ')}, for {duration(time.time() - stages[-1]['time'])}"
+    if not self.ended:
+        return 'running' if self.status == 'running' else 'starting'
+    if self.status == 'unfinished':
+        return 'died: no sign of life' + (f" for {duration(time.time() - beat['time'])}" if beat else '')
     why = (self.run.result or {}).get('reason')
     return f'{self.status}: {why}' if why else self.status
 
 # %% ../../nbs/runs/monitor.ipynb #c81c2d8c
 @patch
-def stop(self:TrainingMonitor):
+def stop(self: TrainingMonitor):
     "Ask the run to stop after the step that it computes, with a checkpoint; raises `RunError`"
     how = self.look()
-    if not self.trains: raise RunError(f"{self.run.name} does not train ({how}); there is nothing to stop")
+    if not self.trains:
+        raise RunError(f"{self.run.name} does not train ({how}); there is nothing to stop")
     self.asked = self.progress.step
     self.run.stop('the stop button')
 
 # %% ../../nbs/runs/monitor.ipynb #9804da11
 @patch
-def resume(self:TrainingMonitor):
+def resume(self: TrainingMonitor):
     "Go on with the run in a process of its own; raises `RunError`"
     how = self.look()
-    if not self.ended or self.status == 'finished': raise RunError(f"{self.run.name}: {how}; there is nothing to go on with")
-    self.command,self.asked = Command('run', '--resume', self.run.path),None
+    if not self.ended or self.status == 'finished':
+        raise RunError(f"{self.run.name}: {how}; there is nothing to go on with")
+    self.command, self.asked = Command('run', '--resume', self.run.path), None
+
 
 @patch
-def refused(self:TrainingMonitor)->str: # Empty when there was none
+def refused(self: TrainingMonitor) -> str:  # Empty when there was none
     "Why the process that was to go on with the run has ended without doing so"
     return self.command.tail() if self.command and self.command.code == 2 else ''
 
 # %% ../../nbs/runs/monitor.ipynb #c18e49f4
 @patch
-def build(self:TrainingMonitor):
+def build(self: TrainingMonitor):
     import ipywidgets as w
+
     names = ('head', 'facts', 'curves', 'samples', 'notes', 'said')
-    self.parts,self.pace = {n:w.HTML() for n in names},Pace()
+    self.parts, self.pace = {n: w.HTML() for n in names}, Pace()
     self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width='100%'))
-    self.stop_button,self.resume_button = (w.Button(description=d, icon=i, tooltip=t, layout=w.Layout(width='auto')) for d,i,t in (('Stop with a checkpoint', 'stop', 'Stop after this step; the run can go on later'), ('Resume', 'play', 'Go on from the newest checkpoint, in a process of its own')))
+    self.stop_button, self.resume_button = (
+        w.Button(description=d, icon=i, tooltip=t, layout=w.Layout(width='auto'))
+        for d, i, t in (
+            ('Stop with a checkpoint', 'stop', 'Stop after this step; the run can go on later'),
+            ('Resume', 'play', 'Go on from the newest checkpoint, in a process of its own'),
+        )
+    )
     while_busy(self.stop_button).on_click(lambda _: self._do(self.stop))
     self.resume_button.on_click(lambda _: self._do(self.resume))
     self._follow()
     p = self.parts
-    return w.VBox([p['head'], self.bar, p['facts'], p['curves'], p['samples'], w.HBox([self.stop_button, self.resume_button]), p['said'], p['notes']])
+    return w.VBox(
+        [
+            p['head'],
+            self.bar,
+            p['facts'],
+            p['curves'],
+            p['samples'],
+            w.HBox([self.stop_button, self.resume_button]),
+            p['said'],
+            p['notes'],
+        ]
+    )
 
 # %% ../../nbs/runs/monitor.ipynb #f70df87b
 @patch
-def _do(self:TrainingMonitor, f):
+def _do(self: TrainingMonitor, f):
     "What a button does; a refusal is shown"
-    try: f()
-    except RunError as e: self.parts['said'].value = message(e, error=True)
-    else: self._follow()
+    try:
+        f()
+    except RunError as e:
+        self.parts['said'].value = message(e, error=True)
+    else:
+        self._follow()
+
 
 @patch
-def _follow(self:TrainingMonitor):
+def _follow(self: TrainingMonitor):
     "Look until the run has ended"
-    if self.show() or (t := vars(self).get('thread')) and t.is_alive(): return
+    if self.show() or (t := vars(self).get('thread')) and t.is_alive():
+        return
     self.thread = threading.Thread(target=self._loop, daemon=True)
     self.thread.start()
 
+
 @patch
-def _loop(self:TrainingMonitor):
+def _loop(self: TrainingMonitor):
     try:
-        while not self.over.wait(self.every) and not self.show(): pass
-    except Exception as e: self.parts['said'].value = message(f'the monitor has ended: {type(e).__name__}: {e}', error=True)
+        while not self.over.wait(self.every) and not self.show():
+            pass
+    except Exception as e:
+        self.parts['said'].value = message(f'the monitor has ended: {type(e).__name__}: {e}', error=True)
 
 # %% ../../nbs/runs/monitor.ipynb #e8c0a298
 @patch
-def show(self:TrainingMonitor)->bool: # Has the run ended?
+def show(self: TrainingMonitor) -> bool:  # Has the run ended?
     "Look, and bring the widgets up to date"
-    how,p,parts = self.look(),self.progress,self.parts
+    how, p, parts = self.look(), self.progress, self.parts
     parts['head'].value = f'<div style="line-height:1.5"><b>{html_text(self.run.name)}</b> {html_text(how)}</div>'
-    parts['facts'].value,parts['notes'].value,parts['samples'].value = _facts_html(p.facts()),self._notes(),samples_html(p.samples)
-    self.bar.value = p.step/p.total if p.total else 0
+    parts['facts'].value, parts['notes'].value, parts['samples'].value = (
+        _facts_html(p.facts()),
+        self._notes(),
+        samples_html(p.samples),
+    )
+    self.bar.value = p.step / p.total if p.total else 0
     self.stop_button.disabled = not self.trains or self.asked is not None
     self.resume_button.disabled = not self.ended or self.status == 'finished'
     parts['said'].value = self._advice()
-    def draw(): parts['curves'].value = p.curves()
+
+    def draw():
+        parts['curves'].value = p.curves()
+
     self.pace.draw(draw, now=self.ended)
     return self.ended
 
 # %% ../../nbs/runs/monitor.ipynb #b8e90380
 @patch
-def _advice(self:TrainingMonitor):
+def _advice(self: TrainingMonitor):
     "What was asked, what came of it, and what can be done"
-    if (why := self.refused()): return message(why, error=True)
-    if self.asked is not None and self.trains: return message('asked to stop: the step that is being computed is finished, and a checkpoint written')
-    if self.trains: return message("Stopping keeps all steps so far. The kernel's interrupt button does the same in the notebook that trains.")
-    if self.ended and self.status != 'finished': return message(f"Resume goes on from the newest checkpoint, as unsloth-nb run --resume {self.run.name} does.")
+    if why := self.refused():
+        return message(why, error=True)
+    if self.asked is not None and self.trains:
+        return message('asked to stop: the step that is being computed is finished, and a checkpoint written')
+    if self.trains:
+        return message(
+            "Stopping keeps all steps so far. The kernel's interrupt button does the same in the notebook that trains."
+        )
+    if self.ended and self.status != 'finished':
+        return message(f"Resume goes on from the newest checkpoint, as unsloth-nb run --resume {self.run.name} does.")
     return message()
 
+
 @patch
-def _notes(self:TrainingMonitor, n=4):
+def _notes(self: TrainingMonitor, n=4):
     "The last notes of the run"
     notes = [l['note'] for l in self.tails['progress'].lines if 'note' in l][-n:]
-    return '<ul>'+''.join(f'<li>{html_text(x)}</li>' for x in notes)+'</ul>' if notes else ''
+    return '<ul>' + ''.join(f'<li>{html_text(x)}</li>' for x in notes) + '</ul>' if notes else ''
+
 
 @patch
-def _repr_html_(self:TrainingMonitor): return f'<div><b>{html_text(self.run.name)}</b> {html_text(self.look())}</div>{self.progress._repr_html_()}{self._notes()}'
+def _repr_html_(self: TrainingMonitor):
+    return f'<div><b>{html_text(self.run.name)}</b> {html_text(self.look())}</div>{self.progress._repr_html_()}{self._notes()}'
+
 
 @patch
-def close(self:TrainingMonitor):
+def close(self: TrainingMonitor):
     "Look no more, and leave the screen"
     self.over.set()
-    if 'widget' in vars(self): self.widget.close()
+    if 'widget' in vars(self):
+        self.widget.close()
 
 # %% ../../nbs/runs/monitor.ipynb #4df5e13c
 class Live:
     "Shows how training goes, where it can be seen: updated in place in a notebook, as lines elsewhere"
-    def __init__(self,
-        run=None, # The run, for a monitor
-        every=2.0, # [s] between redraws, at least
+
+    def __init__(
+        self,
+        run=None,  # The run, for a monitor
+        every=2.0,  # [s] between redraws, at least
     ):
-        self.pace,self.out,self.handle = Pace(every),sys.stdout,None
+        self.pace, self.out, self.handle = Pace(every), sys.stdout, None
         self.notebook = in_notebook()
         self.monitor = TrainingMonitor(run) if run is not None and in_browser() else None
-        if self.monitor: self.handle = _display(self.monitor)
+        if self.monitor:
+            self.handle = _display(self.monitor)
+
     def show(self, progress, final=False):
-        if not self.notebook and not final: print(progress, file=self.out, flush=True)
-        if self.notebook and (final or not self.monitor): self.pace.draw(lambda: self._draw(progress), now=final)
-        if final and self.monitor: self.monitor.close()
+        if not self.notebook and not final:
+            print(progress, file=self.out, flush=True)
+        if self.notebook and (final or not self.monitor):
+            self.pace.draw(lambda: self._draw(progress), now=final)
+        if final and self.monitor:
+            self.monitor.close()
+
     def _draw(self, progress):
-        if self.handle is None: self.handle = _display(progress)
-        else: self.handle.update(progress)
+        if self.handle is None:
+            self.handle = _display(progress)
+        else:
+            self.handle.update(progress)
+
 
 def _display(obj):
     from IPython.display import display
+
     return display(obj, display_id=True)
 
 # %% ../../nbs/runs/monitor.ipynb #cff43838
 @contextmanager
 def live_view(
-    run, # The run that trains
-    live=None, # What shows it; default: a `Live`
+    run,  # The run that trains
+    live=None,  # What shows it; default: a `Live`
 ):
     "What shows training; in the end it is told to show the last state"
     live = live or Live(run)
-    try: yield live
-    finally: live.show(Progress(run.metrics), final=True)
+    try:
+        yield live
+    finally:
+        live.show(Progress(run.metrics), final=True)

@@ -8,26 +8,41 @@ __all__ = ['RUN_DIR_VARIABLE', 'STATUSES', 'write_json', 'read_json', 'append_li
            'open_run', 'RunList', 'list_runs', 'plot_metrics']
 
 # %% ../../nbs/runs/run.ipynb #111742c8
-import hashlib,json,math,os,re,secrets,socket,subprocess,threading,time,weakref
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import socket
+import subprocess
+import threading
+import time
+import weakref
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from fastcore.basics import patch
 from ..core.engine import versions
-from ..core.escaping import markdown_code,markdown_text,mask_secrets,plain_text
+from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
-from ..core.schema import Job,SpecError,nearest
-from ..core.spec import EXPORTS,JOBS
+from ..core.schema import Job, SpecError, nearest
+from ..core.spec import EXPORTS, JOBS
 
 # %% ../../nbs/runs/run.ipynb #7af3b48f
 def _plain(o):
     "`o` with only what JSON can hold"
-    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items()}
-    if isinstance(o, (list, tuple)): return [_plain(v) for v in o]
-    if hasattr(o, 'item') and not isinstance(o, (str, bytes)): o = o.item()
-    if isinstance(o, float) and not math.isfinite(o): return str(o)
+    if isinstance(o, dict):
+        return {str(k): _plain(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)):
+        return [_plain(v) for v in o]
+    if hasattr(o, 'item') and not isinstance(o, (str, bytes)):
+        o = o.item()
+    if isinstance(o, float) and not math.isfinite(o):
+        return str(o)
     return o if isinstance(o, (str, int, float, bool, type(None))) else str(o)
+
 
 def write_json(path, obj):
     "Write JSON whole or not at all"
@@ -35,8 +50,10 @@ def write_json(path, obj):
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     with tmp.open('w') as f:
         json.dump(_plain(obj), f, indent=1, ensure_ascii=False)
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(tmp, path)
+
 
 def read_json(path):
     "Read JSON, or None where there is no such file"
@@ -48,57 +65,85 @@ def append_line(path, obj):
     "Add a JSON line and flush it to disk; what a killed writer left of a line is cut off first"
     with open(path, 'ab+') as f:
         end = f.tell()
-        if end and _last(f, end) != b'\n': f.truncate(_line_start(f, end))
-        f.write((json.dumps(_plain(obj), ensure_ascii=False)+'\n').encode())
-        f.flush(); os.fsync(f.fileno())
+        if end and _last(f, end) != b'\n':
+            f.truncate(_line_start(f, end))
+        f.write((json.dumps(_plain(obj), ensure_ascii=False) + '\n').encode())
+        f.flush()
+        os.fsync(f.fileno())
 
-def _last(f, end): f.seek(end-1); return f.read(1)
+
+def _last(f, end):
+    f.seek(end - 1)
+    return f.read(1)
+
 
 def _line_start(f, end):
     f.seek(0)
-    return f.read(end).rfind(b'\n')+1
+    return f.read(end).rfind(b'\n') + 1
 
-def read_lines(path)->list[dict]:
+
+def read_lines(path) -> list[dict]:
     "The whole lines of a JSON-lines file"
-    path,res = Path(path),[]
-    if not path.exists(): return res
+    path, res = Path(path), []
+    if not path.exists():
+        return res
     for l in path.read_bytes().split(b'\n'):
-        try: res.append(json.loads(l))
-        except ValueError: break
+        try:
+            res.append(json.loads(l))
+        except ValueError:
+            break
     return res
 
 # %% ../../nbs/runs/run.ipynb #0b1cc49f
 class RunError(RuntimeError):
     "A run directory that is missing, finished or not what was asked for"
-    def __str__(self): return plain_text(mask_secrets(super().__str__()))
 
-RUN_DIR_VARIABLE = 'UNSLOTH_NB_RUN_DIR' # Set by the runner for the notebook that it executes
+    def __str__(self):
+        return plain_text(mask_secrets(super().__str__()))
 
-def new_run_dir(kind:str, runs_dir=None)->Path:
+
+RUN_DIR_VARIABLE = 'UNSLOTH_NB_RUN_DIR'  # Set by the runner for the notebook that it executes
+
+
+def new_run_dir(kind: str, runs_dir=None) -> Path:
     "Make a new, empty run directory"
-    if kind not in JOBS: raise RunError(f"{kind!r} is no job, so no run directory is made for it")
+    if kind not in JOBS:
+        raise RunError(f"{kind!r} is no job, so no run directory is made for it")
     runs_dir = Path(runs_dir or settings().runs_dir)
     for _ in range(20):
-        path = runs_dir/f"{datetime.now():%Y%m%d-%H%M}-{kind}-{secrets.token_hex(2)}"
-        try: path.mkdir(parents=True)
-        except FileExistsError: continue
-        except OSError as e: raise SpecError(f"runs_dir: {runs_dir} cannot be written: {e.strerror}; choose another one with --runs-dir") from None
+        path = runs_dir / f"{datetime.now():%Y%m%d-%H%M}-{kind}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as e:
+            raise SpecError(
+                f"runs_dir: {runs_dir} cannot be written: {e.strerror}; choose another one with --runs-dir"
+            ) from None
         return path.resolve()
     raise RunError(f"no new run directory could be made under {runs_dir}")
 
 # %% ../../nbs/runs/run.ipynb #2bbca348
 def _git(*args, cwd):
-    try: r = subprocess.run(['git', *args], cwd=cwd, capture_output=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return None
+    try:
+        r = subprocess.run(['git', *args], cwd=cwd, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return r.stdout if r.returncode == 0 else None
 
-def git_state(cwd=None)->dict|None: # None outside a checkout
+
+def git_state(cwd=None) -> dict | None:  # None outside a checkout
     "Commit, changed files and a hash of the changes"
     head = _git('rev-parse', 'HEAD', cwd=cwd)
-    if head is None: return None
+    if head is None:
+        return None
     changed = _git('status', '--porcelain', cwd=cwd) or b''
     diff = _git('diff', 'HEAD', cwd=cwd) or b''
-    return dict(commit=head.decode().strip(), changed=[l[3:] for l in changed.decode(errors='replace').splitlines()], diff_sha256=hashlib.sha256(diff).hexdigest() if diff else None)
+    return dict(
+        commit=head.decode().strip(),
+        changed=[l[3:] for l in changed.decode(errors='replace').splitlines()],
+        diff_sha256=hashlib.sha256(diff).hexdigest() if diff else None,
+    )
 
 # %% ../../nbs/runs/run.ipynb #808e09a3
 STATUSES = ('finished', 'failed', 'interrupted', 'running', 'unfinished', 'damaged')
@@ -106,85 +151,139 @@ STATUSES = ('finished', 'failed', 'interrupted', 'running', 'unfinished', 'damag
 # %% ../../nbs/runs/run.ipynb #a111b8b5
 class Run:
     "A run directory: written while it happens, read afterwards"
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     @property
-    def name(self): return self.path.name
+    def name(self):
+        return self.path.name
+
     @property
     def kind(self):
-        try: return (read_json(self.path/'job.json') or {}).get('job', '?')
-        except ValueError: return '?'
+        try:
+            return (read_json(self.path / 'job.json') or {}).get('job', '?')
+        except ValueError:
+            return '?'
+
     @property
-    def job(self)->Job:
+    def job(self) -> Job:
         "The parameters, checked again"
-        d = read_json(self.path/'job.json')
+        d = read_json(self.path / 'job.json')
         return JOBS[d['job']](**d['parameters'])
+
     @property
-    def result(self): return read_json(self.path/'result.json')
+    def result(self):
+        return read_json(self.path / 'result.json')
+
     @property
-    def status(self): # finished, failed, interrupted; without a result: running, or unfinished when its process is gone; damaged: what it is or was cannot be read
-        try: res = read_json(self.path/'job.json') and self.result
-        except ValueError: return 'damaged'
+    def status(
+        self,
+    ):  # finished, failed, interrupted; without a result: running, or unfinished when its process is gone; damaged: what it is or was cannot be read
+        try:
+            res = read_json(self.path / 'job.json') and self.result
+        except ValueError:
+            return 'damaged'
         return (res or {}).get('status') or ('running' if self.alive else 'unfinished')
+
     @property
-    def alive(self)->bool:
+    def alive(self) -> bool:
         "Has its process said so within half a minute?"
-        beat = read_json(self.path/'heartbeat.json')
-        return bool(beat) and time.time()-beat['time'] < 30 and not (self.path/'result.json').exists() and _exists(beat)
+        beat = read_json(self.path / 'heartbeat.json')
+        return (
+            bool(beat)
+            and time.time() - beat['time'] < 30
+            and not (self.path / 'result.json').exists()
+            and _exists(beat)
+        )
+
     @property
-    def metrics(self): return read_lines(self.path/'metrics.jsonl')
-    def __repr__(self): return plain_text(f"Run({self.name}, {self.status})")
+    def metrics(self):
+        return read_lines(self.path / 'metrics.jsonl')
+
+    def __repr__(self):
+        return plain_text(f"Run({self.name}, {self.status})")
 
 # %% ../../nbs/runs/run.ipynb #68ef242c
-_HEARTS = weakref.WeakValueDictionary() # Directory to Heart, in this process
+_HEARTS = weakref.WeakValueDictionary()  # Directory to Heart, in this process
 
-def _exists(beat)->bool:
+
+def _exists(beat) -> bool:
     "Is the process that wrote this beat still there? Unknown on another machine, and then yes"
-    if beat['host'] != socket.gethostname(): return True
-    try: os.kill(beat['pid'], 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
+    if beat['host'] != socket.gethostname():
+        return True
+    try:
+        os.kill(beat['pid'], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return True
+
 
 class Heart(threading.Thread):
     "Writes `heartbeat.json` until the run is over"
-    def __init__(self, path, every:float=5.0): # seconds
+
+    def __init__(self, path, every: float = 5.0):  # seconds
         super().__init__(daemon=True)
-        self.path,self.every,self.step,self.step_time,self.over = Path(path),every,None,None,threading.Event()
+        self.path, self.every, self.step, self.step_time, self.over = Path(path), every, None, None, threading.Event()
+
     def beat(self):
-        write_json(self.path/'heartbeat.json', dict(time=time.time(), pid=os.getpid(), host=socket.gethostname(), step=self.step, step_time=self.step_time))
+        write_json(
+            self.path / 'heartbeat.json',
+            dict(
+                time=time.time(), pid=os.getpid(), host=socket.gethostname(), step=self.step, step_time=self.step_time
+            ),
+        )
+
     def run(self):
-        while not self.over.wait(self.every) and self.path.is_dir() and not (self.path/'result.json').exists():
-            try: self.beat()
-            except OSError: pass # A full disk must not end the beating
+        while not self.over.wait(self.every) and self.path.is_dir() and not (self.path / 'result.json').exists():
+            try:
+                self.beat()
+            except OSError:
+                pass  # A full disk must not end the beating
+
 
 @patch
-def beat(self:Run, step:int):
+def beat(self: Run, step: int):
     "An optimizer step is done"
-    if (h := _HEARTS.get(str(self.path))): h.step,h.step_time = step,time.time()
+    if h := _HEARTS.get(str(self.path)):
+        h.step, h.step_time = step, time.time()
 
 # %% ../../nbs/runs/run.ipynb #1701ece0
-def record_job(path, job:Job, **more):
+def record_job(path, job: Job, **more):
     "Write `job.json` and `env.json` into a run directory"
-    kind = next(k for k,v in JOBS.items() if type(job) is v)
-    write_json(Path(path)/'job.json', dict(job=kind, parameters=job.to_dict(), auto=job.auto_fields(), **more))
-    write_json(Path(path)/'env.json', dict(versions=versions(), git=git_state(), started=datetime.now().astimezone().isoformat()))
+    kind = next(k for k, v in JOBS.items() if type(job) is v)
+    write_json(Path(path) / 'job.json', dict(job=kind, parameters=job.to_dict(), auto=job.auto_fields(), **more))
+    write_json(
+        Path(path) / 'env.json',
+        dict(versions=versions(), git=git_state(), started=datetime.now().astimezone().isoformat()),
+    )
+
 
 def start_run(
-    job:Job, # What is to be done
-    runs_dir=None, # Where runs go; default: `settings().runs_dir`
-)->Run:
+    job: Job,  # What is to be done
+    runs_dir=None,  # Where runs go; default: `settings().runs_dir`
+) -> Run:
     "A new run, or the one that the runner has made for this notebook"
     path = os.environ.pop(RUN_DIR_VARIABLE, None)
-    if path is None: path = new_run_dir(next(k for k,v in JOBS.items() if type(job) is v), runs_dir)
+    if path is None:
+        path = new_run_dir(next(k for k, v in JOBS.items() if type(job) is v), runs_dir)
     run = Run(path)
-    if run.result is not None: raise RunError(f"{path} holds a run that is over; start a new one")
-    if not (run.path/'job.json').exists(): record_job(path, job)
-    elif run.job != job: raise RunError(f"{run.name} was started with other parameters; start a new run, or go on with this one as it is")
+    if run.result is not None:
+        raise RunError(f"{path} holds a run that is over; start a new one")
+    if not (run.path / 'job.json').exists():
+        record_job(path, job)
+    elif run.job != job:
+        raise RunError(
+            f"{run.name} was started with other parameters; start a new run, or go on with this one as it is"
+        )
     run.start_heart()
     return run
 
+
 @patch
-def start_heart(self:Run, folder=None): # Where it beats; default: the run
+def start_heart(self: Run, folder=None):  # Where it beats; default: the run
     "Say that this process is alive, as long as it holds this object and the run is not over"
     h = _HEARTS[str(self.path)] = Heart(folder or self.path)
     weakref.finalize(self, h.over.set)
@@ -193,163 +292,250 @@ def start_heart(self:Run, folder=None): # Where it beats; default: the run
 
 # %% ../../nbs/runs/run.ipynb #d1abe34a
 @patch
-def note(self:Run, text:str):
+def note(self: Run, text: str):
     "Say something worth reading in the progress of the run"
-    append_line(self.path/'progress.jsonl', dict(time=time.time(), note=mask_secrets(text, named=False)))
+    append_line(self.path / 'progress.jsonl', dict(time=time.time(), note=mask_secrets(text, named=False)))
+
 
 @patch
 @contextmanager
-def stage(self:Run, name:str):
+def stage(self: Run, name: str):
     "Time a part of the work"
     start = time.time()
-    append_line(self.path/'progress.jsonl', dict(time=start, stage=name, state='started'))
+    append_line(self.path / 'progress.jsonl', dict(time=start, stage=name, state='started'))
     yield
-    append_line(self.path/'progress.jsonl', dict(time=time.time(), stage=name, state='done', seconds=round(time.time()-start, 3)))
+    append_line(
+        self.path / 'progress.jsonl',
+        dict(time=time.time(), stage=name, state='done', seconds=round(time.time() - start, 3)),
+    )
+
 
 @patch
-def seconds(self:Run)->dict[str,float]: # [s] by stage, in order
+def seconds(self: Run) -> dict[str, float]:  # [s] by stage, in order
     "Wall seconds of each stage that is done; repeated stages add up"
     res = {}
-    for l in read_lines(self.path/'progress.jsonl'):
-        if l.get('state') == 'done': res[l['stage']] = round(res.get(l['stage'], 0)+l['seconds'], 3)
+    for l in read_lines(self.path / 'progress.jsonl'):
+        if l.get('state') == 'done':
+            res[l['stage']] = round(res.get(l['stage'], 0) + l['seconds'], 3)
     return res
 
 # %% ../../nbs/runs/run.ipynb #1d53c5b5
 @patch
-def log(self:Run, **values):
+def log(self: Run, **values):
     "One line of metrics, flushed: `step` and what was measured there"
-    append_line(self.path/'metrics.jsonl', values)
+    append_line(self.path / 'metrics.jsonl', values)
+
 
 @patch
-def keep_metrics(self:Run, lines):
+def keep_metrics(self: Run, lines):
     "Have these lines of metrics and no others: steps after a checkpoint are done again"
-    if lines != self.metrics: _replace(self.path/'metrics.jsonl', lines)
+    if lines != self.metrics:
+        _replace(self.path / 'metrics.jsonl', lines)
+
 
 def _replace(path, rows):
     "Write JSON lines whole or not at all"
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     with tmp.open('w') as f:
-        f.writelines(json.dumps(_plain(r), ensure_ascii=False)+'\n' for r in rows)
-        f.flush(); os.fsync(f.fileno())
+        f.writelines(json.dumps(_plain(r), ensure_ascii=False) + '\n' for r in rows)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(tmp, path)
 
-@patch
-def save(self:Run, name:str, obj):
-    "Write `name`.json into the run, from a dict or anything with `to_dict`"
-    if not re.fullmatch(r'[\w-]{1,64}', name): raise RunError(f"{name!r} is no name for a file of a run; take letters, digits, _ and -")
-    write_json(self.path/f'{name}.json', obj.to_dict() if hasattr(obj, 'to_dict') else obj)
 
 @patch
-def save_samples(self:Run, rows):
+def save(self: Run, name: str, obj):
+    "Write `name`.json into the run, from a dict or anything with `to_dict`"
+    if not re.fullmatch(r'[\w-]{1,64}', name):
+        raise RunError(f"{name!r} is no name for a file of a run; take letters, digits, _ and -")
+    write_json(self.path / f'{name}.json', obj.to_dict() if hasattr(obj, 'to_dict') else obj)
+
+
+@patch
+def save_samples(self: Run, rows):
     "Write `samples.jsonl`: prompt, expected, base and tuned answers"
-    _replace(self.path/'samples.jsonl', rows)
+    _replace(self.path / 'samples.jsonl', rows)
 
 # %% ../../nbs/runs/run.ipynb #1fef58cb
-def sha256(path)->str:
+def sha256(path) -> str:
     "SHA-256 of a file"
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
-def fingerprint(folder)->dict: # File name to `sha256` and `bytes`
+
+def fingerprint(folder) -> dict:  # File name to `sha256` and `bytes`
     "Every file of a folder with its hash and size"
     folder = Path(folder)
-    return {str(f.relative_to(folder)):dict(sha256=sha256(f), bytes=f.stat().st_size) for f in sorted(folder.rglob('*')) if f.is_file()}
+    return {
+        str(f.relative_to(folder)): dict(sha256=sha256(f), bytes=f.stat().st_size)
+        for f in sorted(folder.rglob('*'))
+        if f.is_file()
+    }
+
 
 @patch
-def artifacts(self:Run, names=EXPORTS)->dict:
+def artifacts(self: Run, names=EXPORTS) -> dict:
     "The artefacts that stand in the run, each file with its hash"
-    return {n:fingerprint(self.path/n) for n in names if (self.path/n).is_dir()}
+    return {n: fingerprint(self.path / n) for n in names if (self.path / n).is_dir()}
 
 # %% ../../nbs/runs/run.ipynb #401eec7e
 @patch
-def _end(self:Run, status, **more):
-    if self.result is not None: raise RunError(f"{self.name} is over already ({self.status}); a run ends once")
-    write_json(self.path/'result.json', dict(status=status, **more, seconds=self.seconds(), ended=datetime.now().astimezone().isoformat()))
+def _end(self: Run, status, **more):
+    if self.result is not None:
+        raise RunError(f"{self.name} is over already ({self.status}); a run ends once")
+    write_json(
+        self.path / 'result.json',
+        dict(status=status, **more, seconds=self.seconds(), ended=datetime.now().astimezone().isoformat()),
+    )
     return self
 
+
 @patch
-def finish(self:Run, **metrics):
+def finish(self: Run, **metrics):
     "The run is over and good; returns itself, to be shown"
     return self._end('finished', metrics=metrics, artifacts=self.artifacts())
 
+
 @patch
-def fail(self:Run, reason:str, **more):
+def fail(self: Run, reason: str, **more):
     "The run is over and not good"
     return self._end('failed', reason=mask_secrets(reason, named=False), metrics={}, artifacts=self.artifacts(), **more)
 
 # %% ../../nbs/runs/run.ipynb #84591f05
-def _num(v): return f'{v:.4g}' if isinstance(v, float) else '' if v is None else str(v)
+def _num(v):
+    return f'{v:.4g}' if isinstance(v, float) else '' if v is None else str(v)
 
-def before_after(metrics:dict)->str: # Markdown
+
+def before_after(metrics: dict) -> str:  # Markdown
     "Table of the base and the tuned model's metrics"
     sides = [k for k in ('base', 'tuned') if k in metrics]
-    if not sides: return ''
+    if not sides:
+        return ''
     names = list(dict.fromkeys(n for s in sides for n in metrics[s]))
-    rows = [f"| {markdown_text(n)} | "+' | '.join(_num(metrics[s].get(n)) for s in sides)+' |' for n in names]
-    return '\n'.join([f"| metric | {' | '.join(sides)} |", '|---|'+'---|'*len(sides), *rows])
+    rows = [f"| {markdown_text(n)} | " + ' | '.join(_num(metrics[s].get(n)) for s in sides) + ' |' for n in names]
+    return '\n'.join([f"| metric | {' | '.join(sides)} |", '|---|' + '---|' * len(sides), *rows])
+
 
 @patch
-def _repr_markdown_(self:Run):
+def _repr_markdown_(self: Run):
     r = self.result or {}
-    out = [f"**{markdown_text(self.name)}**: {markdown_text(self.status)}"+(f", {markdown_text(r['reason'])}" if r.get('reason') else ''), '', before_after(r.get('metrics', {})), '']
-    if r.get('artifacts'): out += ['Artefacts: '+', '.join(f"{markdown_code(a)} ({sum(f['bytes'] for f in fs.values())/2**20:.1f} MiB)" for a,fs in r['artifacts'].items()), '']
-    if (s := self.seconds()): out += ['Seconds: '+', '.join(f'{markdown_text(k)} {v:.1f}' for k,v in s.items())]
+    out = [
+        f"**{markdown_text(self.name)}**: {markdown_text(self.status)}"
+        + (f", {markdown_text(r['reason'])}" if r.get('reason') else ''),
+        '',
+        before_after(r.get('metrics', {})),
+        '',
+    ]
+    if r.get('artifacts'):
+        out += [
+            'Artefacts: '
+            + ', '.join(
+                f"{markdown_code(a)} ({sum(f['bytes'] for f in fs.values()) / 2**20:.1f} MiB)"
+                for a, fs in r['artifacts'].items()
+            ),
+            '',
+        ]
+    if s := self.seconds():
+        out += ['Seconds: ' + ', '.join(f'{markdown_text(k)} {v:.1f}' for k, v in s.items())]
     return '\n'.join(out)
 
 # %% ../../nbs/runs/run.ipynb #2f3691b6
-def run_dirs(runs_dir=None)->list[Path]: # Oldest first
+def run_dirs(runs_dir=None) -> list[Path]:  # Oldest first
     "All run directories"
     runs_dir = Path(runs_dir or settings().runs_dir)
-    dirs = [p for p in runs_dir.iterdir() if (p/'job.json').exists() and p.resolve().parent == runs_dir.resolve()] if runs_dir.is_dir() else [] # No link that leads elsewhere
-    return sorted(dirs, key=lambda p: (p/'job.json').stat().st_mtime_ns)
+    dirs = (
+        [p for p in runs_dir.iterdir() if (p / 'job.json').exists() and p.resolve().parent == runs_dir.resolve()]
+        if runs_dir.is_dir()
+        else []
+    )  # No link that leads elsewhere
+    return sorted(dirs, key=lambda p: (p / 'job.json').stat().st_mtime_ns)
+
 
 def _is_directory(ref):
     "May a reference be a directory? A path given as such may be anywhere; text only without a way up, and only where a file system can hold it"
-    if isinstance(ref, Path): return True
-    if not ref or len(ref) > 1024 or not ref.isprintable(): raise SpecError(f"run: {ref[:40]!r} cannot be the name of a run")
+    if isinstance(ref, Path):
+        return True
+    if not ref or len(ref) > 1024 or not ref.isprintable():
+        raise SpecError(f"run: {ref[:40]!r} cannot be the name of a run")
     return '/' in ref and '..' not in Path(ref).parts
 
+
 def open_run(
-    ref='latest', # Name, unique part of a name, directory, or `latest`
-    runs_dir=None, # Where runs are
-    kind:str|None=None, # Only runs of this job
-)->Run:
+    ref='latest',  # Name, unique part of a name, directory, or `latest`
+    runs_dir=None,  # Where runs are
+    kind: str | None = None,  # Only runs of this job
+) -> Run:
     "A run to read"
-    if isinstance(ref, Run): return ref
-    if _is_directory(ref) and (Path(ref)/'job.json').exists(): return Run(Path(ref).resolve())
+    if isinstance(ref, Run):
+        return ref
+    if _is_directory(ref) and (Path(ref) / 'job.json').exists():
+        return Run(Path(ref).resolve())
     runs = [Run(p) for p in run_dirs(runs_dir)]
     runs = [r for r in runs if kind is None or r.kind == kind]
-    if not runs: raise SpecError(f"run: no {kind or ''} run under {Path(runs_dir or settings().runs_dir)} yet".replace('  ', ' '))
-    if ref == 'latest': return runs[-1]
+    if not runs:
+        raise SpecError(
+            f"run: no {kind or ''} run under {Path(runs_dir or settings().runs_dir)} yet".replace('  ', ' ')
+        )
+    if ref == 'latest':
+        return runs[-1]
     hits = [r for r in runs if r.name == ref] or [r for r in runs if str(ref) in r.name]
-    if len(hits) == 1: return hits[0]
-    if hits: raise SpecError(f"run: {ref!r} fits {', '.join(r.name for r in hits)}; give more of the name")
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        raise SpecError(f"run: {ref!r} fits {', '.join(r.name for r in hits)}; give more of the name")
     raise SpecError(f"run: there is no run {str(ref)!r}{nearest(str(ref), [r.name for r in runs][-10:])}")
 
 # %% ../../nbs/runs/run.ipynb #fed69d89
 class RunList(list):
     "Runs as a table"
+
     columns = ('run', 'job', 'status', 'model', 'dataset', 'steps', 'base', 'tuned', 'minutes')
+
     def rows(self):
         for r in self:
-            if r.status == 'damaged': yield (r.name, r.kind, 'damaged', *['']*(len(self.columns)-3)); continue
-            p,res = (read_json(r.path/'job.json') or {}).get('parameters', {}),r.result or {}
-            m,steps = res.get('metrics', {}),r.metrics
+            if r.status == 'damaged':
+                yield (r.name, r.kind, 'damaged', *[''] * (len(self.columns) - 3))
+                continue
+            p, res = (read_json(r.path / 'job.json') or {}).get('parameters', {}), r.result or {}
+            m, steps = res.get('metrics', {}), r.metrics
             em = [_num(m.get(s, {}).get('exact_match')) for s in ('base', 'tuned')]
-            yield (r.name, r.kind, r.status, p.get('model', p.get('run', '')), p.get('dataset') or '', str(steps[-1]['step']) if steps else '', *em, f'{sum(r.seconds().values())/60:.1f}')
-    def _repr_markdown_(self): return '\n'.join(['| '+' | '.join(self.columns)+' |', '|'+'---|'*len(self.columns), *('| '+' | '.join(map(markdown_text, x))+' |' for x in self.rows())])
+            yield (
+                r.name,
+                r.kind,
+                r.status,
+                p.get('model', p.get('run', '')),
+                p.get('dataset') or '',
+                str(steps[-1]['step']) if steps else '',
+                *em,
+                f'{sum(r.seconds().values()) / 60:.1f}',
+            )
+
+    def _repr_markdown_(self):
+        return '\n'.join(
+            [
+                '| ' + ' | '.join(self.columns) + ' |',
+                '|' + '---|' * len(self.columns),
+                *('| ' + ' | '.join(map(markdown_text, x)) + ' |' for x in self.rows()),
+            ]
+        )
+
     def __repr__(self):
         rows = [self.columns, *self.rows()]
         w = [max(len(r[i]) for r in rows) for i in range(len(self.columns))]
-        return plain_text('\n'.join('  '.join(c.replace('\n', ' ').ljust(n) for c,n in zip(r, w)).rstrip() for r in rows))
+        return plain_text(
+            '\n'.join('  '.join(c.replace('\n', ' ').ljust(n) for c, n in zip(r, w)).rstrip() for r in rows)
+        )
 
-def list_runs(runs_dir=None)->RunList:
+
+def list_runs(runs_dir=None) -> RunList:
     "All runs, oldest first; `base` and `tuned` are exact match"
     return RunList(Run(p) for p in run_dirs(runs_dir))
 
 # %% ../../nbs/runs/run.ipynb #b41ef1f3
-def plot_metrics(metrics:list[dict], ax=None):
+def plot_metrics(metrics: list[dict], ax=None):
     "Loss and learning rate by step; returns the axes"
     import matplotlib.pyplot as plt
+
     ax = ax or plt.figure(figsize=(6, 2.6), layout='tight').gca()
     pts = [(m['step'], m['loss'], m.get('learning_rate')) for m in metrics if isinstance(m.get('loss'), (int, float))]
     ax.plot([p[0] for p in pts], [p[1] for p in pts], lw=1.5, marker='.' if len(pts) < 40 else '')
@@ -361,7 +547,8 @@ def plot_metrics(metrics:list[dict], ax=None):
         twin.set(ylabel='learning rate')
     return ax
 
+
 @patch
-def plot(self:Run, ax=None):
+def plot(self: Run, ax=None):
     "The run's loss and learning rate by step"
     return plot_metrics(self.metrics, ax)

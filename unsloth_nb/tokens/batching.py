@@ -6,88 +6,102 @@
 __all__ = ['batches', 'padding_efficiency', 'pack', 'Packing', 'Batching', 'batching_report']
 
 # %% ../../nbs/tokens/batching.ipynb #97daddda
-from bisect import bisect_left,insort
-from collections import Counter,deque
-from dataclasses import asdict,dataclass
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from ..core.schema import SpecError
 
 # %% ../../nbs/tokens/batching.ipynb #db6367a0
-def _counts(lengths)->np.ndarray: # [tokens]
+def _counts(lengths) -> np.ndarray:  # [tokens]
     "Token counts as whole numbers, checked"
-    try: a = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths))
-    except (TypeError, ValueError): a = np.empty((1, 1)) # Examples, not their lengths
-    if a.shape == (0,): return a.astype(np.int64)
-    if a.ndim != 1 or a.dtype.kind not in 'iu': raise SpecError("lengths: expected one whole number per example; use [len(e) for e in examples]")
-    if a.min() < 0: raise SpecError(f"lengths: example {a.argmin()} has {a.min()} tokens; expected at least 0")
+    try:
+        a = np.asarray(lengths if isinstance(lengths, np.ndarray) else list(lengths))
+    except (TypeError, ValueError):
+        a = np.empty((1, 1))  # Examples, not their lengths
+    if a.shape == (0,):
+        return a.astype(np.int64)
+    if a.ndim != 1 or a.dtype.kind not in 'iu':
+        raise SpecError("lengths: expected one whole number per example; use [len(e) for e in examples]")
+    if a.min() < 0:
+        raise SpecError(f"lengths: example {a.argmin()} has {a.min()} tokens; expected at least 0")
     return a.astype(np.int64)
+
 
 def _at_least_1(name, v):
     "A whole number from 1 up, or an error that names the parameter"
-    if isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0: return int(v)
+    if isinstance(v, (int, np.integer)) and not isinstance(v, bool) and v > 0:
+        return int(v)
     raise SpecError(f"{name}: got {v!r}; expected a whole number (at least 1)")
 
 # %% ../../nbs/tokens/batching.ipynb #0d2b88ab
 def _grouped(n, order, batch_size):
     "Sort by length within mega-batches; the longest example of all comes first"
-    mega = batch_size*max(1, min(len(n)//(4*batch_size), 50))
-    groups = [sorted(order[i:i+mega], key=lambda j: -n[j]) for i in range(0, len(order), mega)]
+    mega = batch_size * max(1, min(len(n) // (4 * batch_size), 50))
+    groups = [sorted(order[i : i + mega], key=lambda j: -n[j]) for i in range(0, len(order), mega)]
     k = max(range(len(groups)), key=lambda g: n[groups[g][0]])
-    groups[0][0],groups[k][0] = groups[k][0],groups[0][0]
+    groups[0][0], groups[k][0] = groups[k][0], groups[0][0]
     return [j for g in groups for j in g]
 
+
 def batches(
-    lengths, # [tokens] of each example
-    batch_size:int, # Rows in a forward pass
-    grouped:bool=False, # Rows of similar length together?
-    seed:int=0, # Of the order
-)->list[list[int]]: # Indices of the examples in each forward pass
+    lengths,  # [tokens] of each example
+    batch_size: int,  # Rows in a forward pass
+    grouped: bool = False,  # Rows of similar length together?
+    seed: int = 0,  # Of the order
+) -> list[list[int]]:  # Indices of the examples in each forward pass
     "The batches of one epoch, in random order or grouped by length; the last may be smaller"
-    n,batch_size = _counts(lengths).tolist(),_at_least_1('batch_size', batch_size)
+    n, batch_size = _counts(lengths).tolist(), _at_least_1('batch_size', batch_size)
     order = np.random.default_rng(seed).permutation(len(n)).tolist()
-    if grouped and n: order = _grouped(n, order, batch_size)
-    return [order[i:i+batch_size] for i in range(0, len(order), batch_size)]
+    if grouped and n:
+        order = _grouped(n, order, batch_size)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 # %% ../../nbs/tokens/batching.ipynb #19499b31
 def _computed(n, batches):
     "Tokens of each forward pass, padding included"
-    return [len(b)*max(n[i] for i in b) for b in batches if b]
+    return [len(b) * max(n[i] for i in b) for b in batches if b]
+
 
 def padding_efficiency(
-    lengths, # [tokens] of each example
-    batches, # Lists of example indices
-)->float: # Between 0 and 1
+    lengths,  # [tokens] of each example
+    batches,  # Lists of example indices
+) -> float:  # Between 0 and 1
     "Share of the computed tokens that are real, when each batch is padded to its longest row"
     n = _counts(lengths).tolist()
     computed = sum(_computed(n, batches))
-    return sum(n[i] for b in batches for i in b)/computed if computed else 1.0
+    return sum(n[i] for b in batches for i in b) / computed if computed else 1.0
 
 # %% ../../nbs/tokens/batching.ipynb #eb2b7fc5
 def _checked(lengths, limit):
     "Lengths as a list and the limit; refuses an example that is longer"
-    n,limit = _counts(lengths).tolist(),_at_least_1('limit', limit)
-    i = next((i for i,k in enumerate(n) if k > limit), None)
-    if i is not None: raise SpecError(f"example {i}: {n[i]} tokens do not fit a row of {limit}; raise the limit to {max(n)} or more, or truncate or drop what is longer")
-    return n,limit
+    n, limit = _counts(lengths).tolist(), _at_least_1('limit', limit)
+    i = next((i for i, k in enumerate(n) if k > limit), None)
+    if i is not None:
+        raise SpecError(
+            f"example {i}: {n[i]} tokens do not fit a row of {limit}; raise the limit to {max(n)} or more, or truncate or drop what is longer"
+        )
+    return n, limit
 
 # %% ../../nbs/tokens/batching.ipynb #51baea7c
 def pack(
-    lengths, # [tokens] of each example
-    limit:int, # [tokens] a row holds
-)->list[list[int]]: # Indices of the examples in each row
+    lengths,  # [tokens] of each example
+    limit: int,  # [tokens] a row holds
+) -> list[list[int]]:  # Indices of the examples in each row
     "Best-fit decreasing: every example in exactly one row, no row above the limit; ties go by index"
-    n,limit = _checked(lengths, limit)
-    bins,room,having = [],[],{} # Sorted rooms that exist; room to the rows that have it
+    n, limit = _checked(lengths, limit)
+    bins, room, having = [], [], {}  # Sorted rooms that exist; room to the rows that have it
     for i in sorted(range(len(n)), key=lambda i: -n[i]):
         p = bisect_left(room, n[i])
         if p == len(room):
-            row,left = [],limit
+            row, left = [], limit
             bins.append(row)
         else:
             left = room[p]
             row = having[left].popleft()
-            if not having[left]: del having[left],room[p]
+            if not having[left]:
+                del having[left], room[p]
         row.append(i)
         left -= n[i]
         if left not in having:
@@ -97,82 +111,134 @@ def pack(
     return bins
 
 # %% ../../nbs/tokens/batching.ipynb #d46e4f7e
-def _table(head, rows)->str:
+def _table(head, rows) -> str:
     "Plain text: the first column to the left, the others to the right"
     w = [max(map(len, c)) for c in zip(head, *rows)]
-    return '\n'.join('  '.join(c.rjust(k) if j else c.ljust(k) for j,(c,k) in enumerate(zip(r, w))).rstrip() for r in [head, *rows])
+    return '\n'.join(
+        '  '.join(c.rjust(k) if j else c.ljust(k) for j, (c, k) in enumerate(zip(r, w))).rstrip() for r in [head, *rows]
+    )
 
-def _markdown(head, rows)->str:
+
+def _markdown(head, rows) -> str:
     "The same as markdown"
-    return '\n'.join(f"| {' | '.join(r)} |" for r in [head, ['---', *['---:']*(len(head)-1)], *rows])
+    return '\n'.join(f"| {' | '.join(r)} |" for r in [head, ['---', *['---:'] * (len(head) - 1)], *rows])
 
 # %% ../../nbs/tokens/batching.ipynb #22be7b17
 @dataclass
 class Packing:
     "Examples packed into rows, and what that saves"
-    bins:list # Indices of the examples in each row
-    limit:int # [tokens] a row holds
-    lengths:list # [tokens] of each example
+
+    bins: list  # Indices of the examples in each row
+    limit: int  # [tokens] a row holds
+    lengths: list  # [tokens] of each example
 
     def __post_init__(self):
-        self.lengths,self.limit = _checked(self.lengths, self.limit)
+        self.lengths, self.limit = _checked(self.lengths, self.limit)
         seen = Counter(i for b in self.bins for i in b)
-        for i in sorted(seen.keys()|set(range(len(self.lengths)))):
-            if seen[i] != (0 <= i < len(self.lengths)): raise SpecError(f"bins: example {i} of {len(self.lengths)} stands in {seen[i]} rows; expected each in exactly one")
-        for k,b in enumerate(self.bins):
-            if (t := sum(self.lengths[i] for i in b)) > self.limit: raise SpecError(f"bins: row {k} holds {t} tokens; expected at most {self.limit}")
+        for i in sorted(seen.keys() | set(range(len(self.lengths)))):
+            if seen[i] != (0 <= i < len(self.lengths)):
+                raise SpecError(
+                    f"bins: example {i} of {len(self.lengths)} stands in {seen[i]} rows; expected each in exactly one"
+                )
+        for k, b in enumerate(self.bins):
+            if (t := sum(self.lengths[i] for i in b)) > self.limit:
+                raise SpecError(f"bins: row {k} holds {t} tokens; expected at most {self.limit}")
 
     @property
-    def rows(self)->int: return len(self.bins)
+    def rows(self) -> int:
+        return len(self.bins)
+
     @property
-    def efficiency(self)->float: return sum(self.lengths)/(self.rows*self.limit) if self.rows else 1.0
+    def efficiency(self) -> float:
+        return sum(self.lengths) / (self.rows * self.limit) if self.rows else 1.0
+
     @property
-    def padded_efficiency(self)->float: return padding_efficiency(self.lengths, [range(len(self.lengths))]) # All padded to the longest
+    def padded_efficiency(self) -> float:
+        return padding_efficiency(self.lengths, [range(len(self.lengths))])  # All padded to the longest
 
     def _cells(self):
         n = len(self.lengths)
-        return ['', 'rows', 'tokens computed', 'real tokens'],[
-            ['one example a row, padded to the longest', f'{n:,}', f'{n*max(self.lengths, default=0):,}', f'{self.padded_efficiency:.1%}'],
-            [f'packed, {self.limit:,} tokens a row', f'{self.rows:,}', f'{self.rows*self.limit:,}', f'{self.efficiency:.1%}']]
-    def __repr__(self): return _table(*self._cells())
-    def _repr_markdown_(self): return _markdown(*self._cells())
+        return ['', 'rows', 'tokens computed', 'real tokens'], [
+            [
+                'one example a row, padded to the longest',
+                f'{n:,}',
+                f'{n * max(self.lengths, default=0):,}',
+                f'{self.padded_efficiency:.1%}',
+            ],
+            [
+                f'packed, {self.limit:,} tokens a row',
+                f'{self.rows:,}',
+                f'{self.rows * self.limit:,}',
+                f'{self.efficiency:.1%}',
+            ],
+        ]
+
+    def __repr__(self):
+        return _table(*self._cells())
+
+    def _repr_markdown_(self):
+        return _markdown(*self._cells())
 
 # %% ../../nbs/tokens/batching.ipynb #d98ae0f0
 @dataclass(frozen=True)
 class Batching:
     "One epoch padded, grouped and packed; each way a dict of passes, tokens, largest [tokens] and efficiency"
-    examples:int # In the set
-    tokens:int # Real ones
-    batch_size:int # Rows in a forward pass
-    limit:int # [tokens] a packed row holds
-    seed:int # Of the order
-    random:dict # Random order, padded to the longest row of each batch
-    grouped:dict # The same, grouped by length
-    packed:dict # Several examples a row
 
-    def to_dict(self)->dict: return asdict(self)
+    examples: int  # In the set
+    tokens: int  # Real ones
+    batch_size: int  # Rows in a forward pass
+    limit: int  # [tokens] a packed row holds
+    seed: int  # Of the order
+    random: dict  # Random order, padded to the longest row of each batch
+    grouped: dict  # The same, grouped by length
+    packed: dict  # Several examples a row
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
     def _cells(self):
-        rows = dict(random='random order, padded', grouped='grouped by length, padded', packed=f'packed, {self.limit:,} tokens a row')
-        return [f'{self.examples:,} examples, {self.batch_size} rows a pass', 'forward passes', 'tokens computed', 'largest pass', 'real tokens'],[
-            [label, *(f'{way[c]:,}' for c in ('passes', 'tokens', 'largest')), f"{way['efficiency']:.1%}"] for label,way in ((v, getattr(self, k)) for k,v in rows.items())]
-    def __repr__(self): return _table(*self._cells())
-    def _repr_markdown_(self): return _markdown(*self._cells())
+        rows = dict(
+            random='random order, padded',
+            grouped='grouped by length, padded',
+            packed=f'packed, {self.limit:,} tokens a row',
+        )
+        return [
+            f'{self.examples:,} examples, {self.batch_size} rows a pass',
+            'forward passes',
+            'tokens computed',
+            'largest pass',
+            'real tokens',
+        ], [
+            [label, *(f'{way[c]:,}' for c in ('passes', 'tokens', 'largest')), f"{way['efficiency']:.1%}"]
+            for label, way in ((v, getattr(self, k)) for k, v in rows.items())
+        ]
+
+    def __repr__(self):
+        return _table(*self._cells())
+
+    def _repr_markdown_(self):
+        return _markdown(*self._cells())
 
 # %% ../../nbs/tokens/batching.ipynb #b4063418
 def _way(real, computed):
     "What a list of forward passes costs; `computed` holds the tokens of each"
     total = sum(computed)
-    return dict(passes=len(computed), tokens=total, largest=max(computed, default=0), efficiency=real/total if total else 1.0)
+    return dict(
+        passes=len(computed), tokens=total, largest=max(computed, default=0), efficiency=real / total if total else 1.0
+    )
+
 
 def batching_report(
-    lengths, # [tokens] of each example
-    batch_size:int, # Rows in a forward pass
-    limit:int, # [tokens] a packed row holds: the job's max_seq_length
-    seed:int=0, # Of the order
-)->Batching:
+    lengths,  # [tokens] of each example
+    batch_size: int,  # Rows in a forward pass
+    limit: int,  # [tokens] a packed row holds: the job's max_seq_length
+    seed: int = 0,  # Of the order
+) -> Batching:
     "Compare random order, length grouping and packing for one epoch"
     rows = pack(lengths, limit)
-    (n,limit),batch_size = _checked(lengths, limit),_at_least_1('batch_size', batch_size)
-    padded = {k:_way(sum(n), _computed(n, batches(n, batch_size, k == 'grouped', seed))) for k in ('random', 'grouped')}
-    packed = [len(rows[i:i+batch_size])*limit for i in range(0, len(rows), batch_size)]
+    (n, limit), batch_size = _checked(lengths, limit), _at_least_1('batch_size', batch_size)
+    padded = {
+        k: _way(sum(n), _computed(n, batches(n, batch_size, k == 'grouped', seed))) for k in ('random', 'grouped')
+    }
+    packed = [len(rows[i : i + batch_size]) * limit for i in range(0, len(rows), batch_size)]
     return Batching(len(n), sum(n), batch_size, limit, seed, packed=_way(sum(n), packed), **padded)

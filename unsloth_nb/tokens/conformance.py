@@ -7,9 +7,11 @@ __all__ = ['Expected', 'FAMILIES', 'cases', 'marked', 'drawn', 'expected', 'faul
            'check_formatter', 'check_conformance', 'template_names', 'put_bos', 'family_tokens', 'template_table']
 
 # %% ../../nbs/tokens/conformance.ipynb #2c5a0724
-import copy,re,unicodedata
-from collections import Counter,namedtuple
-from dataclasses import dataclass,replace
+import copy
+import re
+import unicodedata
+from collections import Counter, namedtuple
+from dataclasses import dataclass, replace
 
 from ..data.conversations import Conversation
 from ..core.engine import start_engine
@@ -18,201 +20,333 @@ from .templates import FormatError
 
 # %% ../../nbs/tokens/conformance.ipynb #fea4d456
 _says = lambda role, content, **kw: dict(role=role, content=content, **kw)
-_sum,_more = [_says('user', 'What is 2+2?'), _says('assistant', 'Four.')],[_says('user', 'And 3+3?'), _says('assistant', 'Six.')]
-_tool = dict(type='function', function=dict(name='get_weather', description='Weather of a city', parameters=dict(type='object', properties=dict(city=dict(type='string', description='Name of the city')), required=['city'])))
-_weather = [_says('user', 'Weather in Paris?'), _says('assistant', '', tool_calls=[dict(type='function', function=dict(name='get_weather', arguments=dict(city='Paris')))]),
-    _says('tool', '{"sky": "clear"}', name='get_weather'), _says('assistant', 'Clear.')]
-_thought = [_sum[0], dict(_sum[1], reasoning_content='Two and two.'), _more[0], dict(_more[1], reasoning_content='Three and three.')]
+_sum, _more = (
+    [_says('user', 'What is 2+2?'), _says('assistant', 'Four.')],
+    [_says('user', 'And 3+3?'), _says('assistant', 'Six.')],
+)
+_tool = dict(
+    type='function',
+    function=dict(
+        name='get_weather',
+        description='Weather of a city',
+        parameters=dict(
+            type='object', properties=dict(city=dict(type='string', description='Name of the city')), required=['city']
+        ),
+    ),
+)
+_weather = [
+    _says('user', 'Weather in Paris?'),
+    _says(
+        'assistant',
+        '',
+        tool_calls=[dict(type='function', function=dict(name='get_weather', arguments=dict(city='Paris')))],
+    ),
+    _says('tool', '{"sky": "clear"}', name='get_weather'),
+    _says('assistant', 'Clear.'),
+]
+_thought = [
+    _sum[0],
+    dict(_sum[1], reasoning_content='Two and two.'),
+    _more[0],
+    dict(_more[1], reasoning_content='Three and three.'),
+]
 _scripts = 'naïve cafe\u0301 🦥👩🏽‍🚀, 漢字かな, שלום עולם, مرحبا, नमस्ते, a\u00a0b'
 
-def cases(control=('</s>',))->dict[str,Conversation]: # Control tokens, as they are spelled
+
+def cases(control=('</s>',)) -> dict[str, Conversation]:  # Control tokens, as they are spelled
     "The conversations that a template is tried on"
-    spelled = [_says('user', f"What do {' and '.join(control)} mean?"), _says('assistant', f"With {control[-1]} a turn ends. So it is.")]
-    long = [_says('user', 'Once more, from the beginning: one, two, three and 4.\n'*380+'Well?'), _sum[1]]
-    msgs = dict(single=_sum, multi_turn=_sum+_more, system=[_says('system', 'Be brief.'), *_sum], empty_system=[_says('system', ''), *_sum], tool_call=_weather,
-        reasoning=_thought, unicode=[_says('user', f'Copy: {_scripts}!'), _says('assistant', f'{_scripts}.')], special_tokens=spelled, very_long=long)
-    return {n:Conversation(m, tools=[_tool] if n == 'tool_call' else None) for n,m in msgs.items()}
+    spelled = [
+        _says('user', f"What do {' and '.join(control)} mean?"),
+        _says('assistant', f"With {control[-1]} a turn ends. So it is."),
+    ]
+    long = [_says('user', 'Once more, from the beginning: one, two, three and 4.\n' * 380 + 'Well?'), _sum[1]]
+    msgs = dict(
+        single=_sum,
+        multi_turn=_sum + _more,
+        system=[_says('system', 'Be brief.'), *_sum],
+        empty_system=[_says('system', ''), *_sum],
+        tool_call=_weather,
+        reasoning=_thought,
+        unicode=[_says('user', f'Copy: {_scripts}!'), _says('assistant', f'{_scripts}.')],
+        special_tokens=spelled,
+        very_long=long,
+    )
+    return {n: Conversation(m, tools=[_tool] if n == 'tool_call' else None) for n, m in msgs.items()}
 
 # %% ../../nbs/tokens/conformance.ipynb #25327dd7
 _mark = re.compile('[\ue000-\uf8ff]')
 
-def marked(conv:Conversation)->tuple[Conversation,list]: # (conversation, whose text each pair holds: a message's position, or -1 for the tools)
+
+def marked(
+    conv: Conversation,
+) -> tuple[Conversation, list]:  # (conversation, whose text each pair holds: a message's position, or -1 for the tools)
     "The conversation with every text between two private characters; blanks at its edges stay outside, since templates may trim them"
-    conv,owners = replace(conv, messages=[copy.deepcopy(m) for m in conv.messages], tools=copy.deepcopy(conv.tools)),[]
+    conv, owners = (
+        replace(conv, messages=[copy.deepcopy(m) for m in conv.messages], tools=copy.deepcopy(conv.tools)),
+        [],
+    )
+
     def put(d, key, owner):
-        if not (core := d.get(key, '').strip()): return
+        if not (core := d.get(key, '').strip()):
+            return
         owners.append(owner)
-        d[key] = d[key].replace(core, chr(0xdffe+2*len(owners))+core+chr(0xdfff+2*len(owners)), 1)
-    for t in conv.tools or []: put(t['function'], 'description', -1)
-    for k,m in enumerate(conv.messages):
-        for key in ('reasoning_content', 'content'): put(m, key, k)
+        d[key] = d[key].replace(core, chr(0xDFFE + 2 * len(owners)) + core + chr(0xDFFF + 2 * len(owners)), 1)
+
+    for t in conv.tools or []:
+        put(t['function'], 'description', -1)
+    for k, m in enumerate(conv.messages):
+        for key in ('reasoning_content', 'content'):
+            put(m, key, k)
         for c in m.get('tool_calls', []):
-            for a in c['function']['arguments']: put(c['function']['arguments'], a, k)
-    return conv,owners
+            for a in c['function']['arguments']:
+                put(c['function']['arguments'], a, k)
+    return conv, owners
+
 
 def drawn(
-    tok, # Tokenizer with a chat template
-    conv:Conversation, # Conversation
-    n:int|None=None, # The first so many messages; None: all
-    prompt:bool=False, # End with the prompt for an answer?
-)->str:
+    tok,  # Tokenizer with a chat template
+    conv: Conversation,  # Conversation
+    n: int | None = None,  # The first so many messages; None: all
+    prompt: bool = False,  # End with the prompt for an answer?
+) -> str:
     "What the tokenizer's own template writes; Unicode composed (NFC), as some tokenizers have it"
     msgs = [dict(m, thinking=m['reasoning_content']) if 'reasoning_content' in m else m for m in conv.messages[:n]]
-    return unicodedata.normalize('NFC', tok.apply_chat_template(msgs, tools=conv.tools, tokenize=False, add_generation_prompt=prompt))
+    return unicodedata.normalize(
+        'NFC', tok.apply_chat_template(msgs, tools=conv.tools, tokenize=False, add_generation_prompt=prompt)
+    )
 
 # %% ../../nbs/tokens/conformance.ipynb #c2058710
 # What an example must be: its text; (start, end, message) of each text of a message; (start, end) of each answer with its end token; what the template does wrong
 Expected = namedtuple('Expected', 'text texts trained faults')
 
+
 def _texts(raw, owners):
     "(start, end, message) of each text whose two marks are in `raw`"
-    at = {ord(m[0])-0xe000:m.start()-i for i,m in enumerate(_mark.finditer(raw))}
-    return [(at[2*i], at[2*i+1], k) for i,k in enumerate(owners) if 2*i in at and 2*i+1 in at]
+    at = {ord(m[0]) - 0xE000: m.start() - i for i, m in enumerate(_mark.finditer(raw))}
+    return [(at[2 * i], at[2 * i + 1], k) for i, k in enumerate(owners) if 2 * i in at and 2 * i + 1 in at]
 
-def _behind(raw): return _mark.split(raw)[-1]
-def _control(tok): return {t.content:i for i,t in tok.added_tokens_decoder.items() if t.special}|dict(zip(tok.all_special_tokens, tok.all_special_ids))
-def _spelled(tok, text): return re.findall('|'.join(map(re.escape, sorted(_control(tok), key=len, reverse=True))) or r'(?!)', text)
+
+def _behind(raw):
+    return _mark.split(raw)[-1]
+
+
+def _control(tok):
+    return {t.content: i for i, t in tok.added_tokens_decoder.items() if t.special} | dict(
+        zip(tok.all_special_tokens, tok.all_special_ids)
+    )
+
+
+def _spelled(tok, text):
+    return re.findall('|'.join(map(re.escape, sorted(_control(tok), key=len, reverse=True))) or r'(?!)', text)
+
 
 def _closing(tok, tail, call):
     "The text from an answer's last word to its end token"
-    found,turn = _spelled(tok, tail),_spelled(tok, _behind(drawn(tok, marked(Conversation(_sum))[0])))[:1]
-    if not found: return tail.rstrip()
+    found, turn = _spelled(tok, tail), _spelled(tok, _behind(drawn(tok, marked(Conversation(_sum))[0])))[:1]
+    if not found:
+        return tail.rstrip()
     end = turn[0] if set(turn) & set(found) else found[-1 if call else 0]
-    return tail[:tail.index(end)+len(end)]
+    return tail[: tail.index(end) + len(end)]
 
 # %% ../../nbs/tokens/conformance.ipynb #1d22abe9
 def expected(
-    tok, # Tokenizer with a chat template
-    conv:Conversation, # Conversation
-    n:int, # The example holds the first so many messages
-    answers:list, # Messages that are trained in it
-)->Expected:
+    tok,  # Tokenizer with a chat template
+    conv: Conversation,  # Conversation
+    n: int,  # The example holds the first so many messages
+    answers: list,  # Messages that are trained in it
+) -> Expected:
     "What the marks say of an example"
-    whole,owners = marked(conv)
+    whole, owners = marked(conv)
     raw = drawn(tok, whole, n)
-    text,texts,spans,faults = _mark.sub('', raw),_texts(raw, owners),[],[]
-    if text != drawn(tok, conv, n): faults.append('the template writes a text differently for what stands in it')
-    ends = lambda of: max([e for _,e,k in texts if of(k)], default=0)
+    text, texts, spans, faults = _mark.sub('', raw), _texts(raw, owners), [], []
+    if text != drawn(tok, conv, n):
+        faults.append('the template writes a text differently for what stands in it')
+    ends = lambda of: max([e for _, e, k in texts if of(k)], default=0)
     for k in answers:
-        before,bridge,own = ends(lambda o: o < k),_behind(drawn(tok, whole, k, True)),[e for _,e,o in texts if o == k]
-        if not text.startswith(bridge, before): faults.append(f"message {k+1}: the prompt for it is not in the text")
-        start,tail = before+len(bridge),_behind(drawn(tok, whole, k+1))
-        closing,last = _closing(tok, tail if own else tail[len(bridge):], 'tool_calls' in conv.messages[k]),max(own, default=start)
-        if not text.startswith(closing, last): faults.append(f"message {k+1}: ends otherwise than where it is the last one")
-        spans.append((start, last+len(closing)))
-    must = [k for k in owners if k in answers or k < 0]+[k for k,m in enumerate(conv.messages[:n]) if m['content'].strip() and k not in answers]
-    faults += [f"the text of {'the tools' if k < 0 else f'message {k+1}'} is not in it" for k in Counter(must)-Counter(k for _,_,k in texts)]
+        before, bridge, own = (
+            ends(lambda o: o < k),
+            _behind(drawn(tok, whole, k, True)),
+            [e for _, e, o in texts if o == k],
+        )
+        if not text.startswith(bridge, before):
+            faults.append(f"message {k + 1}: the prompt for it is not in the text")
+        start, tail = before + len(bridge), _behind(drawn(tok, whole, k + 1))
+        closing, last = (
+            _closing(tok, tail if own else tail[len(bridge) :], 'tool_calls' in conv.messages[k]),
+            max(own, default=start),
+        )
+        if not text.startswith(closing, last):
+            faults.append(f"message {k + 1}: ends otherwise than where it is the last one")
+        spans.append((start, last + len(closing)))
+    must = [k for k in owners if k in answers or k < 0] + [
+        k for k, m in enumerate(conv.messages[:n]) if m['content'].strip() and k not in answers
+    ]
+    faults += [
+        f"the text of {'the tools' if k < 0 else f'message {k + 1}'} is not in it"
+        for k in Counter(must) - Counter(k for _, _, k in texts)
+    ]
     return Expected(text, texts, spans, faults)
 
 # %% ../../nbs/tokens/conformance.ipynb #2c32ad5f
-def _decoded(tok, ids): return unicodedata.normalize('NFC', tok.decode(ids, clean_up_tokenization_spaces=False))
+def _decoded(tok, ids):
+    return unicodedata.normalize('NFC', tok.decode(ids, clean_up_tokenization_spaces=False))
+
 
 def _differ(a, b):
     "Where two texts part"
-    i = next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return f"at {i}: {a[max(0, i-12):i+20]!r}, not {b[max(0, i-12):i+20]!r}"
+    i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return f"at {i}: {a[max(0, i - 12) : i + 20]!r}, not {b[max(0, i - 12) : i + 20]!r}"
+
 
 def _text_faults(tok, ids, want):
     "What is wrong with the tokens"
-    if (text := _decoded(tok, ids)) != want.text: yield f"the tokens spell another text than the template, {_differ(text, want.text)}"
-    if (back := _decoded(tok, tok(want.text, add_special_tokens=False, verbose=False)['input_ids'])) != want.text: yield f"the tokenizer does not give the text back, {_differ(back, want.text)}"
-    gaps = [0, *(p for s,e,_ in sorted(want.texts) for p in (s, e)), len(want.text)]
-    control,has = _control(tok),Counter(ids)
-    says = Counter(t for a,b in zip(gaps[::2], gaps[1::2]) for t in _spelled(tok, want.text[a:b]))
-    yield from (f"{t!r} is there {has[i]} times as a control token, the template writes it {says[t]} times" for t,i in control.items() if has[i] != says[t])
+    if (text := _decoded(tok, ids)) != want.text:
+        yield f"the tokens spell another text than the template, {_differ(text, want.text)}"
+    if (back := _decoded(tok, tok(want.text, add_special_tokens=False, verbose=False)['input_ids'])) != want.text:
+        yield f"the tokenizer does not give the text back, {_differ(back, want.text)}"
+    gaps = [0, *(p for s, e, _ in sorted(want.texts) for p in (s, e)), len(want.text)]
+    control, has = _control(tok), Counter(ids)
+    says = Counter(t for a, b in zip(gaps[::2], gaps[1::2]) for t in _spelled(tok, want.text[a:b]))
+    yield from (
+        f"{t!r} is there {has[i]} times as a control token, the template writes it {says[t]} times"
+        for t, i in control.items()
+        if has[i] != says[t]
+    )
     bos = tok.bos_token_id
-    if bos not in (None, tok.eos_token_id) and list(ids[:2]) == [bos, bos]: yield 'it begins with the start token twice'
+    if bos not in (None, tok.eos_token_id) and list(ids[:2]) == [bos, bos]:
+        yield 'it begins with the start token twice'
 
 # %% ../../nbs/tokens/conformance.ipynb #aa19b659
 def _mask_faults(fmt, ex, want, conv):
     "What is wrong with what is trained"
-    tok,edges = fmt.tok,[i for i,(a,b) in enumerate(zip([False, *ex.mask], [*ex.mask, False])) if a != b]
+    tok, edges = fmt.tok, [i for i, (a, b) in enumerate(zip([False, *ex.mask], [*ex.mask, False])) if a != b]
     at = [len(_decoded(tok, ex.input_ids[:i])) for i in edges]
-    spans,cut = list(zip(at[::2], at[1::2])),lambda ss: [t if len(t := want.text[s:e]) < 80 else f'{t[:40]} … {t[-40:]}' for s,e in ss]
-    if spans != want.trained: yield f"trains {cut(spans)}, not {cut(want.trained)}"
-    for s,e,k in want.texts:
+    spans, cut = (
+        list(zip(at[::2], at[1::2])),
+        lambda ss: [t if len(t := want.text[s:e]) < 80 else f'{t[:40]} … {t[-40:]}' for s, e in ss],
+    )
+    if spans != want.trained:
+        yield f"trains {cut(spans)}, not {cut(want.trained)}"
+    for s, e, k in want.texts:
         role = 'tools' if k < 0 else conv.messages[k]['role']
-        if role != 'assistant' and any(a < e and s < b for a,b in spans): yield f"trains text of the {role}: {want.text[s:e][:40]!r}"
-    for i in {ex.input_ids[b-1] for b in edges[1::2]}.difference(fmt.stop_ids()): yield f"an answer ends with {tok.decode([i])!r}, on which generation does not stop"
+        if role != 'assistant' and any(a < e and s < b for a, b in spans):
+            yield f"trains text of the {role}: {want.text[s:e][:40]!r}"
+    for i in {ex.input_ids[b - 1] for b in edges[1::2]}.difference(fmt.stop_ids()):
+        yield f"an answer ends with {tok.decode([i])!r}, on which generation does not stop"
+
 
 def _prompt_faults(fmt, ex, conv, answers):
     "What is wrong with the prompts that inference would send"
     for k in answers:
         ids = fmt.prompt_ids(Conversation(conv.messages[:k], tools=conv.tools))
-        if list(ex.input_ids[:(n := len(ids))]) != ids: yield f"message {k+1}: the example does not begin with the tokens of the prompt for it"
-        elif n >= len(ex.mask) or not ex.mask[n] or ex.mask[n-1]: yield f"message {k+1}: training does not begin where the prompt ends"
+        if list(ex.input_ids[: (n := len(ids))]) != ids:
+            yield f"message {k + 1}: the example does not begin with the tokens of the prompt for it"
+        elif n >= len(ex.mask) or not ex.mask[n] or ex.mask[n - 1]:
+            yield f"message {k + 1}: training does not begin where the prompt ends"
 
-def faults(fmt:Formatter, conv:Conversation)->list[str]: # What is wrong; empty where nothing is
+
+def faults(fmt: Formatter, conv: Conversation) -> list[str]:  # What is wrong; empty where nothing is
     "Judge what a formatter, training on responses, makes of a conversation; `FormatError` where it refuses"
-    got, = fmt.examples([conv])
-    if isinstance(got, FormatError): raise got
-    answers = [k for k,m in enumerate(conv.messages) if m['role'] == 'assistant']
-    if len(got) not in (1, len(answers)): return [f"{len(got)} examples for {len(answers)} answers"]
+    (got,) = fmt.examples([conv])
+    if isinstance(got, FormatError):
+        raise got
+    answers = [k for k, m in enumerate(conv.messages) if m['role'] == 'assistant']
+    if len(got) not in (1, len(answers)):
+        return [f"{len(got)} examples for {len(answers)} answers"]
     res = []
-    for ex,(n,ks) in zip(got, [(len(conv.messages), answers)] if len(got) == 1 else [(k+1, [k]) for k in answers]):
+    for ex, (n, ks) in zip(got, [(len(conv.messages), answers)] if len(got) == 1 else [(k + 1, [k]) for k in answers]):
         want = expected(fmt.tok, conv, n, ks)
-        res += [*want.faults, *_text_faults(fmt.tok, ex.input_ids, want), *_mask_faults(fmt, ex, want, conv), *_prompt_faults(fmt, ex, conv, ks)]
+        res += [
+            *want.faults,
+            *_text_faults(fmt.tok, ex.input_ids, want),
+            *_mask_faults(fmt, ex, want, conv),
+            *_prompt_faults(fmt, ex, conv, ks),
+        ]
     return list(dict.fromkeys(res))
 
 # %% ../../nbs/tokens/conformance.ipynb #56f0a20c
 @dataclass(frozen=True, repr=False)
 class Conformance:
     "What a template does with each of the conversations"
-    name:str # Template
-    findings:dict # Conversation to (`ok`, `refused` or `wrong`; why)
-    aliases:tuple=() # Other names of the template
+
+    name: str  # Template
+    findings: dict  # Conversation to (`ok`, `refused` or `wrong`; why)
+    aliases: tuple = ()  # Other names of the template
 
     @property
-    def refused(self)->dict: return {n:why for n,(s,why) in self.findings.items() if s == 'refused'}
+    def refused(self) -> dict:
+        return {n: why for n, (s, why) in self.findings.items() if s == 'refused'}
+
     @property
-    def wrong(self)->dict: return {n:why for n,(s,why) in self.findings.items() if s == 'wrong'}
-    def __repr__(self): return f"{self.name}: "+', '.join(f'{n} {_signs[status]}' for n,(status,_) in self.findings.items())
-    def _repr_markdown_(self): return ConformanceTable([self])._repr_markdown_()
+    def wrong(self) -> dict:
+        return {n: why for n, (s, why) in self.findings.items() if s == 'wrong'}
+
+    def __repr__(self):
+        return f"{self.name}: " + ', '.join(f'{n} {_signs[status]}' for n, (status, _) in self.findings.items())
+
+    def _repr_markdown_(self):
+        return ConformanceTable([self])._repr_markdown_()
 
 # %% ../../nbs/tokens/conformance.ipynb #d7cbcdbd
 _signs = dict(ok='✓', refused='–', wrong='✗')
 _cell = lambda s: re.sub(r'([\\|<>*_`$\[\]])', r'\\\1', s.replace('\n', '⏎'))
 
+
 @dataclass(frozen=True, repr=False)
 class ConformanceTable:
     "Several templates, one a row"
-    rows:list # `Conformance` of each
 
-    def __repr__(self): return '\n'.join(map(repr, self.rows))
+    rows: list  # `Conformance` of each
+
+    def __repr__(self):
+        return '\n'.join(map(repr, self.rows))
+
     def _repr_markdown_(self):
-        notes = list(dict.fromkeys(why for r in self.rows for _,why in r.findings.values() if why))
-        sign = lambda f: _signs[f[0]]+(f'<sup>{notes.index(f[1])+1}</sup>' if f[1] else '')
+        notes = list(dict.fromkeys(why for r in self.rows for _, why in r.findings.values() if why))
+        sign = lambda f: _signs[f[0]] + (f'<sup>{notes.index(f[1]) + 1}</sup>' if f[1] else '')
         head = ['template', *(c.replace('_', ' ') for c in self.rows[0].findings)]
         body = [[_cell(r.name), *map(sign, r.findings.values())] for r in self.rows]
-        table = '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---', *[':-:']*(len(head)-1)], *body])
-        names = [f"Other names: {'; '.join(f'{_cell(r.name)} is also ' + _cell(', '.join(r.aliases)) for r in self.rows if r.aliases)}."] if any(r.aliases for r in self.rows) else []
-        return '\n\n'.join([table, '\n'.join(f'{i}. {_cell(w)}' for i,w in enumerate(notes, 1)), *names])
+        table = '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---', *[':-:'] * (len(head) - 1)], *body])
+        names = (
+            [
+                f"Other names: {'; '.join(f'{_cell(r.name)} is also ' + _cell(', '.join(r.aliases)) for r in self.rows if r.aliases)}."
+            ]
+            if any(r.aliases for r in self.rows)
+            else []
+        )
+        return '\n\n'.join([table, '\n'.join(f'{i}. {_cell(w)}' for i, w in enumerate(notes, 1)), *names])
 
 # %% ../../nbs/tokens/conformance.ipynb #9e576078
 def check_formatter(
-    fmt:Formatter, # Formatter with a chat template, training on responses
-    name:str='chat', # For the table
-)->Conformance:
+    fmt: Formatter,  # Formatter with a chat template, training on responses
+    name: str = 'chat',  # For the table
+) -> Conformance:
     "Try a formatter on every conversation"
-    fmt,strict = copy.copy(fmt),copy.copy(fmt)
-    fmt.policy,strict.policy = 'escape','error'
+    fmt, strict = copy.copy(fmt), copy.copy(fmt)
+    fmt.policy, strict.policy = 'escape', 'error'
+
     def finding(case, conv):
-        try: bad = faults(fmt, conv)
-        except FormatError as e: return 'refused',re.sub(r'^row 0(, turn \d+)?: ', '', str(e))
-        if case == 'special_tokens' and not isinstance(strict.examples([conv])[0], FormatError): bad = [*bad, "special_tokens='error' lets control tokens through"]
-        return ('wrong','; '.join(bad)) if bad else ('ok','')
+        try:
+            bad = faults(fmt, conv)
+        except FormatError as e:
+            return 'refused', re.sub(r'^row 0(, turn \d+)?: ', '', str(e))
+        if case == 'special_tokens' and not isinstance(strict.examples([conv])[0], FormatError):
+            bad = [*bad, "special_tokens='error' lets control tokens through"]
+        return ('wrong', '; '.join(bad)) if bad else ('ok', '')
+
     control = dict.fromkeys([*_spelled(fmt.tok, drawn(fmt.tok, Conversation(_sum))), fmt.tok.eos_token])
-    return Conformance(name, {n:finding(n, c) for n,c in cases(tuple(control)).items()})
+    return Conformance(name, {n: finding(n, c) for n, c in cases(tuple(control)).items()})
+
 
 def check_conformance(
-    tok, # Tokenizer
-    name:str|None=None, # One of Unsloth's templates; None: the tokenizer's own
-)->Conformance:
+    tok,  # Tokenizer
+    name: str | None = None,  # One of Unsloth's templates; None: the tokenizer's own
+) -> Conformance:
     "Whether a chat template, on this tokenizer, trains exactly what it should"
     return check_formatter(Formatter(tok, name or 'chat'), name or 'chat')
 
 # %% ../../nbs/tokens/conformance.ipynb #482fceb2
-FAMILIES = { # Start token (+: put in front of every text; -: none), end token, padding token and other control tokens: the templates that are made for them
+FAMILIES = {  # Start token (+: put in front of every text; -: none), end token, padding token and other control tokens: the templates that are made for them
     '+<s> </s> <unk>': 'unsloth zephyr mistral llama vicuna vicuna_old alpaca-turns',
     '+<s> <|end_of_turn|> <unk>': 'starling',
     '- <|im_end|> <|endoftext|> <|im_start|>': 'chatml qwen-2.5 qwen-3 qwen3-instruct qwen3-thinking',
@@ -224,41 +358,57 @@ FAMILIES = { # Start token (+: put in front of every text; -: none), end token, 
     '<|endoftext|> <|im_end|> <|dummy_85|> <|im_start|> <|im_sep|>': 'phi-4',
     '<|startoftext|> <|return|> <|endoftext|> <|start|> <|message|> <|channel|> <|constrain|> <|end|> <|call|>': 'gpt-oss',
     '+<|startoftext|> <|im_end|> <|pad|> <|im_start|>': 'lfm-2',
-    '<|startoftext|> <|im_end|> <unk> <|im_start|> <|endoftext|>': 'yi-chat'}
+    '<|startoftext|> <|im_end|> <unk> <|im_start|> <|endoftext|>': 'yi-chat',
+}
 
-def template_names()->dict[str,list]: # A name of each distinct template, to all its names
+
+def template_names() -> dict[str, list]:  # A name of each distinct template, to all its names
     "Unsloth's templates, as jobs spell them"
     start_engine()
     from unsloth.chat_templates import CHAT_TEMPLATES
+
     res = {}
-    for name,(jinja,stop,*_) in CHAT_TEMPLATES.items(): res.setdefault((jinja, repr(stop)), []).append('alpaca-turns' if name == 'alpaca' else name)
-    return {names[0]:names for names in res.values()}
+    for name, (jinja, stop, *_) in CHAT_TEMPLATES.items():
+        res.setdefault((jinja, repr(stop)), []).append('alpaca-turns' if name == 'alpaca' else name)
+    return {names[0]: names for names in res.values()}
 
 # %% ../../nbs/tokens/conformance.ipynb #44d9b5c6
 def put_bos(tok):
     "Make a fast tokenizer begin every text with its start token, where special tokens are asked for"
-    from tokenizers.processors import ByteLevel,Sequence,TemplateProcessing
+    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+
     front = TemplateProcessing(single=f'{tok.bos_token} $A', special_tokens=[(tok.bos_token, tok.bos_token_id)])
     tok.backend_tokenizer.post_processor = Sequence([ByteLevel(trim_offsets=False), front])
 
+
 def family_tokens(
-    tok, # Fast tokenizer; the one given stays as it is
-    name:str, # One of Unsloth's templates
+    tok,  # Fast tokenizer; the one given stays as it is
+    name: str,  # One of Unsloth's templates
 ):
     "A copy of a tokenizer with the control tokens of a template's family, and without a template"
-    canonical = next(c for c,names in template_names().items() if name in names)
-    bos,eos,pad,*more = next(k for k,v in FAMILIES.items() if canonical in v.split()).split()
+    canonical = next(c for c, names in template_names().items() if name in names)
+    bos, eos, pad, *more = next(k for k, v in FAMILIES.items() if canonical in v.split()).split()
     new = copy.deepcopy(tok)
-    new.chat_template,new.name_or_path,new.bos_token = None,'',None
-    new.add_special_tokens(({} if bos == '-' else dict(bos_token=bos.removeprefix('+')))|dict(eos_token=eos, pad_token=pad, extra_special_tokens=more), replace_extra_special_tokens=False)
-    if bos[0] == '+': put_bos(new)
+    new.chat_template, new.name_or_path, new.bos_token = None, '', None
+    new.add_special_tokens(
+        ({} if bos == '-' else dict(bos_token=bos.removeprefix('+')))
+        | dict(eos_token=eos, pad_token=pad, extra_special_tokens=more),
+        replace_extra_special_tokens=False,
+    )
+    if bos[0] == '+':
+        put_bos(new)
     return new
 
 # %% ../../nbs/tokens/conformance.ipynb #9895abf9
 def template_table(
-    tok, # Fast tokenizer, which each template gets with its family's control tokens
-    names=None, # Templates; None: all that differ
-)->ConformanceTable:
+    tok,  # Fast tokenizer, which each template gets with its family's control tokens
+    names=None,  # Templates; None: all that differ
+) -> ConformanceTable:
     "Unsloth's templates and what each does with every conversation"
     every = template_names()
-    return ConformanceTable([replace(check_conformance(family_tokens(tok, n), n), aliases=tuple(a for a in every.get(n, []) if a != n)) for n in names or every])
+    return ConformanceTable(
+        [
+            replace(check_conformance(family_tokens(tok, n), n), aliases=tuple(a for a in every.get(n, []) if a != n))
+            for n in names or every
+        ]
+    )

@@ -13,57 +13,83 @@ from pathlib import Path
 from fastcore.basics import patch
 import numpy as np
 
-from ..core.escaping import html_text,plain_text
-from .formatting import IGNORE,Example,Formatter
-from ..data.ledger import Faults,Ledger,count_rows
+from ..core.escaping import html_text, plain_text
+from .formatting import IGNORE, Example, Formatter
+from ..data.ledger import Faults, Ledger, count_rows
 from ..data.sources import Spool
 from .templates import FormatError
 
 # %% ../../nbs/tokens/examples.ipynb #1f3a776c
 class Examples(Sequence):
     "Examples of one dataset, with the books of its rows and tokens"
-    def __init__(self, formatter, items=(), rows=None, tokens=None): # Examples; Ledgers of rows and of tokens
-        self.formatter,self.rows,self.tokens,self.warnings,self.limit,self.original = formatter,rows,tokens,[],None,array('Q')
-        self._ids,self._mask,self._ends,self._row = Spool(),Spool(),array('Q', [0]),array('q')
-        for e in items: self.add(e)
+
+    def __init__(self, formatter, items=(), rows=None, tokens=None):  # Examples; Ledgers of rows and of tokens
+        self.formatter, self.rows, self.tokens, self.warnings, self.limit, self.original = (
+            formatter,
+            rows,
+            tokens,
+            [],
+            None,
+            array('Q'),
+        )
+        self._ids, self._mask, self._ends, self._row = Spool(), Spool(), array('Q', [0]), array('q')
+        for e in items:
+            self.add(e)
+
     def add(self, e):
         self._ids.write(np.array(e.input_ids, np.int32).tobytes())
         self._mask.write(np.array(e.mask, bool).tobytes())
-        self._ends.append(self._ends[-1]+len(e)); self._row.append(e.row)
-    def __len__(self): return len(self._row)
+        self._ends.append(self._ends[-1] + len(e))
+        self._row.append(e.row)
+
+    def __len__(self):
+        return len(self._row)
+
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        a,n = self._ends[i],self._ends[i+1]-self._ends[i]
-        return Example(np.frombuffer(self._ids.read(4*a, 4*n), np.int32).tolist(), np.frombuffer(self._mask.read(a, n), bool).tolist(), self._row[i], self.formatter.tok)
+        a, n = self._ends[i], self._ends[i + 1] - self._ends[i]
+        return Example(
+            np.frombuffer(self._ids.read(4 * a, 4 * n), np.int32).tolist(),
+            np.frombuffer(self._mask.read(a, n), bool).tolist(),
+            self._row[i],
+            self.formatter.tok,
+        )
+
     @property
-    def lengths(self)->np.ndarray: return np.diff(np.array(self._ends, np.int64)) # [tokens]
+    def lengths(self) -> np.ndarray:
+        return np.diff(np.array(self._ends, np.int64))  # [tokens]
 
 # %% ../../nbs/tokens/examples.ipynb #630514b7
 @patch
-def flat(self:Examples): # (ids, mask, ends)
+def flat(self: Examples):  # (ids, mask, ends)
     "All examples end to end: ids and mask of every token, and where each example ends"
-    return self._ids.array(np.int32),self._mask.array(bool),np.array(self._ends, np.int64)
+    return self._ids.array(np.int32), self._mask.array(bool), np.array(self._ends, np.int64)
+
 
 @patch
-def trained(self:Examples)->np.ndarray: # [tokens] of each example
+def trained(self: Examples) -> np.ndarray:  # [tokens] of each example
     "How many tokens of each example count in the loss"
-    _,mask,ends = self.flat()
+    _, mask, ends = self.flat()
     return np.diff(np.concatenate([[0], np.cumsum(mask)])[ends])
 
+
 @patch
-def storage(self:Examples)->dict: # [bytes] in_memory, on_disk
+def storage(self: Examples) -> dict:  # [bytes] in_memory, on_disk
     "Where the tokens are kept"
     s = (self._ids, self._mask)
-    return dict(in_memory=sum(len(x.buf) for x in s), on_disk=sum(x.size-len(x.buf) for x in s))
+    return dict(in_memory=sum(len(x.buf) for x in s), on_disk=sum(x.size - len(x.buf) for x in s))
 
 # %% ../../nbs/tokens/examples.ipynb #f51e6b7b
 @patch
-def table(self:Examples):
+def table(self: Examples):
     "The examples as an Arrow table with input_ids and labels, on disk where they are many"
     import pyarrow as pa
-    (ids,trained,ends),labels = self.flat(),Spool()
-    for at in range(0, len(ids), 2**20): labels.write(np.where(trained[at:at+2**20], ids[at:at+2**20], np.int32(IGNORE)).tobytes())
+
+    (ids, trained, ends), labels = self.flat(), Spool()
+    for at in range(0, len(ids), 2**20):
+        labels.write(np.where(trained[at : at + 2**20], ids[at : at + 2**20], np.int32(IGNORE)).tobytes())
     kind = pa.ListArray if len(ids) < 2**31 else pa.LargeListArray
     lists = lambda x: kind.from_arrays(pa.array(ends, pa.int32() if kind is pa.ListArray else pa.int64()), pa.array(x))
     return pa.table(dict(input_ids=lists(ids), labels=lists(labels.array(np.int32))))
@@ -71,15 +97,32 @@ def table(self:Examples):
 # %% ../../nbs/tokens/examples.ipynb #f9fd6834
 def _fit(ex, limit, policy, text, book):
     "The examples that an example becomes under the policy for its length"
-    over = len(ex)-limit
-    if over <= 0: return [ex]
-    if policy == 'error': raise FormatError(f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; raise max_seq_length, or say over_length='truncate', 'drop'{' or ' + repr('split') if text else ''}", 'too_long')
-    if policy == 'split' and not text: raise FormatError(f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; over_length='split' is for plain text, since an answer cannot go on in another example; use 'truncate' or 'drop'", 'split')
-    if policy == 'drop': raise FormatError(f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}", 'too_long')
-    if policy == 'keep': book['examples_over_length'] += 1; return [ex]
-    cut = lambda a: Example(ex.input_ids[a:a+limit], ex.mask[a:a+limit], ex.row, ex.tok)
-    if policy == 'split': book['examples_split'] += 1; return [cut(a) for a in range(0, len(ex), limit)]
-    if not any(ex.mask[:limit]): raise FormatError(f"row {ex.row}: cut to max_seq_length={limit} tokens it holds nothing to train", 'nothing_trained')
+    over = len(ex) - limit
+    if over <= 0:
+        return [ex]
+    if policy == 'error':
+        raise FormatError(
+            f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; raise max_seq_length, or say over_length='truncate', 'drop'{' or ' + repr('split') if text else ''}",
+            'too_long',
+        )
+    if policy == 'split' and not text:
+        raise FormatError(
+            f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; over_length='split' is for plain text, since an answer cannot go on in another example; use 'truncate' or 'drop'",
+            'split',
+        )
+    if policy == 'drop':
+        raise FormatError(f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}", 'too_long')
+    if policy == 'keep':
+        book['examples_over_length'] += 1
+        return [ex]
+    cut = lambda a: Example(ex.input_ids[a : a + limit], ex.mask[a : a + limit], ex.row, ex.tok)
+    if policy == 'split':
+        book['examples_split'] += 1
+        return [cut(a) for a in range(0, len(ex), limit)]
+    if not any(ex.mask[:limit]):
+        raise FormatError(
+            f"row {ex.row}: cut to max_seq_length={limit} tokens it holds nothing to train", 'nothing_trained'
+        )
     book['examples_truncated'] += 1
     return [cut(0)]
 
@@ -88,100 +131,173 @@ def _chunks(seq, n):
     part = []
     for x in seq:
         part.append(x)
-        if len(part) == n: yield part; part = []
-    if part: yield part
+        if len(part) == n:
+            yield part
+            part = []
+    if part:
+        yield part
+
 
 def _take(res, got, formatter, limit, policy, book, tokens):
     "Add the examples of one row; raise for a row of which nothing is kept"
     formatter.check(got)
-    fitted,lost = [],None
+    fitted, lost = [], None
     for ex in got:
         res.original.append(len(ex))
-        try: parts = _fit(ex, limit, policy, formatter.template == 'raw', book)
+        try:
+            parts = _fit(ex, limit, policy, formatter.template == 'raw', book)
         except FormatError as e:
-            if policy == 'error' or e.reason == 'split': raise
-            lost,parts = e,[]
+            if policy == 'error' or e.reason == 'split':
+                raise
+            lost, parts = e, []
             book['examples_dropped'] += 1
         kept = sum(map(len, parts))
-        tokens.update(came=len(ex), kept=kept, cut=len(ex)-kept if parts else 0, dropped=0 if parts else len(ex), trained=sum(p.trained for p in parts))
+        tokens.update(
+            came=len(ex),
+            kept=kept,
+            cut=len(ex) - kept if parts else 0,
+            dropped=0 if parts else len(ex),
+            trained=sum(p.trained for p in parts),
+        )
         fitted += parts
-    for p in fitted: res.add(p)
-    if formatter.unknown is not None and any(formatter.unknown in p.input_ids for p in fitted): book['rows_with_unknown_tokens'] += 1
+    for p in fitted:
+        res.add(p)
+    if formatter.unknown is not None and any(formatter.unknown in p.input_ids for p in fitted):
+        book['rows_with_unknown_tokens'] += 1
     if not fitted:
-        book['examples_dropped'] -= len(got) # They are counted as a row
+        book['examples_dropped'] -= len(got)  # They are counted as a row
         raise lost
     book['rows_in_several_examples'] += len(fitted) > 1
 
 # %% ../../nbs/tokens/examples.ipynb #e8602353
 def make_examples(
-    convs, # Conversations
-    formatter:Formatter, # Template and tokenizer
-    max_seq_length:int, # [tokens]
-    over_length:str='error', # `error`, `truncate`, `drop`, `split` (plain text) or `keep`
-    max_dropped:float=1.0, # Share of rows that may be dropped
-)->Examples:
+    convs,  # Conversations
+    formatter: Formatter,  # Template and tokenizer
+    max_seq_length: int,  # [tokens]
+    over_length: str = 'error',  # `error`, `truncate`, `drop`, `split` (plain text) or `keep`
+    max_dropped: float = 1.0,  # Share of rows that may be dropped
+) -> Examples:
     "Every conversation as examples, with nothing lost uncounted; raises `FormatError`"
-    res,faults,n = Examples(formatter),Faults(),0
+    res, faults, n = Examples(formatter), Faults(), 0
     res.limit = max_seq_length
-    book,tokens = Counter(),Counter(dict.fromkeys(('came', 'kept', 'trained', 'cut', 'dropped'), 0))
+    book, tokens = Counter(), Counter(dict.fromkeys(('came', 'kept', 'trained', 'cut', 'dropped'), 0))
     for part in _chunks(convs, 256):
-        for conv,got in zip(part, formatter.examples(part)):
+        for conv, got in zip(part, formatter.examples(part)):
             n += 1
             try:
-                if isinstance(got, FormatError): raise got
+                if isinstance(got, FormatError):
+                    raise got
                 _take(res, got, formatter, max_seq_length, over_length, book, tokens)
-            except FormatError as e: faults.add(e, conv.row)
-    policy = dict(too_long=over_length, special_tokens=formatter.policy, nothing_trained='drop' if over_length in ('truncate', 'drop') else 'error')
+            except FormatError as e:
+                faults.add(e, conv.row)
+    policy = dict(
+        too_long=over_length,
+        special_tokens=formatter.policy,
+        nothing_trained='drop' if over_length in ('truncate', 'drop') else 'error',
+    )
     faults.check(lambda r: policy.get(r, 'error'), n, max_dropped, FormatError)
-    if not len(res): raise FormatError(f"max_seq_length: none of {n} rows is left at {max_seq_length} tokens; raise max_seq_length")
-    left = {k:faults.counts[k] for k in ('too_long', 'nothing_trained', 'special_tokens')}
-    res.rows = Ledger('rows', n, dict(kept=n-sum(left.values())), left, dict(examples=len(res))|dict(book))
-    res.tokens = Ledger('tokens', tokens['came'], dict(trained=tokens['trained'], context=tokens['kept']-tokens['trained']), dict(cut=tokens['cut'], dropped=tokens['dropped']))
+    if not len(res):
+        raise FormatError(f"max_seq_length: none of {n} rows is left at {max_seq_length} tokens; raise max_seq_length")
+    left = {k: faults.counts[k] for k in ('too_long', 'nothing_trained', 'special_tokens')}
+    res.rows = Ledger('rows', n, dict(kept=n - sum(left.values())), left, dict(examples=len(res)) | dict(book))
+    res.tokens = Ledger(
+        'tokens',
+        tokens['came'],
+        dict(trained=tokens['trained'], context=tokens['kept'] - tokens['trained']),
+        dict(cut=tokens['cut'], dropped=tokens['dropped']),
+    )
     unknown = book['rows_with_unknown_tokens']
-    res.warnings = [*faults.notes(), *([f'{count_rows(unknown)} with characters that the tokenizer reads as its unknown token {formatter.tok.unk_token!r}'] if unknown else []), *formatter.notes()]
+    res.warnings = [
+        *faults.notes(),
+        *(
+            [
+                f'{count_rows(unknown)} with characters that the tokenizer reads as its unknown token {formatter.tok.unk_token!r}'
+            ]
+            if unknown
+            else []
+        ),
+        *formatter.notes(),
+    ]
     return res
 
 # %% ../../nbs/tokens/examples.ipynb #12058772
-def length_profile(examples)->dict: # [tokens] min, median, p95, max
+def length_profile(examples) -> dict:  # [tokens] min, median, p95, max
     "How long examples are"
     n = np.sort(examples.lengths).tolist()
-    return dict(min=n[0], median=n[len(n)//2], p95=n[int(len(n)*0.95)], max=n[-1])
+    return dict(min=n[0], median=n[len(n) // 2], p95=n[int(len(n) * 0.95)], max=n[-1])
+
 
 @patch
-def to_dict(self:Examples)->dict:
+def to_dict(self: Examples) -> dict:
     f = self.formatter
-    return dict(template=f.template, template_reason=f.reason, loss_on=f.loss_on, adds_bos=f.adds_bos, stop_ids=f.stop_ids(), rows=self.rows.to_dict(), tokens=self.tokens.to_dict(), length=length_profile(self), warnings=self.warnings, spool=self.storage())
+    return dict(
+        template=f.template,
+        template_reason=f.reason,
+        loss_on=f.loss_on,
+        adds_bos=f.adds_bos,
+        stop_ids=f.stop_ids(),
+        rows=self.rows.to_dict(),
+        tokens=self.tokens.to_dict(),
+        length=length_profile(self),
+        warnings=self.warnings,
+        spool=self.storage(),
+    )
+
 
 @patch
-def facts(self:Examples)->list[str]:
+def facts(self: Examples) -> list[str]:
     "Lines about the examples beside the ledgers"
     n = length_profile(self)
-    return [f"tokens per example: {n['min']:,} to {n['max']:,}, median {n['median']:,}, 95% up to {n['p95']:,}", *(f'warning: {w}' for w in self.warnings)]
+    return [
+        f"tokens per example: {n['min']:,} to {n['max']:,}, median {n['median']:,}, 95% up to {n['p95']:,}",
+        *(f'warning: {w}' for w in self.warnings),
+    ]
+
 
 @patch
-def _repr_html_(self:Examples):
-    cell = lambda k,v: f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
-    table = '<table>'+''.join(cell(k, v) for l in (self.rows, self.tokens) for k,v in l.lines())+'</table>'
+def _repr_html_(self: Examples):
+    cell = lambda k, v: (
+        f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
+    )
+    table = '<table>' + ''.join(cell(k, v) for l in (self.rows, self.tokens) for k, v in l.lines()) + '</table>'
     facts = ''.join(f'<li>{html_text(f)}</li>' for f in self.facts())
     return f'<b>{html_text(self.formatter.template)}</b>: {html_text(self.formatter.reason)}; loss on {html_text(self.formatter.loss_on)}{table}<ul>{facts}</ul>{self[0]._repr_html_()}'
 
+
 @patch
-def __repr__(self:Examples):
-    return plain_text('\n'.join([f'{self.formatter.template}: {self.formatter.reason}; loss on {self.formatter.loss_on}', str(self.rows), str(self.tokens), *self.facts(), '', str(self[0])]))
+def __repr__(self: Examples):
+    return plain_text(
+        '\n'.join(
+            [
+                f'{self.formatter.template}: {self.formatter.reason}; loss on {self.formatter.loss_on}',
+                str(self.rows),
+                str(self.tokens),
+                *self.facts(),
+                '',
+                str(self[0]),
+            ]
+        )
+    )
 
 # %% ../../nbs/tokens/examples.ipynb #f755f496
 @patch
-def save(self:Examples, folder): # A new folder
+def save(self: Examples, folder):  # A new folder
     "Write ids, mask, ends and rows as `.npy` files"
     folder = Path(folder)
     folder.mkdir()
-    ids,mask,ends = self.flat()
-    for name,a in dict(ids=ids, mask=mask, ends=ends, rows=np.array(self._row, np.int64)).items(): np.save(folder/f'{name}.npy', a, allow_pickle=False)
+    ids, mask, ends = self.flat()
+    for name, a in dict(ids=ids, mask=mask, ends=ends, rows=np.array(self._row, np.int64)).items():
+        np.save(folder / f'{name}.npy', a, allow_pickle=False)
 
-def read_examples(folder, formatter)->Examples:
+
+def read_examples(folder, formatter) -> Examples:
     "Examples that were written; without the books of how they were made"
-    get,res = lambda name: np.load(Path(folder)/f'{name}.npy', mmap_mode='r', allow_pickle=False),Examples(formatter)
-    for spool,a in ((res._ids, get('ids')), (res._mask, get('mask'))):
-        for at in range(0, len(a), 2**20): spool.write(a[at:at+2**20].tobytes())
-    res._ends,res._row = array('Q', get('ends').tolist()),array('q', get('rows').tolist())
+    get, res = (
+        lambda name: np.load(Path(folder) / f'{name}.npy', mmap_mode='r', allow_pickle=False),
+        Examples(formatter),
+    )
+    for spool, a in ((res._ids, get('ids')), (res._mask, get('mask'))):
+        for at in range(0, len(a), 2**20):
+            spool.write(a[at : at + 2**20].tobytes())
+    res._ends, res._row = array('Q', get('ends').tolist()), array('q', get('rows').tolist())
     return res

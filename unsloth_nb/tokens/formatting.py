@@ -7,192 +7,299 @@ __all__ = ['IGNORE', 'Example', 'encode_pieces', 'Formatter', 'token_texts', 'vi
 
 # %% ../../nbs/tokens/formatting.ipynb #7530de6f
 import re
-from dataclasses import dataclass,field
+from dataclasses import dataclass, field
 from fastcore.basics import patch
 import numpy as np
 
-from ..data.conversations import Conversation,replaced,strings
+from ..data.conversations import Conversation, replaced, strings
 from ..core.escaping import html_text
-from .templates import Chat,FormatError,alpaca_prompt,chat_pieces,check_shown,cut_text,render,role_spans,shows,special_pattern,special_tokens,use_template
+from unsloth_nb.tokens.templates import (
+    Chat,
+    FormatError,
+    alpaca_prompt,
+    chat_pieces,
+    check_shown,
+    cut_text,
+    render,
+    role_spans,
+    shows,
+    special_pattern,
+    special_tokens,
+    use_template,
+)
 
 # %% ../../nbs/tokens/formatting.ipynb #9f672b34
-IGNORE = -100 # Label that PyTorch's cross entropy leaves out
+IGNORE = -100  # Label that PyTorch's cross entropy leaves out
+
 
 @dataclass(frozen=True)
 class Example:
     "Token ids, and which of them the loss sees"
-    input_ids:list # Token ids
-    mask:list # True where the token counts in the loss
-    row:int=0 # Row of the source
-    tok:object=field(default=None, repr=False, compare=False) # Tokenizer, to show itself
+
+    input_ids: list  # Token ids
+    mask: list  # True where the token counts in the loss
+    row: int = 0  # Row of the source
+    tok: object = field(default=None, repr=False, compare=False)  # Tokenizer, to show itself
 
     @property
-    def labels(self): return [i if m else IGNORE for i,m in zip(self.input_ids, self.mask)]
+    def labels(self):
+        return [i if m else IGNORE for i, m in zip(self.input_ids, self.mask)]
+
     @property
-    def trained(self): return sum(self.mask)
-    def __len__(self): return len(self.input_ids)
+    def trained(self):
+        return sum(self.mask)
+
+    def __len__(self):
+        return len(self.input_ids)
 
 # %% ../../nbs/tokens/formatting.ipynb #93b423ec
 def _lead(tok):
     "What keeps the tokenizer from putting a blank before a text, and how many tokens that is"
     ids = lambda s: tok(s, add_special_tokens=False)['input_ids']
-    return ('\n',len(ids('\n'))) if tok.decode(ids('x')*2) != 'xx' else ('',0)
+    return ('\n', len(ids('\n'))) if tok.decode(ids('x') * 2) != 'xx' else ('', 0)
+
 
 def _batch(tok, strings, literal):
     "Ids of strings; control tokens in them are letters where `literal`"
     backend = tok.backend_tokenizer
-    backend.no_truncation(); backend.no_padding()
-    was,backend.encode_special_tokens = backend.encode_special_tokens,literal
-    try: return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
-    finally: backend.encode_special_tokens = was
+    backend.no_truncation()
+    backend.no_padding()
+    was, backend.encode_special_tokens = backend.encode_special_tokens, literal
+    try:
+        return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = was
 
 # %% ../../nbs/tokens/formatting.ipynb #b0f9042a
 def encode_pieces(
-    tok, # Fast tokenizer
-    texts:list, # Lists of pieces (text, trained)
-    literal:dict|None=None, # Characters that stand for texts to be read literally
-)->list[tuple[list,list]]: # (ids, mask) for each
+    tok,  # Fast tokenizer
+    texts: list,  # Lists of pieces (text, trained)
+    literal: dict | None = None,  # Characters that stand for texts to be read literally
+) -> list[tuple[list, list]]:  # (ids, mask) for each
     "Token ids and masks of texts in pieces; no special token is added"
-    if not tok.is_fast: raise FormatError(f"the tokenizer of {tok.name_or_path} is a slow one; save it as a fast tokenizer (tokenizer.json)")
-    literal,(lead,n) = literal or {},_lead(tok)
+    if not tok.is_fast:
+        raise FormatError(
+            f"the tokenizer of {tok.name_or_path} is a slow one; save it as a fast tokenizer (tokenizer.json)"
+        )
+    literal, (lead, n) = literal or {}, _lead(tok)
     cut = (lambda t: re.split(f"([{''.join(literal)}])", t)) if literal else (lambda t: [t])
-    parts = [(j, s, m) for j,ps in enumerate(texts) for t,m in ps for s in cut(t) if s]
-    inside = [k > 0 and parts[k-1][0] == j and parts[k-1][1] != tok.bos_token for k,(j,_,_) in enumerate(parts)]
-    strings = [(lead if i else '')+literal.get(s, s) for i,(_,s,_) in zip(inside, parts)]
-    ids,lit = [None]*len(parts),[s in literal for _,s,_ in parts]
+    parts = [(j, s, m) for j, ps in enumerate(texts) for t, m in ps for s in cut(t) if s]
+    inside = [k > 0 and parts[k - 1][0] == j and parts[k - 1][1] != tok.bos_token for k, (j, _, _) in enumerate(parts)]
+    strings = [(lead if i else '') + literal.get(s, s) for i, (_, s, _) in zip(inside, parts)]
+    ids, lit = [None] * len(parts), [s in literal for _, s, _ in parts]
     for on in {*lit}:
-        for k,got in zip([k for k,l in enumerate(lit) if l == on], _batch(tok, [s for s,l in zip(strings, lit) if l == on], on)): ids[k] = got[n if inside[k] else 0:]
+        for k, got in zip(
+            [k for k, l in enumerate(lit) if l == on], _batch(tok, [s for s, l in zip(strings, lit) if l == on], on)
+        ):
+            ids[k] = got[n if inside[k] else 0 :]
     out = [([], []) for _ in texts]
-    for (j,_,m),got in zip(parts, ids): out[j][0].extend(got); out[j][1].extend([m]*len(got))
+    for (j, _, m), got in zip(parts, ids):
+        out[j][0].extend(got)
+        out[j][1].extend([m] * len(got))
     return out
 
 # %% ../../nbs/tokens/formatting.ipynb #a6379cd4
 class Formatter:
     "Turns conversations into examples, and prompts into text, with one template"
-    def __init__(self,
-        tok, # Tokenizer
-        template:str='auto', # `auto`, `chat`, `alpaca`, `raw` or the name of a template
-        loss_on='responses', # `responses`, `last_response`, `everything`, or a list of roles
-        text:bool=False, # Are the rows plain text?
-        special_tokens:str='error', # What to do with control tokens in content: `error`, `drop`, `escape` or `keep`
+
+    def __init__(
+        self,
+        tok,  # Tokenizer
+        template: str = 'auto',  # `auto`, `chat`, `alpaca`, `raw` or the name of a template
+        loss_on='responses',  # `responses`, `last_response`, `everything`, or a list of roles
+        text: bool = False,  # Are the rows plain text?
+        special_tokens: str = 'error',  # What to do with control tokens in content: `error`, `drop`, `escape` or `keep`
     ):
-        if tok.eos_token_id is None: raise FormatError("the tokenizer has no end-of-sequence token, so the model could never learn to stop; set tokenizer.eos_token")
-        self.template,self.reason = _choose(tok, template, text)
-        if template not in ('auto', 'chat', 'alpaca', 'raw'): tok = use_template(tok, template)
-        self.tok,self.loss_on,self.special,self.policy = tok,loss_on,special_pattern(tok),special_tokens
+        if tok.eos_token_id is None:
+            raise FormatError(
+                "the tokenizer has no end-of-sequence token, so the model could never learn to stop; set tokenizer.eos_token"
+            )
+        self.template, self.reason = _choose(tok, template, text)
+        if template not in ('auto', 'chat', 'alpaca', 'raw'):
+            tok = use_template(tok, template)
+        self.tok, self.loss_on, self.special, self.policy = tok, loss_on, special_pattern(tok), special_tokens
         self.adds_bos = tok.bos_token_id is not None and tok('x')['input_ids'][:1] == [tok.bos_token_id]
-        self.unknown = tok.unk_token_id if tok.unk_token_id not in (None, tok.bos_token_id, tok.eos_token_id) else None # A token for what has none
+        self.unknown = (
+            tok.unk_token_id if tok.unk_token_id not in (None, tok.bos_token_id, tok.eos_token_id) else None
+        )  # A token for what has none
         self.chat = Chat(tok) if self.template == 'chat' else None
         self.seen = shows(tok) if self.chat else None
+
 
 def _choose(tok, template, text):
     "The template, and why"
     if text:
-        if template not in ('auto', 'raw'): raise FormatError(f"template: {template!r} needs conversations, and the rows are plain text; use template='raw' or 'auto'")
-        return 'raw','the rows are plain text'
-    if template == 'raw': raise FormatError("template: 'raw' is for plain text, and the rows are conversations; use 'chat', 'alpaca' or 'auto'")
-    if template == 'chat' and not tok.chat_template: raise FormatError("template: the model has no chat template of its own; use template='alpaca', or a template by name, such as 'chatml'")
-    if template not in ('auto', 'chat', 'alpaca'): return 'chat',f'{template}, asked for'
-    if template != 'auto': return template,'asked for'
-    return ('chat',"the model's own chat template") if tok.chat_template else ('alpaca','the model has no chat template')
+        if template not in ('auto', 'raw'):
+            raise FormatError(
+                f"template: {template!r} needs conversations, and the rows are plain text; use template='raw' or 'auto'"
+            )
+        return 'raw', 'the rows are plain text'
+    if template == 'raw':
+        raise FormatError(
+            "template: 'raw' is for plain text, and the rows are conversations; use 'chat', 'alpaca' or 'auto'"
+        )
+    if template == 'chat' and not tok.chat_template:
+        raise FormatError(
+            "template: the model has no chat template of its own; use template='alpaca', or a template by name, such as 'chatml'"
+        )
+    if template not in ('auto', 'chat', 'alpaca'):
+        return 'chat', f'{template}, asked for'
+    if template != 'auto':
+        return template, 'asked for'
+    return (
+        ('chat', "the model's own chat template") if tok.chat_template else ('alpaca', 'the model has no chat template')
+    )
 
 # %% ../../nbs/tokens/formatting.ipynb #29093a40
 @patch(cls_method=True)
-def for_job(cls:Formatter, job, tok, text:bool=False):
+def for_job(cls: Formatter, job, tok, text: bool = False):
     "The formatter that a job asks for"
     return cls(tok, job.template, job.loss_on, text, job.special_tokens)
 
 # %% ../../nbs/tokens/formatting.ipynb #1059c0ff
 @patch
-def _once(self:Formatter, pieces):
+def _once(self: Formatter, pieces):
     "Start token in front where the tokenizer puts one, end token behind; each exactly once"
-    bos,eos = (self.tok.bos_token or '') if self.adds_bos else '',self.tok.eos_token
-    if bos and not pieces[0][0].startswith(bos): pieces = [(bos, False), *pieces]
-    last,m = pieces[-1]
-    return pieces if last.endswith(eos) else [*pieces[:-1], (last+eos, m)]
+    bos, eos = (self.tok.bos_token or '') if self.adds_bos else '', self.tok.eos_token
+    if bos and not pieces[0][0].startswith(bos):
+        pieces = [(bos, False), *pieces]
+    last, m = pieces[-1]
+    return pieces if last.endswith(eos) else [*pieces[:-1], (last + eos, m)]
+
 
 @patch
-def _answers(self:Formatter, conv):
+def _answers(self: Formatter, conv):
     "Positions of the messages that the model is to learn"
-    if self.loss_on not in ('responses', 'last_response') and 'assistant' not in self.loss_on: return []
-    ks = [k for k,m in enumerate(conv.messages) if m['role'] == 'assistant']
+    if self.loss_on not in ('responses', 'last_response') and 'assistant' not in self.loss_on:
+        return []
+    ks = [k for k, m in enumerate(conv.messages) if m['role'] == 'assistant']
     return [k for k in (ks[-1:] if self.loss_on == 'last_response' else ks) if conv.messages[k].get('weight') != 0]
 
 # %% ../../nbs/tokens/formatting.ipynb #31db53dd
 @patch
-def _with_roles(self:Formatter, conv, pieces):
+def _with_roles(self: Formatter, conv, pieces):
     "Pieces in which the content of the chosen roles counts as well"
-    text,spans = role_spans(self.tok, conv)
-    if text != ''.join(t for t,_ in pieces): raise FormatError(f"row {conv.row}: the chat template draws an answer differently once more turns follow, so roles cannot be chosen; use loss_on='responses'")
-    on,at = np.zeros(len(text), bool),0
-    for t,m in pieces: on[at:at+len(t)] |= m; at += len(t)
-    for s,e,role in spans:
-        if role == 'assistant' or role not in self.loss_on: continue
-        m = self.special.match(text, e+len(text[e:])-len(text[e:].lstrip()))
-        on[s:m.end() if m else e] = True
-    cuts = [0, *(np.flatnonzero(np.diff(on))+1).tolist(), len(text)]
-    return [(text[a:b], bool(on[a])) for a,b in zip(cuts, cuts[1:]) if b > a]
+    text, spans = role_spans(self.tok, conv)
+    if text != ''.join(t for t, _ in pieces):
+        raise FormatError(
+            f"row {conv.row}: the chat template draws an answer differently once more turns follow, so roles cannot be chosen; use loss_on='responses'"
+        )
+    on, at = np.zeros(len(text), bool), 0
+    for t, m in pieces:
+        on[at : at + len(t)] |= m
+        at += len(t)
+    for s, e, role in spans:
+        if role == 'assistant' or role not in self.loss_on:
+            continue
+        m = self.special.match(text, e + len(text[e:]) - len(text[e:].lstrip()))
+        on[s : m.end() if m else e] = True
+    cuts = [0, *(np.flatnonzero(np.diff(on)) + 1).tolist(), len(text)]
+    return [(text[a:b], bool(on[a])) for a, b in zip(cuts, cuts[1:]) if b > a]
+
 
 @patch
-def renderings(self:Formatter, conv:Conversation)->list[list[tuple[str,bool]]]: # One list of pieces for each example that the row gives
+def renderings(
+    self: Formatter, conv: Conversation
+) -> list[list[tuple[str, bool]]]:  # One list of pieces for each example that the row gives
     "A conversation as text, cut into what is trained and what is not"
-    if conv.rejected is not None or conv.label is not None: raise FormatError(f"row {conv.row}: is preference data, and supervised fine-tuning trains on one answer; say train_on_preferred=true")
-    if self.template == 'raw': res = [self._once([(conv.text, True)])]
-    elif self.template == 'alpaca': res = [self._once([(alpaca_prompt(conv), 'user' in self.loss_on), (conv.messages[-1]['content'], bool(self._answers(conv)))])]
+    if conv.rejected is not None or conv.label is not None:
+        raise FormatError(
+            f"row {conv.row}: is preference data, and supervised fine-tuning trains on one answer; say train_on_preferred=true"
+        )
+    if self.template == 'raw':
+        res = [self._once([(conv.text, True)])]
+    elif self.template == 'alpaca':
+        res = [
+            self._once(
+                [
+                    (alpaca_prompt(conv), 'user' in self.loss_on),
+                    (conv.messages[-1]['content'], bool(self._answers(conv))),
+                ]
+            )
+        ]
     else:
         check_shown(conv, self.seen)
         res = chat_pieces(self.chat, conv, self._answers(conv))
-        if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}: res = [self._with_roles(conv, ps) for ps in res]
-    return [[(t, True) for t,_ in ps] for ps in res] if self.loss_on == 'everything' else res
+        if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}:
+            res = [self._with_roles(conv, ps) for ps in res]
+    return [[(t, True) for t, _ in ps] for ps in res] if self.loss_on == 'everything' else res
 
 # %% ../../nbs/tokens/formatting.ipynb #56b16da4
 @patch
-def _literal(self:Formatter, conv):
+def _literal(self: Formatter, conv):
     "The conversation with each control token replaced by a private character, and what these stand for"
-    found,turns = {},list(strings([conv.text, conv.messages, conv.tools]))
-    if not any(self.special.search(t) for t in turns): return conv,{}
+    found, turns = {}, list(strings([conv.text, conv.messages, conv.tools]))
+    if not any(self.special.search(t) for t in turns):
+        return conv, {}
     free = (chr(c) for c in range(0xF0000, 0xFFFFE) if not any(chr(c) in t for t in turns))
+
     def swap(m):
-        if self.template == 'raw' and ((m[0], m.start()) == (self.tok.bos_token, 0) or (m[0], m.end()) == (self.tok.eos_token, len(m.string))): return m[0] # A text's own start and end
-        if self.policy in ('error', 'drop'): raise FormatError(f"row {conv.row}: the text holds {m[0]!r}, which the tokenizer reads as a control token; remove it, or say special_tokens='escape' to have it read as plain text", 'special_tokens')
-        if self.policy == 'escape' and m[0] not in found: found[m[0]] = next(free)
+        if self.template == 'raw' and (
+            (m[0], m.start()) == (self.tok.bos_token, 0) or (m[0], m.end()) == (self.tok.eos_token, len(m.string))
+        ):
+            return m[0]  # A text's own start and end
+        if self.policy in ('error', 'drop'):
+            raise FormatError(
+                f"row {conv.row}: the text holds {m[0]!r}, which the tokenizer reads as a control token; remove it, or say special_tokens='escape' to have it read as plain text",
+                'special_tokens',
+            )
+        if self.policy == 'escape' and m[0] not in found:
+            found[m[0]] = next(free)
         return found.get(m[0], m[0])
-    new = Conversation(**{k:v if k in ('row', 'rejected', 'label') else replaced(v, lambda s: self.special.sub(swap, s)) for k,v in vars(conv).items()})
-    return new,{c:t for t,c in found.items()}
+
+    new = Conversation(
+        **{
+            k: v if k in ('row', 'rejected', 'label') else replaced(v, lambda s: self.special.sub(swap, s))
+            for k, v in vars(conv).items()
+        }
+    )
+    return new, {c: t for t, c in found.items()}
 
 # %% ../../nbs/tokens/formatting.ipynb #bbc50a14
 @patch
-def examples(self:Formatter, convs)->list: # For each conversation its examples, or a FormatError
+def examples(self: Formatter, convs) -> list:  # For each conversation its examples, or a FormatError
     "Conversations as the model sees them in training"
     out = []
     for conv in convs:
         try:
-            new,literal = self._literal(conv)
+            new, literal = self._literal(conv)
             texts = self.renderings(new)
             out.append([conv, texts if not literal else encode_pieces(self.tok, texts, literal), bool(literal)])
-        except FormatError as e: out.append(e)
+        except FormatError as e:
+            out.append(e)
     todo = [o for o in out if isinstance(o, list) and not o[2]]
-    coded = iter(encode_pieces(self.tok, [t for _,ts,_ in todo for t in ts]))
-    for o in todo: o[1] = [next(coded) for _ in o[1]]
-    return [o if isinstance(o, FormatError) else [Example(ids, mask, o[0].row, self.tok) for ids,mask in o[1]] for o in out]
+    coded = iter(encode_pieces(self.tok, [t for _, ts, _ in todo for t in ts]))
+    for o in todo:
+        o[1] = [next(coded) for _ in o[1]]
+    return [
+        o if isinstance(o, FormatError) else [Example(ids, mask, o[0].row, self.tok) for ids, mask in o[1]] for o in out
+    ]
 
 # %% ../../nbs/tokens/formatting.ipynb #bf563313
 @patch
-def example(self:Formatter, conv:Conversation)->Example:
+def example(self: Formatter, conv: Conversation) -> Example:
     "One conversation as an example; where the template needs several, the one with the last answer"
-    res, = self.examples([conv])
-    if isinstance(res, FormatError): raise res
+    (res,) = self.examples([conv])
+    if isinstance(res, FormatError):
+        raise res
     self.check(res)
     return res[-1]
 
 # %% ../../nbs/tokens/formatting.ipynb #a3f051cf
 @patch
-def check(self:Formatter, examples):
+def check(self: Formatter, examples):
     "Raise `FormatError` for examples that teach nothing or begin with two start tokens"
     bos = self.tok.bos_token_id
     for ex in examples:
-        if not ex.trained: raise FormatError(f"row {ex.row}: nothing in it is trained (loss_on={self.loss_on!r}); give it an answer with weight 1, or remove the row", 'nothing_trained')
-        if bos is not None and bos != self.tok.eos_token_id and ex.input_ids[:2] == [bos, bos]: raise FormatError(f"row {ex.row}: begins with the start token {self.tok.bos_token!r} twice; remove it from the data or the template")
+        if not ex.trained:
+            raise FormatError(
+                f"row {ex.row}: nothing in it is trained (loss_on={self.loss_on!r}); give it an answer with weight 1, or remove the row",
+                'nothing_trained',
+            )
+        if bos is not None and bos != self.tok.eos_token_id and ex.input_ids[:2] == [bos, bos]:
+            raise FormatError(
+                f"row {ex.row}: begins with the start token {self.tok.bos_token!r} twice; remove it from the data or the template"
+            )
 
 # %% ../../nbs/tokens/formatting.ipynb #4e560435
 def _asked(x):
@@ -201,100 +308,149 @@ def _asked(x):
     msgs = conv.messages[:-1] if conv.messages[-1]['role'] == 'assistant' else conv.messages
     return Conversation(msgs, fields=conv.fields, row=conv.row, tools=conv.tools)
 
+
 @patch
-def prompt(self:Formatter, x)->str: # Ends where the answer begins
+def prompt(self: Formatter, x) -> str:  # Ends where the answer begins
     "The text of a conversation, or of messages, that wait for an answer"
     conv = _asked(x)
-    if self.template == 'chat': check_shown(conv, self.seen); return render(self.tok, conv.messages, conv.tools, True, conv.row)
-    return (self.tok.bos_token if self.adds_bos else '')+alpaca_prompt(conv)
+    if self.template == 'chat':
+        check_shown(conv, self.seen)
+        return render(self.tok, conv.messages, conv.tools, True, conv.row)
+    return (self.tok.bos_token if self.adds_bos else '') + alpaca_prompt(conv)
 
 # %% ../../nbs/tokens/formatting.ipynb #fac376c9
 @patch
-def _prompt_pieces(self:Formatter, conv):
+def _prompt_pieces(self: Formatter, conv):
     "The prompt, cut where the training text is"
-    if not self.chat: return [(self.tok.bos_token if self.adds_bos else '', False), (alpaca_prompt(conv), False)]
+    if not self.chat:
+        return [(self.tok.bos_token if self.adds_bos else '', False), (alpaca_prompt(conv), False)]
     text = self.prompt(conv)
-    try: got = [self.chat.answer(conv, k) for k in self._answers(conv)] if self.loss_on != 'last_response' else []
-    except FormatError: got = [] # A template that disagrees with itself cannot be trained, but asked
-    return [(t, False) for t,_ in cut_text(text, [(s, e) for _,s,e in got] if all(text.startswith(t[:e]) for t,_,e in got) else [])]
+    try:
+        got = [self.chat.answer(conv, k) for k in self._answers(conv)] if self.loss_on != 'last_response' else []
+    except FormatError:
+        got = []  # A template that disagrees with itself cannot be trained, but asked
+    return [
+        (t, False)
+        for t, _ in cut_text(
+            text, [(s, e) for _, s, e in got] if all(text.startswith(t[:e]) for t, _, e in got) else []
+        )
+    ]
+
 
 @patch
-def prompt_ids(self:Formatter, x)->list[int]:
+def prompt_ids(self: Formatter, x) -> list[int]:
     "The prompt as token ids, control tokens in content treated as in training"
-    conv,literal = self._literal(_asked(x))
+    conv, literal = self._literal(_asked(x))
     return encode_pieces(self.tok, [self._prompt_pieces(conv)], literal)[0][0]
 
 # %% ../../nbs/tokens/formatting.ipynb #5ebc0aa6
 @patch
-def answer(self:Formatter, conv:Conversation)->str: # Without special tokens
+def answer(self: Formatter, conv: Conversation) -> str:  # Without special tokens
     "The text that the model should write as the last answer"
-    if self.template != 'chat': return conv.messages[-1]['content']
-    text,s,e = self.chat.answer(conv, len(conv.messages)-1)
+    if self.template != 'chat':
+        return conv.messages[-1]['content']
+    text, s, e = self.chat.answer(conv, len(conv.messages) - 1)
     return self.special.sub('', text[s:e])
 
 # %% ../../nbs/tokens/formatting.ipynb #174256a5
 @patch
-def stop_ids(self:Formatter)->list[int]: # Token ids
+def stop_ids(self: Formatter) -> list[int]:  # Token ids
     "Tokens that end an answer: end of sequence, and what the template writes behind an answer or a call"
-    if not self.chat: return [self.tok.eos_token_id]
-    call = Conversation([dict(role='user', content='a'), dict(role='assistant', content='', tool_calls=[dict(type='function', function=dict(name='f', arguments={}))])])
+    if not self.chat:
+        return [self.tok.eos_token_id]
+    call = Conversation(
+        [
+            dict(role='user', content='a'),
+            dict(
+                role='assistant', content='', tool_calls=[dict(type='function', function=dict(name='f', arguments={}))]
+            ),
+        ]
+    )
     ends = [self.chat.end]
-    if self.seen['calls']: t,_,e = self.chat.answer(call, 1); ends.append(list(self.special.finditer(t[:e]))[-1][0])
+    if self.seen['calls']:
+        t, _, e = self.chat.answer(call, 1)
+        ends.append(list(self.special.finditer(t[:e]))[-1][0])
     return sorted({self.tok.eos_token_id, *(self.tok.convert_tokens_to_ids(t) for t in ends)})
 
 # %% ../../nbs/tokens/formatting.ipynb #9860a913
 @patch
-def notes(self:Formatter)->list[str]:
+def notes(self: Formatter) -> list[str]:
     "What is worth knowing of the tokenizer and the template"
-    tok,res = self.tok,[]
-    if tok.pad_token_id == tok.eos_token_id: res.append(f"the padding token is the end token {tok.eos_token!r}; it stays trained where it ends an answer, since the mask comes from the text")
+    tok, res = self.tok, []
+    if tok.pad_token_id == tok.eos_token_id:
+        res.append(
+            f"the padding token is the end token {tok.eos_token!r}; it stays trained where it ends an answer, since the mask comes from the text"
+        )
     if self.chat:
         text = render(tok, [dict(role='user', content='QUESTION')])
-        own = ' '.join(l.strip() for l in self.special.sub('\n', text.partition('QUESTION')[0]).splitlines() if l.strip() and l.strip() not in ('system', 'user'))
-        if len(own.split()) > 4: res.append(f"the template begins every conversation without a system message with: {own[:120]}")
-        if self.adds_bos and not text.startswith(tok.bos_token): res.append(f"the tokenizer puts {tok.bos_token!r} in front of a text, but the template does not; examples are as the template has them")
+        own = ' '.join(
+            l.strip()
+            for l in self.special.sub('\n', text.partition('QUESTION')[0]).splitlines()
+            if l.strip() and l.strip() not in ('system', 'user')
+        )
+        if len(own.split()) > 4:
+            res.append(f"the template begins every conversation without a system message with: {own[:120]}")
+        if self.adds_bos and not text.startswith(tok.bos_token):
+            res.append(
+                f"the tokenizer puts {tok.bos_token!r} in front of a text, but the template does not; examples are as the template has them"
+            )
     return res
 
 # %% ../../nbs/tokens/formatting.ipynb #2f3de751
-def token_texts(tok, ids)->list[str]:
+def token_texts(tok, ids) -> list[str]:
     "The text of each token; of a character that takes several tokens, with the last of them"
-    out,held = [],[]
+    out, held = [], []
     for i in ids:
         held.append(i)
         s = tok.decode(held)
-        if s.endswith('\ufffd') and len(held) < 8: out.append(''); continue
-        if str(tok.convert_ids_to_tokens(held[0])).startswith('▁') and not s.startswith(' '): s = ' '+s
-        out.append(s); held = []
+        if s.endswith('\ufffd') and len(held) < 8:
+            out.append('')
+            continue
+        if str(tok.convert_ids_to_tokens(held[0])).startswith('▁') and not s.startswith(' '):
+            s = ' ' + s
+        out.append(s)
+        held = []
     return out
 
-def visible(s)->str:
+
+def visible(s) -> str:
     "Text with its blanks made visible"
-    shown = {' ':'·', '\n':'⏎', '\t':'⇥', '\r':'␍', '\u00a0':'⍽'}
+    shown = {' ': '·', '\n': '⏎', '\t': '⇥', '\r': '␍', '\u00a0': '⍽'}
     return ''.join(shown.get(c, c if c.isprintable() else f'[U+{ord(c):04X}]') for c in s)
 
 # %% ../../nbs/tokens/formatting.ipynb #796eea23
 @patch
-def _repr_html_(self:Example):
-    special,out = special_tokens(self.tok),[]
-    for i,m,s in zip(self.input_ids, self.mask, token_texts(self.tok, self.input_ids)):
+def _repr_html_(self: Example):
+    special, out = special_tokens(self.tok), []
+    for i, m, s in zip(self.input_ids, self.mask, token_texts(self.tok, self.input_ids)):
         style = 'background:#2e7d3240;' if m else ''
-        if s in special: style += 'border:1px solid #888;border-radius:3px;'
-        out.append(f'<span title="{i}" style="{style}">{html_text(visible(s)) or "&#8203;"}</span>'+('<br>' if '\n' in s else ''))
+        if s in special:
+            style += 'border:1px solid #888;border-radius:3px;'
+        out.append(
+            f'<span title="{i}" style="{style}">{html_text(visible(s)) or "&#8203;"}</span>'
+            + ('<br>' if '\n' in s else '')
+        )
     head = f'row {self.row}: {len(self)} tokens, <span style="background:#2e7d3240">{self.trained} trained</span>'
     return f'<div style="font-size:smaller">{head}</div><div style="font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">{"".join(out)}</div>'
 
-@patch
-def __str__(self:Example):
-    out,on = [f'row {self.row}: {len(self)} tokens, {self.trained} trained\n'],False
-    for m,s in zip(self.mask, token_texts(self.tok, self.input_ids)):
-        if m != on: out.append('[[' if m else ']]')
-        on = m
-        out.append(visible(s)+('\n' if '\n' in s else ''))
-    return ''.join(out)+(']]' if on else '')
 
-def show_example(example:Example):
+@patch
+def __str__(self: Example):
+    out, on = [f'row {self.row}: {len(self)} tokens, {self.trained} trained\n'], False
+    for m, s in zip(self.mask, token_texts(self.tok, self.input_ids)):
+        if m != on:
+            out.append('[[' if m else ']]')
+        on = m
+        out.append(visible(s) + ('\n' if '\n' in s else ''))
+    return ''.join(out) + (']]' if on else '')
+
+
+def show_example(example: Example):
     "Show an example's tokens: in colour in a notebook, as text with [[trained]] parts elsewhere"
     from IPython import get_ipython
-    if type(get_ipython()).__name__ != 'ZMQInteractiveShell': return print(example)
+
+    if type(get_ipython()).__name__ != 'ZMQInteractiveShell':
+        return print(example)
     from IPython.display import display
+
     display(example)

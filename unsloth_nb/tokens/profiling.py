@@ -6,118 +6,169 @@
 __all__ = ['PERCENTILES', 'suggest_length', 'role_shares', 'Profile', 'profile_examples']
 
 # %% ../../nbs/tokens/profiling.ipynb #d0cc01c2
-import base64,io,math
+import base64
+import io
+import math
 from collections import Counter
-from dataclasses import asdict,dataclass
+from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 import numpy as np
 
-from .batching import Batching,batching_report
+from .batching import Batching, batching_report
 from ..core.escaping import html_text
 from .examples import Examples
-from .templates import FormatError,role_spans
+from .templates import FormatError, role_spans
 
 # %% ../../nbs/tokens/profiling.ipynb #69ec63cb
 PERCENTILES = (50, 90, 95, 99, 100)
 
-def suggest_length(lengths)->tuple[int,str]: # ([tokens], why)
+
+def suggest_length(lengths) -> tuple[int, str]:  # ([tokens], why)
     "A `max_seq_length` for examples of these lengths"
     p = 99 if len(lengths) >= 500 else 95
-    most,top = (int(np.percentile(lengths, q, method='inverted_cdf')) for q in (p, 100))
-    up = lambda n: 64*math.ceil(n/64)
-    if top <= max(1.5*most, 512): return up(top),f'the longest example has {top:,} tokens'
+    most, top = (int(np.percentile(lengths, q, method='inverted_cdf')) for q in (p, 100))
+    up = lambda n: 64 * math.ceil(n / 64)
+    if top <= max(1.5 * most, 512):
+        return up(top), f'the longest example has {top:,} tokens'
     over = int((np.asarray(lengths) > up(most)).sum())
-    return up(most),f'{p}% of the examples have at most {most:,} tokens; {over:,} are longer, up to {top:,}'
+    return up(most), f'{p}% of the examples have at most {most:,} tokens; {over:,} are longer, up to {top:,}'
 
 # %% ../../nbs/tokens/profiling.ipynb #ddef643f
 def role_shares(
-    examples:Examples, # For their tokenizer and template
-    convs, # The conversations they were made from
-    n:int=200, # Sample size [rows], evenly spread
-)->tuple[dict,int]: # (role, or `template and tools`, to its share of the tokens; rows counted); nothing where the template gives no roles
+    examples: Examples,  # For their tokenizer and template
+    convs,  # The conversations they were made from
+    n: int = 200,  # Sample size [rows], evenly spread
+) -> tuple[
+    dict, int
+]:  # (role, or `template and tools`, to its share of the tokens; rows counted); nothing where the template gives no roles
     "Share of the tokens that each role takes"
     fmt = examples.formatter
-    if fmt.template != 'chat': return {},0
-    count,rows,backend = Counter(),0,fmt.tok.backend_tokenizer
-    for i in np.unique(np.linspace(0, len(convs)-1, min(n, len(convs))).astype(int)).tolist():
-        try: text,spans = role_spans(fmt.tok, convs[i])
-        except FormatError: continue
+    if fmt.template != 'chat':
+        return {}, 0
+    count, rows, backend = Counter(), 0, fmt.tok.backend_tokenizer
+    for i in np.unique(np.linspace(0, len(convs) - 1, min(n, len(convs))).astype(int)).tolist():
+        try:
+            text, spans = role_spans(fmt.tok, convs[i])
+        except FormatError:
+            continue
         rows += 1
-        roles = np.full(len(text)+1, 'template and tools', dtype=object)
-        for s,e,role in spans: roles[s:e] = role
-        count.update(roles[s] for s,_ in backend.encode(text, add_special_tokens=False).offsets)
+        roles = np.full(len(text) + 1, 'template and tools', dtype=object)
+        for s, e, role in spans:
+            roles[s:e] = role
+        count.update(roles[s] for s, _ in backend.encode(text, add_special_tokens=False).offsets)
     total = sum(count.values())
-    return {k:v/total for k,v in count.most_common()},rows
+    return {k: v / total for k, v in count.most_common()}, rows
 
 # %% ../../nbs/tokens/profiling.ipynb #879367c6
 @dataclass(frozen=True)
 class Profile:
     "The lengths of a set of examples and what follows from them"
-    examples:int # How many, before any was cut or left out
-    tokens:int # In all
-    percentiles:dict # Percentile to length [tokens]
-    histogram:dict # `edges` [tokens] and `counts`
-    trained_share:float # Share of the kept tokens that count in the loss
-    roles:dict # Role to its share of the tokens
-    max_seq_length:int # As asked for [tokens]
-    over:int # Examples longer than that
-    tokens_over:int # Tokens beyond it
-    suggested:int # Suggested max_seq_length [tokens]
-    why:str # Why that
-    batching:Batching # Padding, length grouping and packing, compared
-    sampled:int=0 # Rows that the roles were counted on
 
-    def to_dict(self)->dict: return asdict(self)
+    examples: int  # How many, before any was cut or left out
+    tokens: int  # In all
+    percentiles: dict  # Percentile to length [tokens]
+    histogram: dict  # `edges` [tokens] and `counts`
+    trained_share: float  # Share of the kept tokens that count in the loss
+    roles: dict  # Role to its share of the tokens
+    max_seq_length: int  # As asked for [tokens]
+    over: int  # Examples longer than that
+    tokens_over: int  # Tokens beyond it
+    suggested: int  # Suggested max_seq_length [tokens]
+    why: str  # Why that
+    batching: Batching  # Padding, length grouping and packing, compared
+    sampled: int = 0  # Rows that the roles were counted on
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 # %% ../../nbs/tokens/profiling.ipynb #4f2d640e
 def profile_examples(
-    examples:Examples, # From `make_examples`
-    convs=None, # The conversations, for the share of each role
-    batch_size:int=2, # Rows in a forward pass
-    seed:int=0, # Of the order in the comparison of batches
-)->Profile:
+    examples: Examples,  # From `make_examples`
+    convs=None,  # The conversations, for the share of each role
+    batch_size: int = 2,  # Rows in a forward pass
+    seed: int = 0,  # Of the order in the comparison of batches
+) -> Profile:
     "Profile a set of examples"
     n = np.array(examples.original, np.int64)
-    counts,edges = np.histogram(n, bins=min(40, max(5, len(set(n.tolist())))))
+    counts, edges = np.histogram(n, bins=min(40, max(5, len(set(n.tolist())))))
     limit = examples.limit
-    roles,sampled = role_shares(examples, convs) if convs is not None else ({}, 0)
+    roles, sampled = role_shares(examples, convs) if convs is not None else ({}, 0)
     kept = examples.tokens.kept_total
-    return Profile(len(n), int(n.sum()), {p:int(np.percentile(n, p, method='inverted_cdf')) for p in PERCENTILES}, dict(edges=edges.tolist(), counts=counts.tolist()),
-        examples.tokens.kept['trained']/kept, roles, limit, int((n > limit).sum()), int(np.maximum(n-limit, 0).sum()), *suggest_length(n),
-        batching_report(examples.lengths, batch_size, max(limit, int(examples.lengths.max())), seed), sampled)
+    return Profile(
+        len(n),
+        int(n.sum()),
+        {p: int(np.percentile(n, p, method='inverted_cdf')) for p in PERCENTILES},
+        dict(edges=edges.tolist(), counts=counts.tolist()),
+        examples.tokens.kept['trained'] / kept,
+        roles,
+        limit,
+        int((n > limit).sum()),
+        int(np.maximum(n - limit, 0).sum()),
+        *suggest_length(n),
+        batching_report(examples.lengths, batch_size, max(limit, int(examples.lengths.max())), seed),
+        sampled,
+    )
 
 # %% ../../nbs/tokens/profiling.ipynb #c2e2677a
 @patch
-def facts(self:Profile)->list[str]:
+def facts(self: Profile) -> list[str]:
     "The profile in lines"
-    pct = ', '.join(f'{v:,} ({"longest" if p == 100 else f"{p}%"})' for p,v in self.percentiles.items())
-    over = f"{self.over:,} of {self.examples:,} are longer than max_seq_length={self.max_seq_length:,}, by {self.tokens_over:,} tokens ({self.tokens_over/self.tokens:.1%} of all)" if self.over else f"all {self.examples:,} fit max_seq_length={self.max_seq_length:,}"
-    roles = [f"tokens by role before anything is cut, on {self.sampled} rows: "+', '.join(f'{k} {v:.1%}' for k,v in self.roles.items())] if self.roles else []
-    return [f'tokens per example up to: {pct}', over, f'suggested max_seq_length: {self.suggested:,}, since {self.why}', f'{self.trained_share:.1%} of the tokens are trained', *roles]
+    pct = ', '.join(f'{v:,} ({"longest" if p == 100 else f"{p}%"})' for p, v in self.percentiles.items())
+    over = (
+        f"{self.over:,} of {self.examples:,} are longer than max_seq_length={self.max_seq_length:,}, by {self.tokens_over:,} tokens ({self.tokens_over / self.tokens:.1%} of all)"
+        if self.over
+        else f"all {self.examples:,} fit max_seq_length={self.max_seq_length:,}"
+    )
+    roles = (
+        [
+            f"tokens by role before anything is cut, on {self.sampled} rows: "
+            + ', '.join(f'{k} {v:.1%}' for k, v in self.roles.items())
+        ]
+        if self.roles
+        else []
+    )
+    return [
+        f'tokens per example up to: {pct}',
+        over,
+        f'suggested max_seq_length: {self.suggested:,}, since {self.why}',
+        f'{self.trained_share:.1%} of the tokens are trained',
+        *roles,
+    ]
 
 # %% ../../nbs/tokens/profiling.ipynb #ea0cf32b
 @patch
-def plot(self:Profile, ax=None):
+def plot(self: Profile, ax=None):
     "Histogram of the lengths, with max_seq_length where it lies in sight; returns the axes"
     from matplotlib.figure import Figure
+
     ax = ax or Figure(figsize=(6, 2.4), layout='tight').gca()
     e = self.histogram['edges']
     ax.bar(e[:-1], self.histogram['counts'], width=np.diff(e), align='edge')
     ax.set(xlabel='tokens per example', ylabel='examples')
-    for x,label,style in ((self.max_seq_length, 'max_seq_length', '-'), (self.suggested, 'suggested', ':')):
-        if x <= 1.3*e[-1]: ax.axvline(x, color='crimson', ls=style, label=f'{label} {x:,}')
-    if ax.get_legend_handles_labels()[0]: ax.legend()
+    for x, label, style in ((self.max_seq_length, 'max_seq_length', '-'), (self.suggested, 'suggested', ':')):
+        if x <= 1.3 * e[-1]:
+            ax.axvline(x, color='crimson', ls=style, label=f'{label} {x:,}')
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
     return ax
 
 # %% ../../nbs/tokens/profiling.ipynb #6b493216
 @patch
-def _repr_html_(self:Profile):
+def _repr_html_(self: Profile):
     buf = io.BytesIO()
     self.plot().figure.savefig(buf, format='png', dpi=90)
     pic = f'<img alt="histogram of tokens per example" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
-    head,rows = self.batching._cells()
-    table = '<table><tr>'+''.join(f'<th>{html_text(h)}</th>' for h in head)+'</tr>'+''.join('<tr>'+''.join(f'<td>{html_text(c)}</td>' for c in r)+'</tr>' for r in rows)+'</table>'
-    return pic+'<ul>'+''.join(f'<li>{html_text(f)}</li>' for f in self.facts())+'</ul>'+table
+    head, rows = self.batching._cells()
+    table = (
+        '<table><tr>'
+        + ''.join(f'<th>{html_text(h)}</th>' for h in head)
+        + '</tr>'
+        + ''.join('<tr>' + ''.join(f'<td>{html_text(c)}</td>' for c in r) + '</tr>' for r in rows)
+        + '</table>'
+    )
+    return pic + '<ul>' + ''.join(f'<li>{html_text(f)}</li>' for f in self.facts()) + '</ul>' + table
+
 
 @patch
-def __repr__(self:Profile): return '\n'.join([*self.facts(), '', repr(self.batching)])
+def __repr__(self: Profile):
+    return '\n'.join([*self.facts(), '', repr(self.batching)])

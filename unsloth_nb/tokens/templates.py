@@ -8,192 +8,303 @@ __all__ = ['ALPACA', 'ALPACA_INPUT', 'FormatError', 'TemplateLimit', 'alpaca_pro
            'role_spans']
 
 # %% ../../nbs/tokens/templates.ipynb #daac32eb
-import copy,io,re,tempfile
-from contextlib import chdir,redirect_stdout
+import copy
+import io
+import re
+import tempfile
+from contextlib import chdir, redirect_stdout
 
 from ..data.conversations import Conversation
-from ..core.engine import quiet,start_engine
+from ..core.engine import quiet, start_engine
 from ..core.template_sandbox import bound_templates
 from ..data.sources import DataError
 
 # %% ../../nbs/tokens/templates.ipynb #3bf50d12
 class FormatError(DataError):
     "A conversation that a template cannot express; names the row and the mend"
-    def __init__(self, message, reason='template'): super().__init__(message, reason)
+
+    def __init__(self, message, reason='template'):
+        super().__init__(message, reason)
+
 
 class TemplateLimit(DataError):
     "A chat template that does what none needs: it never ends, makes gigabytes or reaches for Python's insides; ends the job at once"
 
+
 ALPACA = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n'
 ALPACA_INPUT = 'Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n'
 
-def alpaca_prompt(conv:Conversation)->str:
+
+def alpaca_prompt(conv: Conversation) -> str:
     "The Alpaca prompt of a conversation, up to where the answer begins; wording of the Stanford Alpaca project"
     body = [m for m in conv.messages if m['role'] != 'assistant']
-    extra = 'tools' if conv.tools else next((k for m in conv.messages for k in ('tool_calls', 'reasoning_content') if m.get(k)), None)
+    extra = (
+        'tools'
+        if conv.tools
+        else next((k for m in conv.messages for k in ('tool_calls', 'reasoning_content') if m.get(k)), None)
+    )
     if len(body) != 1 or body[0]['role'] != 'user' or extra:
-        raise FormatError(f"row {conv.row}: the Alpaca prompt has room for one instruction and one answer, this row has {extra or ', '.join(m['role'] for m in conv.messages)}; use template='chat'")
+        raise FormatError(
+            f"row {conv.row}: the Alpaca prompt has room for one instruction and one answer, this row has {extra or ', '.join(m['role'] for m in conv.messages)}; use template='chat'"
+        )
     f = dict(instruction=body[0]['content'], input='') | conv.fields
     return (ALPACA_INPUT if f['input'] else ALPACA).format(**f)
 
 # %% ../../nbs/tokens/templates.ipynb #0c96fdf6
 def _named(tok, messages):
     "Messages with reasoning under the name that the template reads"
-    if 'reasoning_content' in tok.chat_template or 'thinking' not in tok.chat_template: return messages
-    return [{('thinking' if k == 'reasoning_content' else k):v for k,v in m.items()} for m in messages]
+    if 'reasoning_content' in tok.chat_template or 'thinking' not in tok.chat_template:
+        return messages
+    return [{('thinking' if k == 'reasoning_content' else k): v for k, v in m.items()} for m in messages]
+
 
 def render(
-    tok, # Tokenizer with a chat template
-    messages:list, # Standard messages
-    tools:list|None=None, # Functions that the model may call
-    prompt:bool=False, # End with the prompt for an answer?
-    row:int=0, # For the message
-)->str:
+    tok,  # Tokenizer with a chat template
+    messages: list,  # Standard messages
+    tools: list | None = None,  # Functions that the model may call
+    prompt: bool = False,  # End with the prompt for an answer?
+    row: int = 0,  # For the message
+) -> str:
     "What the chat template makes of messages"
     bound_templates()
-    try: return tok.apply_chat_template(_named(tok, messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
+    try:
+        return tok.apply_chat_template(_named(tok, messages), tools=tools, tokenize=False, add_generation_prompt=prompt)
     except Exception as e:
-        if isinstance(e, MemoryError) or type(e).__name__ == 'SecurityError': raise TemplateLimit(f"row {row}: the chat template of {tok.name_or_path or 'this tokenizer'} was stopped: {e or 'out of memory'}; use a template by name, such as 'chatml'") from e
+        if isinstance(e, MemoryError) or type(e).__name__ == 'SecurityError':
+            raise TemplateLimit(
+                f"row {row}: the chat template of {tok.name_or_path or 'this tokenizer'} was stopped: {e or 'out of memory'}; use a template by name, such as 'chatml'"
+            ) from e
         raise FormatError(f"row {row}: the chat template refuses it: {type(e).__name__}: {e}") from e
 
 # %% ../../nbs/tokens/templates.ipynb #572c5c65
-def special_tokens(tok)->set[str]:
+def special_tokens(tok) -> set[str]:
     "Texts that the tokenizer turns into control tokens"
     return {t.content for t in tok.added_tokens_decoder.values() if t.special} | set(tok.all_special_tokens)
 
-def special_pattern(tok)->re.Pattern:
+
+def special_pattern(tok) -> re.Pattern:
     "Finds control tokens in text"
     return re.compile('|'.join(map(re.escape, sorted(special_tokens(tok), key=len, reverse=True))) or r'(?!)')
 
+
 def _tail(text, special):
     "Special tokens at the end of a text, blanks between them aside: (token, position behind it), last one first"
-    found,at = [],len(text)
+    found, at = [], len(text)
     while (s := text[:at].rstrip()).endswith(special):
         t = next(t for t in special if s.endswith(t))
         found.append((t, len(s)))
-        at = len(s)-len(t)
+        at = len(s) - len(t)
     return found
 
+
 def answer_end(
-    text:str, # An answer as the template draws it, from behind the prompt on
-    special:tuple, # Control tokens, longest first
-    end:str|None=None, # The token that ends this template's answers, as far as it is known
-    row:int=0, # For the message
-)->int: # Position behind the answer's end token
+    text: str,  # An answer as the template draws it, from behind the prompt on
+    special: tuple,  # Control tokens, longest first
+    end: str | None = None,  # The token that ends this template's answers, as far as it is known
+    row: int = 0,  # For the message
+) -> int:  # Position behind the answer's end token
     "Where an answer ends: behind the first special token after its content"
     found = _tail(text, special)
-    if not found: raise FormatError(f"row {row}: the chat template ends an answer without a special token, so the model would never learn to stop; use template='alpaca', which appends the end-of-sequence token")
-    if end is None: return found[-1][1]
-    return next((at for t,at in found[::-1] if t == end), found[0][1])
+    if not found:
+        raise FormatError(
+            f"row {row}: the chat template ends an answer without a special token, so the model would never learn to stop; use template='alpaca', which appends the end-of-sequence token"
+        )
+    if end is None:
+        return found[-1][1]
+    return next((at for t, at in found[::-1] if t == end), found[0][1])
 
 # %% ../../nbs/tokens/templates.ipynb #edd5a6b9
 class Chat:
     "A tokenizer's chat template, asked what it does"
+
     def __init__(self, tok):
-        self.tok,self.special = tok,tuple(sorted(special_tokens(tok), key=len, reverse=True))
+        self.tok, self.special = tok, tuple(sorted(special_tokens(tok), key=len, reverse=True))
         self.end = self._end()
+
     def _end(self):
         text = render(self.tok, [dict(role='user', content='a'), dict(role='assistant', content='b')])
         at = answer_end(text, self.special)
-        return next(t for t,e in _tail(text, self.special) if e == at)
+        return next(t for t, e in _tail(text, self.special) if e == at)
+
     def answer(self, conv, k):
         "The text up to the end of message `k`, where the answer begins in it and where it ends"
-        before,after = render(self.tok, conv.messages[:k], conv.tools, True, conv.row),render(self.tok, conv.messages[:k+1], conv.tools, False, conv.row)
-        if not after.startswith(before): raise FormatError(f"row {conv.row}, turn {k+1}: the prompt for generation is not how the training text begins (chat template of {self.tok.name_or_path or 'this tokenizer'}); use a template that agrees with itself, or template='alpaca'")
-        return after,len(before),len(before)+answer_end(after[len(before):], self.special, self.end, conv.row)
+        before, after = (
+            render(self.tok, conv.messages[:k], conv.tools, True, conv.row),
+            render(self.tok, conv.messages[: k + 1], conv.tools, False, conv.row),
+        )
+        if not after.startswith(before):
+            raise FormatError(
+                f"row {conv.row}, turn {k + 1}: the prompt for generation is not how the training text begins (chat template of {self.tok.name_or_path or 'this tokenizer'}); use a template that agrees with itself, or template='alpaca'"
+            )
+        return after, len(before), len(before) + answer_end(after[len(before) :], self.special, self.end, conv.row)
 
 # %% ../../nbs/tokens/templates.ipynb #d5433ba1
 def cut_text(text, spans):
     "A text in pieces: (text, trained)"
-    out,done = [],0
-    for s,e in spans: out += [(text[done:s], False), (text[s:e], True)]; done = e
+    out, done = [], 0
+    for s, e in spans:
+        out += [(text[done:s], False), (text[s:e], True)]
+        done = e
     return [p for p in [*out, (text[done:], False)] if p[0]]
 
+
 def chat_pieces(
-    chat:Chat, # Template
-    conv:Conversation, # Conversation
-    answers:list, # Positions of the messages to train on
-)->list[list[tuple[str,bool]]]: # One list of pieces for each text that it takes
+    chat: Chat,  # Template
+    conv: Conversation,  # Conversation
+    answers: list,  # Positions of the messages to train on
+) -> list[list[tuple[str, bool]]]:  # One list of pieces for each text that it takes
     "A conversation as the chat template's text, cut into context and answers"
     got = [chat.answer(conv, k) for k in answers]
-    whole = got[-1][0] if answers and answers[-1] == len(conv.messages)-1 else render(chat.tok, conv.messages, conv.tools, row=conv.row)
-    if all(whole.startswith(t[:e]) for t,_,e in got): return [cut_text(whole, [(s, e) for _,s,e in got])]
-    return [cut_text(t, [(s, e)]) for t,s,e in got]
+    whole = (
+        got[-1][0]
+        if answers and answers[-1] == len(conv.messages) - 1
+        else render(chat.tok, conv.messages, conv.tools, row=conv.row)
+    )
+    if all(whole.startswith(t[:e]) for t, _, e in got):
+        return [cut_text(whole, [(s, e) for _, s, e in got])]
+    return [cut_text(t, [(s, e)]) for t, s, e in got]
 
 # %% ../../nbs/tokens/templates.ipynb #5d6f804a
-def _unsloth_name(name): return 'alpaca' if name == 'alpaca-turns' else name
+def _unsloth_name(name):
+    return 'alpaca' if name == 'alpaca-turns' else name
+
 
 def _with(tok, name, rename):
     "A copy of the tokenizer as Unsloth makes it for a template; what it writes on the way goes to a temporary folder"
     from unsloth.chat_templates import get_chat_template
+
     try:
-        with quiet(), redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as tmp, chdir(tmp): new = get_chat_template(copy.deepcopy(tok), _unsloth_name(name), map_eos_token=rename)
-    except RuntimeError as e: raise FormatError(f"template: {name!r} cannot be given to this tokenizer: {e}") from e
-    if rename: new.name_or_path,new.model_max_length = tok.name_or_path,tok.model_max_length
+        with quiet(), redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as tmp, chdir(tmp):
+            new = get_chat_template(copy.deepcopy(tok), _unsloth_name(name), map_eos_token=rename)
+    except RuntimeError as e:
+        raise FormatError(f"template: {name!r} cannot be given to this tokenizer: {e}") from e
+    if rename:
+        new.name_or_path, new.model_max_length = tok.name_or_path, tok.model_max_length
     return new
 
-def _end_token(tok):
-    try: return Chat(tok).end
-    except FormatError: return None
 
-def use_template(tok, name:str): # A tokenizer; the one given stays as it is
+def _end_token(tok):
+    try:
+        return Chat(tok).end
+    except FormatError:
+        return None
+
+
+def use_template(tok, name: str):  # A tokenizer; the one given stays as it is
     "A tokenizer with one of Unsloth's chat templates"
     start_engine()
     from unsloth.chat_templates import CHAT_TEMPLATES
+
     new = copy.deepcopy(tok)
     new.chat_template = _with(tok, name, False).chat_template
-    if _end_token(new) is None and CHAT_TEMPLATES[_unsloth_name(name)][2]: new = _with(tok, name, True)
+    if _end_token(new) is None and CHAT_TEMPLATES[_unsloth_name(name)][2]:
+        new = _with(tok, name, True)
     end = _end_token(new)
-    if end is None: raise FormatError(f"template: {name!r} ends answers with a token that this tokenizer does not have as a control token; use the template of the tokenizer's own family, 'chatml', or 'alpaca'")
-    if new.eos_token != end: new.eos_token = end
+    if end is None:
+        raise FormatError(
+            f"template: {name!r} ends answers with a token that this tokenizer does not have as a control token; use the template of the tokenizer's own family, 'chatml', or 'alpaca'"
+        )
+    if new.eos_token != end:
+        new.eos_token = end
     return new
 
 # %% ../../nbs/tokens/templates.ipynb #c01f8bce
-_call = lambda *names: dict(role='assistant', content='', tool_calls=[dict(type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT'))) for n in names])
-_u,_a,_t = dict(role='user', content='QUESTION'),dict(role='assistant', content='ANSWER'),dict(role='tool', content='RESULT', name='CALLED')
+_call = lambda *names: dict(
+    role='assistant',
+    content='',
+    tool_calls=[dict(type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT'))) for n in names],
+)
+_u, _a, _t = (
+    dict(role='user', content='QUESTION'),
+    dict(role='assistant', content='ANSWER'),
+    dict(role='tool', content='RESULT', name='CALLED'),
+)
 _probes = dict(
-    system=([dict(role='system', content='SYSTEM'), _u, _a], 'the system message; put it into the first question, or use another template'),
+    system=(
+        [dict(role='system', content='SYSTEM'), _u, _a],
+        'the system message; put it into the first question, or use another template',
+    ),
     tools=([_u, _a], 'the tools; use a template that knows them, or leave them out of the data'),
     calls=([_u, _call('CALLED'), _t, _a], 'tool calls; use a template that knows them'),
     several=([_u, _call('CALLED', 'SECOND'), _t, _a], 'all but the first of several calls in a turn; split the turn'),
-    beside=([_u, dict(_call('CALLED'), content='BESIDE'), _t, _a], 'what is said beside a tool call; use another template'),
-    reasoning=([_u, dict(_a, reasoning_content='REASON')], 'reasoning; use a template that knows it, or leave reasoning_content out of the data'))
-_words = dict(system=['SYSTEM'], tools=['OFFERED'], calls=['CALLED', 'ARGUMENT', 'RESULT', 'ANSWER'], several=['CALLED', 'SECOND'], beside=['CALLED', 'BESIDE'], reasoning=['REASON'])
-_offer = [dict(type='function', function=dict(name='OFFERED', description='', parameters=dict(type='object', properties={})))]
+    beside=(
+        [_u, dict(_call('CALLED'), content='BESIDE'), _t, _a],
+        'what is said beside a tool call; use another template',
+    ),
+    reasoning=(
+        [_u, dict(_a, reasoning_content='REASON')],
+        'reasoning; use a template that knows it, or leave reasoning_content out of the data',
+    ),
+)
+_words = dict(
+    system=['SYSTEM'],
+    tools=['OFFERED'],
+    calls=['CALLED', 'ARGUMENT', 'RESULT', 'ANSWER'],
+    several=['CALLED', 'SECOND'],
+    beside=['CALLED', 'BESIDE'],
+    reasoning=['REASON'],
+)
+_offer = [
+    dict(type='function', function=dict(name='OFFERED', description='', parameters=dict(type='object', properties={})))
+]
+
 
 def _holds(conv):
     "Which of the things that a template may leave out a conversation holds"
     for m in conv.messages:
-        if m['role'] == 'system' and m['content'].strip(): yield 'system'
-        if m.get('reasoning_content'): yield 'reasoning'
-        if (c := m.get('tool_calls')): yield from ['calls', *(['several'] if len(c) > 1 else []), *(['beside'] if m['content'].strip() else [])]
-    if conv.tools: yield 'tools'
+        if m['role'] == 'system' and m['content'].strip():
+            yield 'system'
+        if m.get('reasoning_content'):
+            yield 'reasoning'
+        if c := m.get('tool_calls'):
+            yield from ['calls', *(['several'] if len(c) > 1 else []), *(['beside'] if m['content'].strip() else [])]
+    if conv.tools:
+        yield 'tools'
 
 # %% ../../nbs/tokens/templates.ipynb #b4027fd9
-def shows(tok)->dict[str,bool]: # system, tools, calls, several, beside, reasoning
+def shows(tok) -> dict[str, bool]:  # system, tools, calls, several, beside, reasoning
     "What a chat template shows of a conversation"
-    def shown(k):
-        try: text = render(tok, _probes[k][0], _offer if k == 'tools' else None)
-        except FormatError: return False
-        return all(w in text for w in _words[k])
-    return {k:shown(k) for k in _probes}
 
-def check_shown(conv:Conversation, seen:dict):
+    def shown(k):
+        try:
+            text = render(tok, _probes[k][0], _offer if k == 'tools' else None)
+        except FormatError:
+            return False
+        return all(w in text for w in _words[k])
+
+    return {k: shown(k) for k in _probes}
+
+
+def check_shown(conv: Conversation, seen: dict):
     "Raise `FormatError` for a conversation that a template would not show in full"
     bad = next((k for k in _holds(conv) if not seen[k]), None)
-    if bad: raise FormatError(f"row {conv.row}: the chat template leaves out {_probes[bad][1]}")
+    if bad:
+        raise FormatError(f"row {conv.row}: the chat template leaves out {_probes[bad][1]}")
 
 # %% ../../nbs/tokens/templates.ipynb #4e872b41
 def _marked(messages):
     "Messages with a mark before and behind each content, blanks at its edges left outside"
-    for k,m in enumerate(messages):
+    for k, m in enumerate(messages):
         core = m['content'].strip()
-        yield m if not core else dict(m, content=m['content'].replace(core, chr(0x100000+2*k)+core+chr(0x100001+2*k), 1))
+        yield (
+            m
+            if not core
+            else dict(m, content=m['content'].replace(core, chr(0x100000 + 2 * k) + core + chr(0x100001 + 2 * k), 1))
+        )
 
-def role_spans(tok, conv:Conversation)->tuple[str,list]: # (text, list of (start, end, role)), in order
+
+def role_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (start, end, role)), in order
     "The text of a conversation, and which part of it is whose content"
-    plain,text = render(tok, conv.messages, conv.tools, row=conv.row),render(tok, list(_marked(conv.messages)), conv.tools, row=conv.row)
+    plain, text = (
+        render(tok, conv.messages, conv.tools, row=conv.row),
+        render(tok, list(_marked(conv.messages)), conv.tools, row=conv.row),
+    )
     marks = list(re.finditer('[\U00100000-\U0010ffff]', text))
-    if re.sub('[\U00100000-\U0010ffff]', '', text) != plain: raise FormatError(f"row {conv.row}: the chat template changes the text of a turn, so its tokens cannot be given to roles; use loss_on='responses'")
-    at = {ord(m[0])-0x100000:m.start()-n for n,m in enumerate(marks)}
-    return plain,sorted((at[2*k], at[2*k+1], m['role']) for k,m in enumerate(conv.messages) if 2*k in at and 2*k+1 in at)
+    if re.sub('[\U00100000-\U0010ffff]', '', text) != plain:
+        raise FormatError(
+            f"row {conv.row}: the chat template changes the text of a turn, so its tokens cannot be given to roles; use loss_on='responses'"
+        )
+    at = {ord(m[0]) - 0x100000: m.start() - n for n, m in enumerate(marks)}
+    return plain, sorted(
+        (at[2 * k], at[2 * k + 1], m['role']) for k, m in enumerate(conv.messages) if 2 * k in at and 2 * k + 1 in at
+    )

@@ -6,188 +6,275 @@
 __all__ = ['FORMATS', 'as_tools', 'check_calls', 'read_calls', 'parse_calls', 'without_special']
 
 # %% ../../nbs/tokens/tool_calls.ipynb #cea4c7e7
-import ast,json,re
+import ast
+import json
+import re
 
 from ..core.engine import start_engine
 from ..core.escaping import json_text
-from ..core.schema import SpecError,nearest
+from ..core.schema import SpecError, nearest
 
 # %% ../../nbs/tokens/tool_calls.ipynb #25d6fc01
 def _schema(f):
     "The schema of a Python function"
-    start_engine() # Before transformers
+    start_engine()  # Before transformers
     from transformers.utils import get_json_schema
+
     return get_json_schema(f)
 
+
 def as_tools(
-    tools, # JSON schemas, OpenAI's wrapping of them, or Python functions with type hints and a docstring
-)->list[dict]: # In OpenAI's wrapping; raises `SpecError`
+    tools,  # JSON schemas, OpenAI's wrapping of them, or Python functions with type hints and a docstring
+) -> list[dict]:  # In OpenAI's wrapping; raises `SpecError`
     "Tools as chat templates take them"
     from jsonschema import Draft202012Validator
-    if not isinstance(tools, (list, tuple)) or not tools: raise SpecError(f"tools: expected a list of functions, got {tools!r}")
+
+    if not isinstance(tools, (list, tuple)) or not tools:
+        raise SpecError(f"tools: expected a list of functions, got {tools!r}")
     out = []
-    for n,t in enumerate(tools, 1):
+    for n, t in enumerate(tools, 1):
         try:
             t = _schema(t) if callable(t) else t if 'function' in t else dict(type='function', function=t)
-            if not isinstance(t['function'].get('name'), str): raise ValueError('it has no name')
+            if not isinstance(t['function'].get('name'), str):
+                raise ValueError('it has no name')
             Draft202012Validator.check_schema(t['function'].get('parameters') or {})
-        except Exception as e: raise SpecError(f"tools: tool {n} cannot be used: {str(e).splitlines()[0]}; give a JSON schema with name and parameters, or a function with type hints and a docstring") from e
+        except Exception as e:
+            raise SpecError(
+                f"tools: tool {n} cannot be used: {str(e).splitlines()[0]}; give a JSON schema with name and parameters, or a function with type hints and a docstring"
+            ) from e
         out.append(t)
     return out
 
 # %% ../../nbs/tokens/tool_calls.ipynb #608c8281
-def _wrong(name, arguments, error, text): return dict(name=name, arguments=arguments, error=error, text=text)
+def _wrong(name, arguments, error, text):
+    return dict(name=name, arguments=arguments, error=error, text=text)
+
 
 def _fault(call, tools):
     "What is wrong with a call, in the light of the tools; None if nothing is"
     from jsonschema import Draft202012Validator
     from referencing import Registry
-    known = {t['function']['name']:t['function'].get('parameters') or {} for t in tools}
-    if call['name'] not in known: return f"no tool is called {call['name']!r}{nearest(call['name'], known)}; there are {', '.join(known)}"
-    try: bad = next(Draft202012Validator(known[call['name']], registry=Registry()).iter_errors(call['arguments']), None)
-    except Exception as e: return f"the schema of {call['name']} cannot be used: {type(e).__name__}"
+
+    known = {t['function']['name']: t['function'].get('parameters') or {} for t in tools}
+    if call['name'] not in known:
+        return f"no tool is called {call['name']!r}{nearest(call['name'], known)}; there are {', '.join(known)}"
+    try:
+        bad = next(Draft202012Validator(known[call['name']], registry=Registry()).iter_errors(call['arguments']), None)
+    except Exception as e:
+        return f"the schema of {call['name']} cannot be used: {type(e).__name__}"
     return bad and ': '.join([*map(str, bad.absolute_path), bad.message])
 
-def check_calls(calls:list, tools:list|None)->list: # The same calls; an `error` and the call's `text` in each that does not fit its tool
+
+def check_calls(
+    calls: list, tools: list | None
+) -> list:  # The same calls; an `error` and the call's `text` in each that does not fit its tool
     "Check calls against the tools that the model was given"
-    if not tools: return calls
-    return [c if 'error' in c or not (e := _fault(c, tools)) else _wrong(c['name'], c['arguments'], e, json_text(c)) for c in calls]
+    if not tools:
+        return calls
+    return [
+        c if 'error' in c or not (e := _fault(c, tools)) else _wrong(c['name'], c['arguments'], e, json_text(c))
+        for c in calls
+    ]
 
 # %% ../../nbs/tokens/tool_calls.ipynb #0a99cfd8
-def _no_number(s): raise ValueError(f'{s} is not JSON')
+def _no_number(s):
+    raise ValueError(f'{s} is not JSON')
 
-_decoder,_blank = json.JSONDecoder(parse_constant=_no_number),re.compile(r'\s*')
+
+_decoder, _blank = json.JSONDecoder(parse_constant=_no_number), re.compile(r'\s*')
+
 
 def _json(text, at):
     "A JSON value at a position, and where it ends"
-    try: return _decoder.raw_decode(text, _blank.match(text, at).end())
-    except RecursionError: raise ValueError('not JSON that can be read: too deep') from None
-    except ValueError as e: raise ValueError(f'not JSON: {e}') from None
+    try:
+        return _decoder.raw_decode(text, _blank.match(text, at).end())
+    except RecursionError:
+        raise ValueError('not JSON that can be read: too deep') from None
+    except ValueError as e:
+        raise ValueError(f'not JSON: {e}') from None
+
 
 def _python(text, at):
     "Calls in Python's notation from a position to the end, arguments by name"
-    try: tree = ast.parse(text[at:].strip(), mode='eval').body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as e: raise ValueError(f'neither JSON nor a call in Python: {type(e).__name__}') from None
-    return [_python_call(n) for n in (tree.elts if isinstance(tree, ast.List) else [tree])],len(text)
+    try:
+        tree = ast.parse(text[at:].strip(), mode='eval').body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+        raise ValueError(f'neither JSON nor a call in Python: {type(e).__name__}') from None
+    return [_python_call(n) for n in (tree.elts if isinstance(tree, ast.List) else [tree])], len(text)
+
 
 def _python_call(n):
-    if not isinstance(n, ast.Call) or n.args or any(k.arg is None for k in n.keywords): raise ValueError('expected a call whose arguments have names')
-    args = {k.arg:ast.literal_eval(k.value) for k in n.keywords}
-    try: return dict(name=ast.unparse(n.func).removesuffix('.call'), arguments=json.loads(json.dumps(args, allow_nan=False)))
-    except TypeError as e: raise ValueError(str(e)) from None
+    if not isinstance(n, ast.Call) or n.args or any(k.arg is None for k in n.keywords):
+        raise ValueError('expected a call whose arguments have names')
+    args = {k.arg: ast.literal_eval(k.value) for k in n.keywords}
+    try:
+        return dict(
+            name=ast.unparse(n.func).removesuffix('.call'), arguments=json.loads(json.dumps(args, allow_nan=False))
+        )
+    except TypeError as e:
+        raise ValueError(str(e)) from None
 
 # %% ../../nbs/tokens/tool_calls.ipynb #c1190d1f
 def _llama(text, at):
     "JSON objects separated by semicolons, or calls in Python's notation"
     at = _blank.match(text, at).end()
-    if text[at:at+1] != '{': return _python(text, at)
+    if text[at : at + 1] != '{':
+        return _python(text, at)
     values = []
     while True:
-        v,at = _json(text, at)
+        v, at = _json(text, at)
         values.append(v)
-        if not (m := re.compile(r'\s*;\s*(?=\{)').match(text, at)): return values,at
+        if not (m := re.compile(r'\s*;\s*(?=\{)').match(text, at)):
+            return values, at
         at = m.end()
 
 # %% ../../nbs/tokens/tool_calls.ipynb #01464745
 _parameter = re.compile(r'\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>', re.S)
 
+
 def _parameters(text, at):
     "Parameters as tags; a value that is JSON is read as such, any other is text"
     args = {}
-    while (m := _parameter.match(text, at)):
-        try: args[m[1]] = json.loads(m[2])
-        except (ValueError, RecursionError): args[m[1]] = m[2]
+    while m := _parameter.match(text, at):
+        try:
+            args[m[1]] = json.loads(m[2])
+        except (ValueError, RecursionError):
+            args[m[1]] = m[2]
         at = m.end()
-    if not (m := re.compile(r'\s*</function>').match(text, at)): raise ValueError('a parameter or the function is not closed')
-    return args,m.end()
+    if not (m := re.compile(r'\s*</function>').match(text, at)):
+        raise ValueError('a parameter or the function is not closed')
+    return args, m.end()
 
 # %% ../../nbs/tokens/tool_calls.ipynb #4ff86a3a
 def _gemma(text, at):
     "Gemma's own JSON, up to the closing token"
     start_engine()
     from transformers.utils.chat_parsing.content_parsers import parse_content
+
     m = re.compile(r'<tool_call\|>|<end_function_call>|\Z').search(text, at)
-    try: return parse_content(text[at:m.start()].strip(), 'json', dict(unquoted_keys=True, string_delims=[['<|"|>']*2, ['<escape>']*2])),m.start()
-    except (ValueError, RecursionError): raise ValueError(f'not what Gemma writes: {text[at:m.start()][:80]!r}') from None
+    try:
+        return parse_content(
+            text[at : m.start()].strip(),
+            'json',
+            dict(unquoted_keys=True, string_delims=[['<|"|>'] * 2, ['<escape>'] * 2]),
+        ), m.start()
+    except (ValueError, RecursionError):
+        raise ValueError(f'not what Gemma writes: {text[at : m.start()][:80]!r}') from None
 
 # %% ../../nbs/tokens/tool_calls.ipynb #54f42c41
-_tag = lambda open,close,read=_json: (re.compile(open), close and re.compile(r'\s*(?:'+close+')'), read)
+_tag = lambda open, close, read=_json: (re.compile(open), close and re.compile(r'\s*(?:' + close + ')'), read)
 FORMATS = dict(
-    hermes=_tag(r'<tool_call>(?!\s*<function=)', '</tool_call>'), # Hermes, Qwen 2.5 and 3, SmolLM3, Granite 3.1
-    qwen_coder=_tag(r'(?:<tool_call>\s*)?<function=(?P<name>[^>\s]+)>(?!\s*\{)', '</tool_call>', _parameters), # Qwen 3 Coder, Qwen 3.5
-    llama_function=_tag(r'<function=(?P<name>[^>\s]+)>(?=\s*\{)', '</function>'), # Llama 3.1, user-defined
-    llama_python_tag=_tag(r'<\|python_tag\|>', None, _llama), # Llama 3.1 and later
-    llama_json=_tag(r'\A\s*(?=\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"[^"]*"\s*,\s*"(?:parameters|arguments)")', None, _llama),
-    pythonic=_tag(r'\A\s*(?=\[\s*[A-Za-z_][\w.]*\()', None, _python), # Llama 3.2 and 4
-    mistral=_tag(r'\[TOOL_CALLS\]\s*(?:(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]+)?(?:\[ARGS\])?)?', None), # A list; since version 11 a name and its arguments
-    granite=_tag(r'<\|tool_call\|>', r'<\|/tool_call\|>'), # Granite 3.0, Phi-4-mini
-    gemma=_tag(r'(?:<\|tool_call>|<start_function_call>)call:(?P<name>[\w.-]+)', r'<tool_call\|>|<end_function_call>', _gemma), # Gemma 4, FunctionGemma
-    gpt_oss=_tag(r'(?:<\|start\|>assistant)?(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[\w.-]+)(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\w*<\|message\|>', r'<\|call\|>'),
-    deepseek=_tag(r'(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```json\s*)?', r'(?:```\s*)?<｜tool▁call▁end｜>(?:\s*<｜tool▁calls▁end｜>)?'))
+    hermes=_tag(r'<tool_call>(?!\s*<function=)', '</tool_call>'),  # Hermes, Qwen 2.5 and 3, SmolLM3, Granite 3.1
+    qwen_coder=_tag(
+        r'(?:<tool_call>\s*)?<function=(?P<name>[^>\s]+)>(?!\s*\{)', '</tool_call>', _parameters
+    ),  # Qwen 3 Coder, Qwen 3.5
+    llama_function=_tag(r'<function=(?P<name>[^>\s]+)>(?=\s*\{)', '</function>'),  # Llama 3.1, user-defined
+    llama_python_tag=_tag(r'<\|python_tag\|>', None, _llama),  # Llama 3.1 and later
+    llama_json=_tag(
+        r'\A\s*(?=\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"[^"]*"\s*,\s*"(?:parameters|arguments)")',
+        None,
+        _llama,
+    ),
+    pythonic=_tag(r'\A\s*(?=\[\s*[A-Za-z_][\w.]*\()', None, _python),  # Llama 3.2 and 4
+    mistral=_tag(
+        r'\[TOOL_CALLS\]\s*(?:(?P<name>[\w.-]+)(?:\[CALL_ID\][\w-]+)?(?:\[ARGS\])?)?', None
+    ),  # A list; since version 11 a name and its arguments
+    granite=_tag(r'<\|tool_call\|>', r'<\|/tool_call\|>'),  # Granite 3.0, Phi-4-mini
+    gemma=_tag(
+        r'(?:<\|tool_call>|<start_function_call>)call:(?P<name>[\w.-]+)', r'<tool_call\|>|<end_function_call>', _gemma
+    ),  # Gemma 4, FunctionGemma
+    gpt_oss=_tag(
+        r'(?:<\|start\|>assistant)?(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[\w.-]+)(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\w*<\|message\|>',
+        r'<\|call\|>',
+    ),
+    deepseek=_tag(
+        r'(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```json\s*)?',
+        r'(?:```\s*)?<｜tool▁call▁end｜>(?:\s*<｜tool▁calls▁end｜>)?',
+    ),
+)
 
 # %% ../../nbs/tokens/tool_calls.ipynb #5775c077
 def _one(v, text):
     "One call, from what stood in a tag; arguments may be JSON in a text, and may be missing where there are none"
     f = v['function'] if isinstance(v, dict) and isinstance(v.get('function'), dict) else v
-    if not isinstance(f, dict) or not isinstance(f.get('name'), str): return _wrong(None, None, 'a call needs a name and arguments', text)
+    if not isinstance(f, dict) or not isinstance(f.get('name'), str):
+        return _wrong(None, None, 'a call needs a name and arguments', text)
     args = next((f[k] for k in ('arguments', 'parameters') if k in f), {})
-    try: args = _json(args, 0)[0] if isinstance(args, str) else args
-    except ValueError as e: return _wrong(f['name'], None, f'arguments: {e}', text)
-    if not isinstance(args, dict): return _wrong(f['name'], None, f'arguments: expected an object, got {json_text(args)[:40]}', text)
+    try:
+        args = _json(args, 0)[0] if isinstance(args, str) else args
+    except ValueError as e:
+        return _wrong(f['name'], None, f'arguments: {e}', text)
+    if not isinstance(args, dict):
+        return _wrong(f['name'], None, f'arguments: expected an object, got {json_text(args)[:40]}', text)
     return dict(name=f['name'], arguments=args)
 
 # %% ../../nbs/tokens/tool_calls.ipynb #023164e0
 def _next(text, at):
     "The next call from a position on: (format, its beginning)"
-    return min(((k, m) for k,(o,_,_) in FORMATS.items() if (m := o.search(text, at))), key=lambda f: (f[1].start(), -f[1].end()), default=None)
+    return min(
+        ((k, m) for k, (o, _, _) in FORMATS.items() if (m := o.search(text, at))),
+        key=lambda f: (f[1].start(), -f[1].end()),
+        default=None,
+    )
+
 
 def _region(text, m, close, read):
     "The calls that begin at a mark, and where what follows begins"
     name = m.groupdict().get('name')
-    nxt = _next(text, max(m.end(), m.start()+1))
+    nxt = _next(text, max(m.end(), m.start() + 1))
     border = nxt[1].start() if nxt else len(text)
     try:
-        v,end = read(text, m.end())
+        v, end = read(text, m.end())
         shut = close and close.search(text, end)
-        if shut and shut.start() < max(border, end+1) and text[end:shut.start()].strip(): raise ValueError(f'text behind the call: {text[end:shut.start()].strip()[:40]!r}')
-        end = shut.end() if shut and not text[end:shut.start()].strip() else end
+        if shut and shut.start() < max(border, end + 1) and text[end : shut.start()].strip():
+            raise ValueError(f'text behind the call: {text[end : shut.start()].strip()[:40]!r}')
+        end = shut.end() if shut and not text[end : shut.start()].strip() else end
     except ValueError as e:
         shut = close and close.search(text, m.end())
         end = min(border, shut.end()) if shut else border
-        return [_wrong(name, None, str(e), text[m.start():end])],end
-    raw = text[m.start():end]
-    return [_one(x, raw) for x in (v if isinstance(v, list) and name is None else [v if name is None else dict(name=name, arguments=v)])],end
+        return [_wrong(name, None, str(e), text[m.start() : end])], end
+    raw = text[m.start() : end]
+    return [
+        _one(x, raw)
+        for x in (v if isinstance(v, list) and name is None else [v if name is None else dict(name=name, arguments=v)])
+    ], end
 
 # %% ../../nbs/tokens/tool_calls.ipynb #5d7bcbd2
 def read_calls(
-    text:str, # What the model wrote, special tokens included
-    tools:list|None=None, # The tools that it was given, as `as_tools` returns them, to check the calls
-)->tuple[list,str]: # (dicts with name and arguments, wrong ones also with error and text; the text beside them)
+    text: str,  # What the model wrote, special tokens included
+    tools: list | None = None,  # The tools that it was given, as `as_tools` returns them, to check the calls
+) -> tuple[list, str]:  # (dicts with name and arguments, wrong ones also with error and text; the text beside them)
     "The calls in a text, in whatever known format"
-    calls,rest,at = [],[],0
-    while (hit := _next(text, at)):
-        kind,m = hit
-        rest.append(text[at:m.start()])
-        got,at = _region(text, m, *FORMATS[kind][1:])
+    calls, rest, at = [], [], 0
+    while hit := _next(text, at):
+        kind, m = hit
+        rest.append(text[at : m.start()])
+        got, at = _region(text, m, *FORMATS[kind][1:])
         calls += got
-    return check_calls(calls, tools),''.join([*rest, text[at:]]).strip()
+    return check_calls(calls, tools), ''.join([*rest, text[at:]]).strip()
 
 # %% ../../nbs/tokens/tool_calls.ipynb #54895cff
 def parse_calls(
-    tok, # Tokenizer
-    text:str, # What the model wrote, special tokens included
-    tools:list|None=None, # The tools that it was given
-    prompt:str='', # What it was asked, as the template drew it
-)->tuple[list,str]: # As `read_calls`
+    tok,  # Tokenizer
+    text: str,  # What the model wrote, special tokens included
+    tools: list | None = None,  # The tools that it was given
+    prompt: str = '',  # What it was asked, as the template drew it
+) -> tuple[list, str]:  # As `read_calls`
     "The calls in an answer, by the tokenizer's own description of answers where it has one"
     if getattr(tok, 'response_template', None):
-        try: got = tok.parse_response(text, prefix=prompt, tools=tools)
-        except Exception: got = None # The answer is not as described
-        if got is not None: return check_calls([_one(c, json_text(c)) for c in got.get('tool_calls') or []], tools),(got.get('content') or '').strip()
-    calls,rest = read_calls(text, tools)
-    return calls,without_special(tok, rest)
+        try:
+            got = tok.parse_response(text, prefix=prompt, tools=tools)
+        except Exception:
+            got = None  # The answer is not as described
+        if got is not None:
+            return check_calls([_one(c, json_text(c)) for c in got.get('tool_calls') or []], tools), (
+                got.get('content') or ''
+            ).strip()
+    calls, rest = read_calls(text, tools)
+    return calls, without_special(tok, rest)
 
-def without_special(tok, text:str)->str:
+
+def without_special(tok, text: str) -> str:
     "The text without the tokenizer's special tokens"
     pattern = '|'.join(re.escape(t) for t in sorted(tok.all_special_tokens, key=len, reverse=True)) or '(?!)'
     return re.sub(pattern, '', text).strip()

@@ -7,85 +7,148 @@ __all__ = ['TrainingError', 'Guard', 'check_weights', 'step_numbers', 'skip_if_b
            'stop_requests']
 
 # %% ../../nbs/training/guards.ipynb #913b7835
-import math,signal,threading
+import math
+import signal
+import threading
 from collections import deque
 from contextlib import contextmanager
 from statistics import median
-from .ranks import local,whole
+from .ranks import local, whole
 
 # %% ../../nbs/training/guards.ipynb #67e54a82
 class TrainingError(RuntimeError):
     "Training has failed; the metrics and the last good checkpoint stay in the run"
 
+
 class Guard:
     "Looks at each optimizer step before it is taken"
-    def __init__(self, vocab_size:int, scaled=False): # scaled: fp16, whose loss scaler may skip steps
-        self.guess,self.scaled,self.skipped,self.worse,self.seen = math.log(vocab_size),scaled,0,0,deque(maxlen=50)
-    def check(self,
-        step:int, # Optimizer step that is about to be taken, from 1
-        loss:float, # Of the step
-        grad:float, # Norm of the gradient
-        weight:float=1.0, # Norm of the trained weights
-        masked=False, # Is no token of the step trained?
+
+    def __init__(self, vocab_size: int, scaled=False):  # scaled: fp16, whose loss scaler may skip steps
+        self.guess, self.scaled, self.skipped, self.worse, self.seen = (
+            math.log(vocab_size),
+            scaled,
+            0,
+            0,
+            deque(maxlen=50),
+        )
+
+    def check(
+        self,
+        step: int,  # Optimizer step that is about to be taken, from 1
+        loss: float,  # Of the step
+        grad: float,  # Norm of the gradient
+        weight: float = 1.0,  # Norm of the trained weights
+        masked=False,  # Is no token of the step trained?
     ):
         "Raise `TrainingError` when the step must not be taken"
-        if masked: raise TrainingError(f"step {step}: no token of its rows is trained: all labels are masked; look at loss_on and at the rows")
-        if self.scaled and math.isfinite(loss) and not math.isfinite(grad) and self.skipped < 20: self.skipped += 1; return
+        if masked:
+            raise TrainingError(
+                f"step {step}: no token of its rows is trained: all labels are masked; look at loss_on and at the rows"
+            )
+        if self.scaled and math.isfinite(loss) and not math.isfinite(grad) and self.skipped < 20:
+            self.skipped += 1
+            return
         self.skipped = 0
-        bad = next((f'{k} is {v}' for k,v in (('loss', loss), ('gradient norm', grad), ('norm of the trained weights', weight)) if not math.isfinite(v)), None)
-        if bad: raise TrainingError(f"step {step}: the {bad}, so the run is broken and was stopped before the step was taken; lower learning_rate, or look at the rows of this step")
-        if grad == 0: raise TrainingError(f"step {step}: the gradient is exactly zero (loss {loss:.4f}), so nothing is learned and the run was stopped; lower learning_rate if the loss has jumped, else see that the mask leaves something to train")
-        self.worse = self.worse+1 if self.seen and median(self.seen) < self.guess and loss > self.guess+1 else 0
-        if self.worse >= 2: raise TrainingError(f"step {step}: the loss has exploded: {loss:.2f}, worse than guessing ({self.guess:.2f}), after {median(self.seen):.2f}; lower learning_rate or max_grad_norm, or warm up longer")
-        if not self.worse: self.seen.append(loss)
+        bad = next(
+            (
+                f'{k} is {v}'
+                for k, v in (('loss', loss), ('gradient norm', grad), ('norm of the trained weights', weight))
+                if not math.isfinite(v)
+            ),
+            None,
+        )
+        if bad:
+            raise TrainingError(
+                f"step {step}: the {bad}, so the run is broken and was stopped before the step was taken; lower learning_rate, or look at the rows of this step"
+            )
+        if grad == 0:
+            raise TrainingError(
+                f"step {step}: the gradient is exactly zero (loss {loss:.4f}), so nothing is learned and the run was stopped; lower learning_rate if the loss has jumped, else see that the mask leaves something to train"
+            )
+        self.worse = self.worse + 1 if self.seen and median(self.seen) < self.guess and loss > self.guess + 1 else 0
+        if self.worse >= 2:
+            raise TrainingError(
+                f"step {step}: the loss has exploded: {loss:.2f}, worse than guessing ({self.guess:.2f}), after {median(self.seen):.2f}; lower learning_rate or max_grad_norm, or warm up longer"
+            )
+        if not self.worse:
+            self.seen.append(loss)
 
 # %% ../../nbs/training/guards.ipynb #ecb922bc
 def check_weights(model):
     "Raise `TrainingError` when a trained weight is not finite"
-    bad = [n for n,p in model.named_parameters() if p.requires_grad and not local(p).isfinite().all()]
-    if bad: raise TrainingError(f"{len(bad)} trained tensors hold values that are not finite ({bad[0]}, …), so nothing was saved; lower learning_rate")
+    bad = [n for n, p in model.named_parameters() if p.requires_grad and not local(p).isfinite().all()]
+    if bad:
+        raise TrainingError(
+            f"{len(bad)} trained tensors hold values that are not finite ({bad[0]}, …), so nothing was saved; lower learning_rate"
+        )
+
 
 def _norm(tensors):
     "Their norm, over all ranks where each holds a part"
     import torch
-    kinds = {}
-    for t in tensors: kinds.setdefault(type(t), []).append(t)
-    parts = [whole(torch.nn.utils.get_total_norm(ts)) for ts in kinds.values()]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).norm() if parts else torch.tensor(0.)
 
-def step_numbers(loss, parameters): # Tensor (3,) on the device: loss, norms of gradient and weights
+    kinds = {}
+    for t in tensors:
+        kinds.setdefault(type(t), []).append(t)
+    parts = [whole(torch.nn.utils.get_total_norm(ts)) for ts in kinds.values()]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).norm() if parts else torch.tensor(0.0)
+
+
+def step_numbers(loss, parameters):  # Tensor (3,) on the device: loss, norms of gradient and weights
     "What a guard wants to know of a step; nothing waits for the device"
     import torch
-    ps = [p for p in parameters if p.requires_grad]
-    return torch.stack([x.detach().float().reshape(()).to(loss.device) for x in (loss, _norm([p.grad for p in ps if p.grad is not None]), _norm([p.data for p in ps]))])
 
-def skip_if_broken(optimizer, numbers)->bool: # Can this optimizer?
+    ps = [p for p in parameters if p.requires_grad]
+    return torch.stack(
+        [
+            x.detach().float().reshape(()).to(loss.device)
+            for x in (loss, _norm([p.grad for p in ps if p.grad is not None]), _norm([p.data for p in ps]))
+        ]
+    )
+
+
+def skip_if_broken(optimizer, numbers) -> bool:  # Can this optimizer?
     "Have a fused AdamW leave the weights alone when a number is not finite, without asking the device first"
     import torch
+
     raw = getattr(optimizer, 'optimizer', optimizer)
     p = raw.param_groups[0]['params'][0]
-    if not isinstance(raw, torch.optim.AdamW) or not raw.param_groups[0].get('fused') or local(p) is not p: return False
+    if not isinstance(raw, torch.optim.AdamW) or not raw.param_groups[0].get('fused') or local(p) is not p:
+        return False
     raw.found_inf = (~numbers.isfinite().all()).float()
     return True
 
 # %% ../../nbs/training/guards.ipynb #bd933780
 class Interrupted(RuntimeError):
     "Training was told to stop, and has left a checkpoint"
-    def _render_traceback_(self): return [f'{type(self).__name__}: {self}'] # A notebook shows what was asked for, not where in the code it was done
+
+    def _render_traceback_(self):
+        return [
+            f'{type(self).__name__}: {self}'
+        ]  # A notebook shows what was asked for, not where in the code it was done
+
 
 class StopRequest:
     "What has asked for an end, if anything"
+
     by = None
+
     def _ask(self, number, frame):
-        if self.by: raise KeyboardInterrupt
+        if self.by:
+            raise KeyboardInterrupt
         self.by = signal.Signals(number).name
+
 
 @contextmanager
 def stop_requests():
     "SIGINT and SIGTERM become a request inside; a `StopRequest`"
     stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread(): yield stop; return
-    old = {s:signal.signal(s, stop._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield stop
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {s: signal.signal(s, stop._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
     finally:
-        for s,h in old.items(): signal.signal(s, h)
+        for s, h in old.items():
+            signal.signal(s, h)

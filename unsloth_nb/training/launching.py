@@ -7,19 +7,26 @@ __all__ = ['RankLost', 'RankFailed', 'launch_dir', 'check_rendezvous', 'torchrun
            'follow', 'first_failure', 'failure', 'tidy', 'tidy_after', 'train_in_ranks', 'find_launch', 'join']
 
 # %% ../../nbs/training/launching.ipynb #09e14148
-import os,re,shutil,signal,socket,subprocess,sys,time
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..runs.checkpoints import CheckpointError
 from ..core.escaping import mask_secrets
 from ..tokens.examples import Examples
-from .guards import Interrupted,TrainingError,stop_requests
+from .guards import Interrupted, TrainingError, stop_requests
 from .loading import LoadedModel
-from ..runs.monitor import Progress,Tail
+from ..runs.monitor import Progress, Tail
 from ..core.settings import settings
 from ..planning.plan import Plan
-from ..runs.run import RUN_DIR_VARIABLE,Run,RunError,read_json,run_dirs,write_json
+from ..runs.run import RUN_DIR_VARIABLE, Run, RunError, read_json, run_dirs, write_json
 from ..core.schema import SpecError
 from ..core.spec import FinetuneJob
 
@@ -27,110 +34,205 @@ from ..core.spec import FinetuneJob
 class RankLost(RuntimeError):
     "A process that trained was killed; the newest checkpoint stays"
 
+
 class RankFailed(RuntimeError):
     "A process that trained has raised an error"
 
-def launch_dir(run:Run)->Path: return run.path/'launch' # What ranks read and write
 
-def check_rendezvous(nodes:int):
+def launch_dir(run: Run) -> Path:
+    return run.path / 'launch'  # What ranks read and write
+
+
+def check_rendezvous(nodes: int):
     "Raise `SpecError` when several machines have no place to meet"
-    if nodes > 1 and not settings().rendezvous: raise SpecError('nodes: several machines need a place to meet: unsloth-nb launch finetune --rendezvous HOST:PORT, or rendezvous in settings.ini, with the host of the first one')
+    if nodes > 1 and not settings().rendezvous:
+        raise SpecError(
+            'nodes: several machines need a place to meet: unsloth-nb launch finetune --rendezvous HOST:PORT, or rendezvous in settings.ini, with the host of the first one'
+        )
+
 
 def torchrun(
-    run:Run, # Whose training
-    plan:Plan, # Its devices and nodes
-)->list[str]:
+    run: Run,  # Whose training
+    plan: Plan,  # Its devices and nodes
+) -> list[str]:
     "The command that starts the ranks of this machine"
-    meet = ['--standalone'] if plan.nodes == 1 else ['--nnodes', str(plan.nodes), '--rdzv-backend', 'c10d', '--rdzv-endpoint', settings().rendezvous, '--rdzv-id', run.name]
-    return [sys.executable, '-m', 'torch.distributed.run', *meet, '--nproc-per-node', str(plan.devices), '-m', 'unsloth_nb.training.worker', str(run.path)]
+    meet = (
+        ['--standalone']
+        if plan.nodes == 1
+        else [
+            '--nnodes',
+            str(plan.nodes),
+            '--rdzv-backend',
+            'c10d',
+            '--rdzv-endpoint',
+            settings().rendezvous,
+            '--rdzv-id',
+            run.name,
+        ]
+    )
+    return [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        *meet,
+        '--nproc-per-node',
+        str(plan.devices),
+        '-m',
+        'unsloth_nb.training.worker',
+        str(run.path),
+    ]
 
-def rank_environment(plan:Plan)->dict:
+
+def rank_environment(plan: Plan) -> dict:
     "Environment variables of the ranks: threads shared out, and how Unsloth shards"
-    env = {k:v for k,v in os.environ.items() if k != RUN_DIR_VARIABLE}|dict(OMP_NUM_THREADS=str(max(1, plan.device.cores//plan.devices)))
-    if plan.parallel != 'fsdp': return env
-    return env|dict(UNSLOTH_FSDP2='1', UNSLOTH_FSDP2_LAYOUT='sharded')|({} if plan.load_in_4bit else dict(UNSLOTH_FSDP2_SHARDED_LOAD='1'))
+    env = {k: v for k, v in os.environ.items() if k != RUN_DIR_VARIABLE} | dict(
+        OMP_NUM_THREADS=str(max(1, plan.device.cores // plan.devices))
+    )
+    if plan.parallel != 'fsdp':
+        return env
+    return (
+        env
+        | dict(UNSLOTH_FSDP2='1', UNSLOTH_FSDP2_LAYOUT='sharded')
+        | ({} if plan.load_in_4bit else dict(UNSLOTH_FSDP2_SHARDED_LOAD='1'))
+    )
 
 # %% ../../nbs/training/launching.ipynb #708468f4
-def prepare(model:LoadedModel, examples:Examples, job:FinetuneJob, run:Run):
+def prepare(model: LoadedModel, examples: Examples, job: FinetuneJob, run: Run):
     "Write what the ranks need into the run"
     from safetensors.torch import save_file
-    plan,home = model.plan,launch_dir(run)
+
+    plan, home = model.plan, launch_dir(run)
     check_rendezvous(plan.nodes)
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
-    examples.save(home/'examples')
-    if model.weights: save_file({n:p.contiguous() for n,p in model.weights.items()}, home/'weights.safetensors') # Else each rank makes the same ones, from the seed
-    write_json(home/'launch.json', dict(job=job.to_dict(), plan=plan.to_dict(), rendezvous=settings().rendezvous, pid=os.getpid(), host=socket.gethostname(), time=time.time()))
+    examples.save(home / 'examples')
+    if model.weights:
+        save_file(
+            {n: p.contiguous() for n, p in model.weights.items()}, home / 'weights.safetensors'
+        )  # Else each rank makes the same ones, from the seed
+    write_json(
+        home / 'launch.json',
+        dict(
+            job=job.to_dict(),
+            plan=plan.to_dict(),
+            rendezvous=settings().rendezvous,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            time=time.time(),
+        ),
+    )
 
 # %% ../../nbs/training/launching.ipynb #a48e85cb
 @contextmanager
-def started(run:Run, plan:Plan):
+def started(run: Run, plan: Plan):
     "torchrun as a process, ended on the way out"
-    with open(launch_dir(run)/f'torchrun-{socket.gethostname()}-{os.getpid()}.log', 'wb') as log:
-        proc = subprocess.Popen(torchrun(run, plan), env=rank_environment(plan), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try: yield proc
+    with open(launch_dir(run) / f'torchrun-{socket.gethostname()}-{os.getpid()}.log', 'wb') as log:
+        proc = subprocess.Popen(
+            torchrun(run, plan),
+            env=rank_environment(plan),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            yield proc
         finally:
-            if proc.poll() is None: proc.terminate() # It ends its ranks, and kills those that do not end
-            try: proc.wait(60)
-            except subprocess.TimeoutExpired: proc.kill(); proc.wait()
+            if proc.poll() is None:
+                proc.terminate()  # It ends its ranks, and kills those that do not end
+            try:
+                proc.wait(60)
+            except subprocess.TimeoutExpired:
+                proc.kill()
+                proc.wait()
+
 
 def follow(
-    proc, # torchrun
-    run:Run, # What its ranks write
-    live, # What shows it; None: nothing
-    stop, # A `StopRequest`
+    proc,  # torchrun
+    run: Run,  # What its ranks write
+    live,  # What shows it; None: nothing
+    stop,  # A `StopRequest`
 ):
     "Show what is new and pass requests on until the ranks have ended"
-    tail,asked,step = Tail(run.path/'metrics.jsonl'),False,None
+    tail, asked, step = Tail(run.path / 'metrics.jsonl'), False, None
     while proc.poll() is None:
-        if stop.by and not asked: run.stop(stop.by); asked = True
-        if live and tail.read(): live.show(Progress(tail.lines))
-        now = (read_json(launch_dir(run)/'rank-0'/'heartbeat.json') or {}).get('step')
-        if now not in (None, step): run.beat(now); step = now
+        if stop.by and not asked:
+            run.stop(stop.by)
+            asked = True
+        if live and tail.read():
+            live.show(Progress(tail.lines))
+        now = (read_json(launch_dir(run) / 'rank-0' / 'heartbeat.json') or {}).get('step')
+        if now not in (None, step):
+            run.beat(now)
+            step = now
         time.sleep(0.2)
 
 # %% ../../nbs/training/launching.ipynb #76d90f85
-_LOST = re.compile(r'Connection (closed|reset)|gloo|NCCL|ProcessGroup|c10d|remote process|Broken pipe|TCPStore|timed? ?out', re.I)
-_ENTRY = re.compile(r'\btime\s*:\s*(\S+)\s+host\s*:[^\n]*\s+rank\s*:\s*(\d+)[^\n]*\s+exitcode\s*:\s*(-?\d+)') # Of torchrun's report, for each rank that failed
+_LOST = re.compile(
+    r'Connection (closed|reset)|gloo|NCCL|ProcessGroup|c10d|remote process|Broken pipe|TCPStore|timed? ?out', re.I
+)
+_ENTRY = re.compile(
+    r'\btime\s*:\s*(\S+)\s+host\s*:[^\n]*\s+rank\s*:\s*(\d+)[^\n]*\s+exitcode\s*:\s*(-?\d+)'
+)  # Of torchrun's report, for each rank that failed
 
-def first_failure(run:Run)->dict: # rank, type, message; signal, where it was killed
+
+def first_failure(run: Run) -> dict:  # rank, type, message; signal, where it was killed
     "What went wrong first"
     home = launch_dir(run)
     errors = sorted((read_json(f) for f in home.glob('rank-*/error.json')), key=lambda e: e['time'])
-    if (own := next((e for e in errors if not _LOST.search(f"{e['type']} {e['message']}")), None)): return own
-    codes = [(int(r), int(c)) for _,r,c in sorted(e for log in home.glob('torchrun-*.log') for e in _ENTRY.findall(log.read_text(errors='replace')))]
-    killed = [(r, -c) for r,c in codes if c < 0 and -c != signal.SIGTERM]
-    if killed: return dict(rank=killed[0][0], signal=signal.Signals(killed[0][1]).name)
-    rank,code = codes[0] if codes else (0, 'unknown')
+    if own := next((e for e in errors if not _LOST.search(f"{e['type']} {e['message']}")), None):
+        return own
+    codes = [
+        (int(r), int(c))
+        for _, r, c in sorted(
+            e for log in home.glob('torchrun-*.log') for e in _ENTRY.findall(log.read_text(errors='replace'))
+        )
+    ]
+    killed = [(r, -c) for r, c in codes if c < 0 and -c != signal.SIGTERM]
+    if killed:
+        return dict(rank=killed[0][0], signal=signal.Signals(killed[0][1]).name)
+    rank, code = codes[0] if codes else (0, 'unknown')
     return errors[0] if errors else dict(rank=rank, type='exit', message=f'it ended with code {code}')
 
-def failure(run:Run, ranks:int)->Exception:
+
+def failure(run: Run, ranks: int) -> Exception:
     "The error to raise for it"
     f = first_failure(run)
     log = f"its log is {launch_dir(run).name}/rank-{f['rank']}/log.txt in the run's directory; go on with: unsloth-nb run --resume {run.name}"
-    if 'signal' in f: return RankLost(f"rank {f['rank']} of {ranks} was killed by {f['signal']}, most often because memory ran out, and the others were ended; {log}")
+    if 'signal' in f:
+        return RankLost(
+            f"rank {f['rank']} of {ranks} was killed by {f['signal']}, most often because memory ran out, and the others were ended; {log}"
+        )
     kind = dict(TrainingError=TrainingError, CheckpointError=CheckpointError, SpecError=SpecError).get(f['type'])
-    return kind(f['message']) if kind else RankFailed(f"rank {f['rank']} of {ranks} failed first: {f['type']}: {f['message']}; {log}")
+    return (
+        kind(f['message'])
+        if kind
+        else RankFailed(f"rank {f['rank']} of {ranks} failed first: {f['type']}: {f['message']}; {log}")
+    )
 
 # %% ../../nbs/training/launching.ipynb #e57fbc7a
 def _mask_logs(home):
     "What a library has quoted in a log is masked as in any other file"
     for f in (*home.glob('*.log'), *home.glob('rank-*/log.txt')):
         text = f.read_text(errors='replace')
-        if (safe := mask_secrets(text)) != text: f.write_text(safe)
+        if (safe := mask_secrets(text)) != text:
+            f.write_text(safe)
 
-def tidy(home:Path): # As `launch_dir` gives it
+
+def tidy(home: Path):  # As `launch_dir` gives it
     "Remove what only the ranks needed, and mask their logs"
     _mask_logs(home)
-    (home/'weights.safetensors').unlink(missing_ok=True)
-    shutil.rmtree(home/'examples', ignore_errors=True)
+    (home / 'weights.safetensors').unlink(missing_ok=True)
+    shutil.rmtree(home / 'examples', ignore_errors=True)
+
 
 def tidy_after(
-    run:Run, # Whose process may have been killed
-    wait:float=10, # [s] for its ranks on this machine, which end within a second
+    run: Run,  # Whose process may have been killed
+    wait: float = 10,  # [s] for its ranks on this machine, which end within a second
 ):
     "`tidy`, from outside, when the ranks have ended"
     import psutil
+
     ours = lambda p: 'unsloth_nb.training.worker' in p.info['cmdline'] and str(run.path) in p.info['cmdline']
     if launch_dir(run).exists():
         psutil.wait_procs([p for p in psutil.process_iter(['cmdline']) if p.info['cmdline'] and ours(p)], wait)
@@ -138,59 +240,82 @@ def tidy_after(
 
 # %% ../../nbs/training/launching.ipynb #6110e01c
 def train_in_ranks(
-    model:LoadedModel, # Makes room while the ranks train, and comes back with what they have learned
-    examples:Examples, # What is learned
-    job:FinetuneJob, # What to do
-    run:Run, # Where they write
-    live, # What shows it
-    stop, # A `StopRequest`
-)->dict: # As `train` gives it
+    model: LoadedModel,  # Makes room while the ranks train, and comes back with what they have learned
+    examples: Examples,  # What is learned
+    job: FinetuneJob,  # What to do
+    run: Run,  # Where they write
+    live,  # What shows it
+    stop,  # A `StopRequest`
+) -> dict:  # As `train` gives it
     "Train in processes of their own; raises what they raise"
     from safetensors.torch import load_file
-    home,plan = launch_dir(run),model.plan
+
+    home, plan = launch_dir(run), model.plan
     model.release()
     prepare(model, examples, job, run)
     run.note(f"{plan.ranks} ranks ({plan.parallel}) are started by torchrun")
     try:
-        with started(run, plan) as proc: follow(proc, run, live, stop)
-        res = read_json(home/'result.json')
-        if res is None: raise failure(run, plan.ranks)
-        model.release(load_file(home/'weights.safetensors'))
-    finally: tidy(home)
-    if 'interrupted' in res: raise Interrupted(res['interrupted'])
+        with started(run, plan) as proc:
+            follow(proc, run, live, stop)
+        res = read_json(home / 'result.json')
+        if res is None:
+            raise failure(run, plan.ranks)
+        model.release(load_file(home / 'weights.safetensors'))
+    finally:
+        tidy(home)
+    if 'interrupted' in res:
+        raise Interrupted(res['interrupted'])
     return res['training']
 
 # %% ../../nbs/training/launching.ipynb #05db55f1
 def _waiting(run):
     "`launch.json` of a training that other machines can take part in"
-    asked = read_json(launch_dir(run)/'launch.json')
-    return asked if asked and asked['plan']['nodes'] > 1 and run.status == 'running' and not (launch_dir(run)/'result.json').exists() else None
+    asked = read_json(launch_dir(run) / 'launch.json')
+    return (
+        asked
+        if asked
+        and asked['plan']['nodes'] > 1
+        and run.status == 'running'
+        and not (launch_dir(run) / 'result.json').exists()
+        else None
+    )
+
 
 def find_launch(
-    runs_dir=None, # Where runs are, on a file system that all machines share
-    wait:float=900, # [s]
-)->Run:
+    runs_dir=None,  # Where runs are, on a file system that all machines share
+    wait: float = 900,  # [s]
+) -> Run:
     "The run that waits for this machine at the rendezvous"
-    place,end = settings().rendezvous,time.time()+wait
+    place, end = settings().rendezvous, time.time() + wait
     while time.time() < end:
         for run in map(Run, reversed(run_dirs(runs_dir))):
-            if (asked := _waiting(run)) and asked['rendezvous'] == place: return run
+            if (asked := _waiting(run)) and asked['rendezvous'] == place:
+                return run
         time.sleep(1)
-    raise RunError(f"no run waits at {place or 'any rendezvous'}: none has begun to train under {runs_dir or settings().runs_dir} in {wait:.0f} s")
+    raise RunError(
+        f"no run waits at {place or 'any rendezvous'}: none has begun to train under {runs_dir or settings().runs_dir} in {wait:.0f} s"
+    )
+
 
 def join(
-    run:Run, # Its training may be still to begin
-    wait:float=900, # [s] for that
-)->int: # Exit code of torchrun
+    run: Run,  # Its training may be still to begin
+    wait: float = 900,  # [s] for that
+) -> int:  # Exit code of torchrun
     "Have the devices of this machine take part in a run's training; SIGINT and SIGTERM ask the whole run to stop"
-    if run.job.nodes == 1: raise RunError(f'{run.name} trains on one machine, so no other can take part; nodes says how many do')
-    end = time.time()+wait
+    if run.job.nodes == 1:
+        raise RunError(f'{run.name} trains on one machine, so no other can take part; nodes says how many do')
+    end = time.time() + wait
     while not (asked := _waiting(run)):
-        if run.status != 'running': raise RunError(f'{run.name} is {run.status}; another machine takes part while it runs')
-        if time.time() > end: raise RunError(f'{run.name} has not begun to train in {wait:.0f} s')
+        if run.status != 'running':
+            raise RunError(f'{run.name} is {run.status}; another machine takes part while it runs')
+        if time.time() > end:
+            raise RunError(f'{run.name} has not begun to train in {wait:.0f} s')
         time.sleep(1)
-    if not settings().rendezvous: os.environ['UNSLOTH_NB_RENDEZVOUS'] = asked['rendezvous']
+    if not settings().rendezvous:
+        os.environ['UNSLOTH_NB_RENDEZVOUS'] = asked['rendezvous']
     try:
-        with started(run, Plan.from_dict(asked['plan'])) as proc, stop_requests() as stop: follow(proc, run, None, stop)
+        with started(run, Plan.from_dict(asked['plan'])) as proc, stop_requests() as stop:
+            follow(proc, run, None, stop)
         return proc.returncode
-    finally: _mask_logs(launch_dir(run))
+    finally:
+        _mask_logs(launch_dir(run))

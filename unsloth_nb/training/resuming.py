@@ -7,49 +7,88 @@ __all__ = ['examples_sha256', 'code_hashes', 'identity', 'differences', 'check_s
            'all_state', 'save_state', 'load_state', 'load_optimizer', 'PassOrder', 'resumable']
 
 # %% ../../nbs/training/resuming.ipynb #982b6343
-import hashlib,importlib.util,random
+import hashlib
+import importlib.util
+import random
 from pathlib import Path
 
 from ..runs.attempts import hash_of
-from ..runs.checkpoints import CheckpointError,join_state,split_state
+from ..runs.checkpoints import CheckpointError, join_state, split_state
 from ..core.engine import versions
 from ..tokens.examples import Examples
-from .loading import LoadedModel,load_weights,trained_weights
-from .ranks import objects_of_all,parted,rank,ranks,whole
-from ..runs.run import read_json,write_json
+from .loading import LoadedModel, load_weights, trained_weights
+from .ranks import objects_of_all, parted, rank, ranks, whole
+from ..runs.run import read_json, write_json
 from ..core.schema import fields
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/training/resuming.ipynb #e78f091e
-_AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit') # Parameters of training that change no step
-_PLANNED = ('dtype', 'load_in_4bit', 'load_in_8bit', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim', 'packing', 'padding_free', 'attention', 'devices', 'nodes', 'parallel')
+_AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit')  # Parameters of training that change no step
+_PLANNED = (
+    'dtype',
+    'load_in_4bit',
+    'load_in_8bit',
+    'per_device_train_batch_size',
+    'gradient_accumulation_steps',
+    'gradient_checkpointing',
+    'optim',
+    'packing',
+    'padding_free',
+    'attention',
+    'devices',
+    'nodes',
+    'parallel',
+)
 _PACKAGES = ('torch', 'transformers', 'trl', 'peft', 'unsloth', 'unsloth_zoo', 'bitsandbytes', 'accelerate')
-_MODULES = ('tokens/batching', 'tokens/examples', 'tokens/formatting', 'training/guards', 'training/loading', 'training/padding_free', 'training/resuming', 'training/trainer')
+_MODULES = (
+    'tokens/batching',
+    'tokens/examples',
+    'tokens/formatting',
+    'training/guards',
+    'training/loading',
+    'training/padding_free',
+    'training/resuming',
+    'training/trainer',
+)
 
-def examples_sha256(examples:Examples)->str:
+
+def examples_sha256(examples: Examples) -> str:
     "SHA-256 of all token ids and of what is trained of them"
-    ids,trained,ends = examples.flat()
+    ids, trained, ends = examples.flat()
     h = hashlib.sha256()
-    for a in (ids, trained, ends): h.update(memoryview(a).cast('B'))
+    for a in (ids, trained, ends):
+        h.update(memoryview(a).cast('B'))
     return h.hexdigest()
 
 # %% ../../nbs/training/resuming.ipynb #763a7532
 def code_hashes(
-    modules=_MODULES, # Of this package; default: those that training depends on
-)->dict: # Module or package to hash or version
+    modules=_MODULES,  # Of this package; default: those that training depends on
+) -> dict:  # Module or package to hash or version
     "What code a result depends on: our own modules, and the packages below"
-    home,have = Path(importlib.util.find_spec('unsloth_nb').origin).parent,versions()
-    return {f'{m}.py':hashlib.sha256((home/f'{m}.py').read_bytes()).hexdigest()[:16] for m in modules}|{p:have[p] for p in _PACKAGES if p in have}
+    home, have = Path(importlib.util.find_spec('unsloth_nb').origin).parent, versions()
+    return {f'{m}.py': hashlib.sha256((home / f'{m}.py').read_bytes()).hexdigest()[:16] for m in modules} | {
+        p: have[p] for p in _PACKAGES if p in have
+    }
 
 # %% ../../nbs/training/resuming.ipynb #2843d38f
 def identity(
-    model:LoadedModel, # Its base weights, adapter and plan count
-    examples:Examples, # Their token ids and labels count
-    job:FinetuneJob, # Its parameters of training count
-)->dict: # parameters, plan, data, model, code: each names to values
+    model: LoadedModel,  # Its base weights, adapter and plan count
+    examples: Examples,  # Their token ids and labels count
+    job: FinetuneJob,  # Its parameters of training count
+) -> dict:  # parameters, plan, data, model, code: each names to values
     "What a training run is a run of"
-    shaping = [f['name'] for f in fields(type(job)) if f['group'] in ('LoRA', 'Training') and f['name'] not in (*_AFTERWARDS, *_PLANNED)]
-    return dict(parameters={k:job.to_dict()[k] for k in (*shaping, 'seed', 'max_seq_length')}, plan={k:getattr(model.plan, k) for k in _PLANNED}|dict(device=model.plan.device.kind), data=dict(examples=len(examples), sha256=examples_sha256(examples)), model=model.base, code=code_hashes())
+    shaping = [
+        f['name']
+        for f in fields(type(job))
+        if f['group'] in ('LoRA', 'Training') and f['name'] not in (*_AFTERWARDS, *_PLANNED)
+    ]
+    return dict(
+        parameters={k: job.to_dict()[k] for k in (*shaping, 'seed', 'max_seq_length')},
+        plan={k: getattr(model.plan, k) for k in _PLANNED} | dict(device=model.plan.device.kind),
+        data=dict(examples=len(examples), sha256=examples_sha256(examples)),
+        model=model.base,
+        code=code_hashes(),
+    )
 
 # %% ../../nbs/training/resuming.ipynb #6d51ec0e
 # The code as it was before its modules moved into wings. It trains to the same bits (tests/test_before_wings.py), so its checkpoints go on.
@@ -65,136 +104,248 @@ _BEFORE_WINGS = {
     'training.py': 'd3da921758de90cd',
 }
 
+
 def _known_code(then, now):
     "The code of a checkpoint; where only our modules' places are other, as it is now"
     ours = {k for k in then if k.endswith('.py')}
-    if {k:then[k] for k in ours} != _BEFORE_WINGS: return then
-    return {k:v for k,v in now.items() if k.endswith('.py')}|{k:v for k,v in then.items() if k not in ours}
+    if {k: then[k] for k in ours} != _BEFORE_WINGS:
+        return then
+    return {k: v for k, v in now.items() if k.endswith('.py')} | {k: v for k, v in then.items() if k not in ours}
+
 
 def differences(
-    then:dict, # Identity of the checkpoint
-    now:dict, # Of what is asked for now
-)->list[tuple]: # (name, part, then, now)
+    then: dict,  # Identity of the checkpoint
+    now: dict,  # Of what is asked for now
+) -> list[tuple]:  # (name, part, then, now)
     "What differs between two identities"
-    flat = lambda d: {(k, n):v for k,part in d.items() for n,v in part.items()}
-    then = then|({'code':_known_code(then['code'], now['code'])} if 'code' in then and 'code' in now else {})
-    a,b = flat(then),flat(now)
-    return [(n, part, a.get((part, n)), b.get((part, n))) for part,n in dict.fromkeys([*a, *b]) if a.get((part, n)) != b.get((part, n))]
+    flat = lambda d: {(k, n): v for k, part in d.items() for n, v in part.items()}
+    then = then | ({'code': _known_code(then['code'], now['code'])} if 'code' in then and 'code' in now else {})
+    a, b = flat(then), flat(now)
+    return [
+        (n, part, a.get((part, n)), b.get((part, n)))
+        for part, n in dict.fromkeys([*a, *b])
+        if a.get((part, n)) != b.get((part, n))
+    ]
+
 
 def check_same(
-    then:dict, # Identity of the checkpoint
-    now:dict, # Of what is asked for now
-    allow=(), # Names or parts that may differ
-    what:str='the run', # What cannot go on, for the message
-)->list[str]: # What differs and may
+    then: dict,  # Identity of the checkpoint
+    now: dict,  # Of what is asked for now
+    allow=(),  # Names or parts that may differ
+    what: str = 'the run',  # What cannot go on, for the message
+) -> list[str]:  # What differs and may
     "Raise `CheckpointError` with all that differs and is not allowed to"
-    diff = [(f"{n if part in ('parameters', 'plan') else f'{part}: {n}'}: {str(x)[:60]} then, {str(y)[:60]} now", n in allow or part in allow) for n,part,x,y in differences(then, now)]
-    bad = [text for text,ok in diff if not ok]
-    if not bad: return [text for text,_ in diff]
-    names = sorted({n if part in ('parameters', 'plan') else part for n,part,_,_ in differences(then, now)})
-    raise CheckpointError('\n'.join([f"{what} cannot go on as it was:", *bad, f"put back what has changed, or allow it: --allow {','.join(names)}"]))
+    diff = [
+        (
+            f"{n if part in ('parameters', 'plan') else f'{part}: {n}'}: {str(x)[:60]} then, {str(y)[:60]} now",
+            n in allow or part in allow,
+        )
+        for n, part, x, y in differences(then, now)
+    ]
+    bad = [text for text, ok in diff if not ok]
+    if not bad:
+        return [text for text, _ in diff]
+    names = sorted({n if part in ('parameters', 'plan') else part for n, part, _, _ in differences(then, now)})
+    raise CheckpointError(
+        '\n'.join(
+            [
+                f"{what} cannot go on as it was:",
+                *bad,
+                f"put back what has changed, or allow it: --allow {','.join(names)}",
+            ]
+        )
+    )
 
 # %% ../../nbs/training/resuming.ipynb #f2655a87
 def _random_state():
-    import numpy as np, torch
-    kind,keys,*rest = np.random.get_state()
-    return dict(python=random.getstate(), numpy=[kind, keys.tolist(), *rest], torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    import numpy as np
+    import torch
+
+    kind, keys, *rest = np.random.get_state()
+    return dict(
+        python=random.getstate(),
+        numpy=[kind, keys.tolist(), *rest],
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
+
 
 def _set_random_state(s):
-    import numpy as np, torch
+    import numpy as np
+    import torch
+
     random.setstate(s['python'])
     np.random.set_state(tuple(s['numpy']))
     torch.set_rng_state(s['torch'])
-    if s['cuda']: torch.cuda.set_rng_state_all(s['cuda'])
+    if s['cuda']:
+        torch.cuda.set_rng_state_all(s['cuda'])
 
-def weights_sha256(model)->str:
+
+def weights_sha256(model) -> str:
     "SHA-256 of the trained weights"
     import torch
+
     h = hashlib.sha256()
-    for n,p in sorted(trained_weights(model).items()): h.update(n.encode()+whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for n, p in sorted(trained_weights(model).items()):
+        h.update(n.encode() + whole(p.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-def rows_sha256(convs)->str:
+
+def rows_sha256(convs) -> str:
     "SHA-256 of conversations: what was asked, and what was to be answered"
     return hash_of([[c.row, c.messages, c.text] for c in convs])
 
 # %% ../../nbs/training/resuming.ipynb #670d6634
 def _whole_state(o):
     "Optimizer state with every tensor whole"
-    return {k:_whole_state(v) for k,v in o.items()} if isinstance(o, dict) else [_whole_state(v) for v in o] if isinstance(o, list) else whole(o) if hasattr(o, 'shape') else o
+    return (
+        {k: _whole_state(v) for k, v in o.items()}
+        if isinstance(o, dict)
+        else [_whole_state(v) for v in o]
+        if isinstance(o, list)
+        else whole(o)
+        if hasattr(o, 'shape')
+        else o
+    )
 
-def all_state(trainer)->tuple: # (trained weights by name; optimizer, scheduler, scaler and random numbers of each rank)
+
+def all_state(
+    trainer,
+) -> tuple:  # (trained weights by name; optimizer, scheduler, scaler and random numbers of each rank)
     "What the next step depends on, in one place; all ranks must call it, and the first one has it all"
     scaler = getattr(trainer.accelerator, 'scaler', None)
-    weights = {n:whole(p.detach()).cpu().contiguous() for n,p in trained_weights(trainer.model).items()}
-    return weights,dict(optimizer=_whole_state(trainer.optimizer.state_dict()), scheduler=trainer.lr_scheduler.state_dict(), scaler=scaler.state_dict() if scaler else {}, random=objects_of_all(_random_state()))
+    weights = {n: whole(p.detach()).cpu().contiguous() for n, p in trained_weights(trainer.model).items()}
+    return weights, dict(
+        optimizer=_whole_state(trainer.optimizer.state_dict()),
+        scheduler=trainer.lr_scheduler.state_dict(),
+        scaler=scaler.state_dict() if scaler else {},
+        random=objects_of_all(_random_state()),
+    )
 
-def save_state(trainer, folder, state=None): # state: from `all_state`
+
+def save_state(trainer, folder, state=None):  # state: from `all_state`
     "Write weights, optimizer, scheduler, scaler, random numbers and the trainer's own state into a folder"
     from safetensors.torch import save_file
-    (weights,parts),tensors = state or all_state(trainer),{}
-    save_file(weights, folder/'weights.safetensors')
-    write_json(folder/'state.json', split_state(parts, tensors))
-    save_file(tensors, folder/'state.safetensors')
-    trainer.state.save_to_json(str(folder/'trainer_state.json'))
+
+    (weights, parts), tensors = state or all_state(trainer), {}
+    save_file(weights, folder / 'weights.safetensors')
+    write_json(folder / 'state.json', split_state(parts, tensors))
+    save_file(tensors, folder / 'state.safetensors')
+    trainer.state.save_to_json(str(folder / 'trainer_state.json'))
 
 # %% ../../nbs/training/resuming.ipynb #c62e0168
-def load_state(folder)->dict: # optimizer, scheduler, scaler, random
+def load_state(folder) -> dict:  # optimizer, scheduler, scaler, random
     "What `save_state` has written beside the weights"
     from safetensors.torch import load_file
-    return join_state(read_json(Path(folder)/'state.json'), load_file(Path(folder)/'state.safetensors'))
 
-def load_optimizer(optimizer, state:dict): # As `load_state` gives it
+    return join_state(read_json(Path(folder) / 'state.json'), load_file(Path(folder) / 'state.safetensors'))
+
+
+def load_optimizer(optimizer, state: dict):  # As `load_state` gives it
     "Give an optimizer its state back, each rank its part"
     ps = [p for g in optimizer.param_groups for p in g['params']]
-    parts = {i:{k:parted(v, ps[i]) if hasattr(v, 'shape') else v for k,v in s.items()} for i,s in state['state'].items()}
+    parts = {
+        i: {k: parted(v, ps[i]) if hasattr(v, 'shape') else v for k, v in s.items()} for i, s in state['state'].items()
+    }
     optimizer.load_state_dict(dict(state, state=parts))
 
 # %% ../../nbs/training/resuming.ipynb #f3cee2a2
 class PassOrder:
     "Rows in an order that only the seed and the number of the pass decide"
-    def __init__(self,
-        lengths, # [tokens] of each row
-        seed:int, # Of the order
-        grouped:int=0, # Rows of an optimizer step, to have those of like length together; 0: no such groups
-        extra:int=0, # Rows at the end of the dataset that come last in each pass
-    ): self.lengths,self.seed,self.grouped,self.extra,self.number = list(map(int, lengths))[:len(lengths)-extra],seed,grouped,extra,0
-    def set_epoch(self, number): self.number = number
-    def __len__(self): return len(self.lengths)+self.extra
+
+    def __init__(
+        self,
+        lengths,  # [tokens] of each row
+        seed: int,  # Of the order
+        grouped: int = 0,  # Rows of an optimizer step, to have those of like length together; 0: no such groups
+        extra: int = 0,  # Rows at the end of the dataset that come last in each pass
+    ):
+        self.lengths, self.seed, self.grouped, self.extra, self.number = (
+            list(map(int, lengths))[: len(lengths) - extra],
+            seed,
+            grouped,
+            extra,
+            0,
+        )
+
+    def set_epoch(self, number):
+        self.number = number
+
+    def __len__(self):
+        return len(self.lengths) + self.extra
+
     def __iter__(self):
         import torch
         from transformers.trainer_pt_utils import get_length_grouped_indices
-        n,g = len(self.lengths),torch.Generator().manual_seed(self.seed+self.number)
-        order = get_length_grouped_indices(self.lengths, self.grouped, generator=g) if self.grouped else torch.randperm(n, generator=g).tolist()
-        return iter([*order, *range(n, n+self.extra)])
+
+        n, g = len(self.lengths), torch.Generator().manual_seed(self.seed + self.number)
+        order = (
+            get_length_grouped_indices(self.lengths, self.grouped, generator=g)
+            if self.grouped
+            else torch.randperm(n, generator=g).tolist()
+        )
+        return iter([*order, *range(n, n + self.extra)])
 
 # %% ../../nbs/training/resuming.ipynb #99abea76
 def resumable(cls, write):
     "A trainer class whose checkpoints are ours; `write(trainer)` makes one"
+
     class Resumable(cls):
-        loss_of_step,trained_tokens,tokens_seen,fillers = None,None,0,0
-        def _save_checkpoint(self, model, trial): write(self)
-        def _load_from_checkpoint(self, folder, model=None): load_weights(self.model, folder)
+        loss_of_step, trained_tokens, tokens_seen, fillers = None, None, 0, 0
+
+        def _save_checkpoint(self, model, trial):
+            write(self)
+
+        def _load_from_checkpoint(self, folder, model=None):
+            load_weights(self.model, folder)
+
         def _load_optimizer_and_scheduler(self, folder):
-            if folder is None: return
+            if folder is None:
+                return
             s = load_state(folder)
             load_optimizer(self.optimizer, s['optimizer'])
             self.lr_scheduler.load_state_dict(s['scheduler'])
-            if s['scaler']: self.accelerator.scaler.load_state_dict(s['scaler'])
-        def _load_scaler(self, folder): pass
-        def _load_rng_state(self, folder): _set_random_state((s := load_state(folder)['random'])[rank() % len(s)])
+            if s['scaler']:
+                self.accelerator.scaler.load_state_dict(s['scaler'])
+
+        def _load_scaler(self, folder):
+            pass
+
+        def _load_rng_state(self, folder):
+            _set_random_state((s := load_state(folder)['random'])[rank() % len(s)])
+
         def _get_train_sampler(self, dataset=None):
             dataset = dataset if dataset is not None else self.train_dataset
-            grouped = str(getattr(self.args.train_sampling_strategy, 'value', self.args.train_sampling_strategy)) == 'group_by_length'
-            if not grouped and ranks() == 1: return super()._get_train_sampler(dataset)
-            return PassOrder([len(r) for r in dataset['input_ids']], self.args.data_seed, self.args.train_batch_size*self.args.gradient_accumulation_steps*ranks() if grouped else 0, self.fillers)
+            grouped = (
+                str(getattr(self.args.train_sampling_strategy, 'value', self.args.train_sampling_strategy))
+                == 'group_by_length'
+            )
+            if not grouped and ranks() == 1:
+                return super()._get_train_sampler(dataset)
+            return PassOrder(
+                [len(r) for r in dataset['input_ids']],
+                self.args.data_seed,
+                self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks() if grouped else 0,
+                self.fillers,
+            )
+
         def get_batch_samples(self, *args, **kw):
-            batches,self.trained_tokens = super().get_batch_samples(*args, **kw)
+            batches, self.trained_tokens = super().get_batch_samples(*args, **kw)
             self.loss_of_step = None
-            for b in batches: self.tokens_seen = self.tokens_seen+(b['attention_mask'] if 'attention_mask' in b else b['input_ids'] != self.processing_class.pad_token_id).sum() # Read when a step is logged
-            return batches,self.trained_tokens
+            for b in batches:
+                self.tokens_seen = (
+                    self.tokens_seen
+                    + (
+                        b['attention_mask']
+                        if 'attention_mask' in b
+                        else b['input_ids'] != self.processing_class.pad_token_id
+                    ).sum()
+                )  # Read when a step is logged
+            return batches, self.trained_tokens
+
         def training_step(self, *args, **kw):
             loss = super().training_step(*args, **kw)
-            self.loss_of_step = loss.detach() if self.loss_of_step is None else self.loss_of_step+loss.detach()
+            self.loss_of_step = loss.detach() if self.loss_of_step is None else self.loss_of_step + loss.detach()
             return loss
+
     return Resumable

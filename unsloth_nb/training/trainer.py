@@ -6,126 +6,220 @@
 __all__ = ['trainer_arguments', 'effective_changes', 'train', 'train_rank', 'write_adapter', 'save_adapter', 'finetune']
 
 # %% ../../nbs/training/trainer.ipynb #dcc21a35
-import shutil,tempfile,time
+import shutil
+import tempfile
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
-from ..core.engine import device_info,quiet
+from ..core.engine import device_info, quiet
 from ..tokens.batching import pack
-from ..planning.devices import peak_memory,reset_peak
-from ..runs.checkpoints import CheckpointError,check_whole,newest_checkpoint,only_writer,rotate_checkpoints,write_whole
-from ..tokens.examples import Examples,make_examples
-from .guards import Guard,Interrupted,TrainingError,check_weights,skip_if_broken,step_numbers,stop_requests
-from .loading import LoadedModel,write_older_names
-from ..runs.monitor import Live,Progress,live_view
-from .padding_free import FlatCollator,can_route,padding_free
+from ..planning.devices import peak_memory, reset_peak
+from unsloth_nb.runs.checkpoints import (
+    CheckpointError,
+    check_whole,
+    newest_checkpoint,
+    only_writer,
+    rotate_checkpoints,
+    write_whole,
+)
+from ..tokens.examples import Examples, make_examples
+from unsloth_nb.training.guards import (
+    Guard,
+    Interrupted,
+    TrainingError,
+    check_weights,
+    skip_if_broken,
+    step_numbers,
+    stop_requests,
+)
+from .loading import LoadedModel, write_older_names
+from ..runs.monitor import Live, Progress, live_view
+from .padding_free import FlatCollator, can_route, padding_free
 from .launching import train_in_ranks
-from ..planning.plan import Plan,make_plan,smaller_way
-from .ranks import any_of,first,from_all,mean_of_all,ranks
-from .resuming import all_state,check_same,identity,load_weights,resumable,save_state
-from ..runs.run import Run,read_json,start_run
+from ..planning.plan import Plan, make_plan, smaller_way
+from .ranks import any_of, first, from_all, mean_of_all, ranks
+from .resuming import all_state, check_same, identity, load_weights, resumable, save_state
+from ..runs.run import Run, read_json, start_run
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/training/trainer.ipynb #4fa35154
-def trainer_arguments(job:FinetuneJob, plan:Plan, out_dir)->dict: # Arguments of `SFTConfig`
+def trainer_arguments(job: FinetuneJob, plan: Plan, out_dir) -> dict:  # Arguments of `SFTConfig`
     "Everything that shapes training, stated in full"
-    return dict(output_dir=str(out_dir), seed=job.seed, data_seed=job.seed,
-        per_device_train_batch_size=plan.per_device_train_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
-        max_steps=job.max_steps or -1, num_train_epochs=job.num_train_epochs or 1.0,
-        learning_rate=job.learning_rate, lr_scheduler_type=job.lr_scheduler_type, warmup_steps=job.warmup_steps,
-        optim=plan.optim, weight_decay=job.weight_decay, max_grad_norm=job.max_grad_norm,
-        adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, label_smoothing_factor=0.0, neftune_noise_alpha=None,
-        bf16=plan.dtype == 'bfloat16', fp16=plan.dtype == 'float16', gradient_checkpointing=bool(plan.gradient_checkpointing),
-        packing=plan.packing and not plan.padding_free, max_length=plan.max_seq_length, padding_free=plan.packing and not plan.padding_free, average_tokens_across_devices=plan.ranks > 1, ddp_find_unused_parameters=False, loss_type='nll',
-        dataset_kwargs=dict(skip_prepare_dataset=True), train_sampling_strategy='group_by_length' if job.group_by_length else 'random', remove_unused_columns=False, dataloader_num_workers=0,
-        logging_steps=job.logging_steps, logging_first_step=True, logging_nan_inf_filter=False, save_strategy='no', eval_strategy='no',
-        include_num_input_tokens_seen='no', report_to='none', disable_tqdm=True)
+    return dict(
+        output_dir=str(out_dir),
+        seed=job.seed,
+        data_seed=job.seed,
+        per_device_train_batch_size=plan.per_device_train_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        max_steps=job.max_steps or -1,
+        num_train_epochs=job.num_train_epochs or 1.0,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.lr_scheduler_type,
+        warmup_steps=job.warmup_steps,
+        optim=plan.optim,
+        weight_decay=job.weight_decay,
+        max_grad_norm=job.max_grad_norm,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        label_smoothing_factor=0.0,
+        neftune_noise_alpha=None,
+        bf16=plan.dtype == 'bfloat16',
+        fp16=plan.dtype == 'float16',
+        gradient_checkpointing=bool(plan.gradient_checkpointing),
+        packing=plan.packing and not plan.padding_free,
+        max_length=plan.max_seq_length,
+        padding_free=plan.packing and not plan.padding_free,
+        average_tokens_across_devices=plan.ranks > 1,
+        ddp_find_unused_parameters=False,
+        loss_type='nll',
+        dataset_kwargs=dict(skip_prepare_dataset=True),
+        train_sampling_strategy='group_by_length' if job.group_by_length else 'random',
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        logging_steps=job.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy='no',
+        eval_strategy='no',
+        include_num_input_tokens_seen='no',
+        report_to='none',
+        disable_tqdm=True,
+    )
 
 # %% ../../nbs/training/trainer.ipynb #2ecc0a6a
-def effective_changes(asked:dict, args)->list[dict]:
+def effective_changes(asked: dict, args) -> list[dict]:
     "Arguments that the backend holds differently from what it was told"
     val = lambda v: getattr(v, 'value', v)
-    pairs = [(k, v, val(getattr(args, k, v))) for k,v in asked.items() if k not in ('output_dir', 'report_to', 'dataset_kwargs')]
-    return [dict(parameter=k, requested=v, effective=e, why='changed by the training backend') for k,v,e in pairs if v != e]
+    pairs = [
+        (k, v, val(getattr(args, k, v)))
+        for k, v in asked.items()
+        if k not in ('output_dir', 'report_to', 'dataset_kwargs')
+    ]
+    return [
+        dict(parameter=k, requested=v, effective=e, why='changed by the training backend')
+        for k, v, e in pairs
+        if v != e
+    ]
 
 # %% ../../nbs/training/trainer.ipynb #4a833349
 class _Sums:
     "What final figures are made of, and what a checkpoint must carry for them"
-    def __init__(self): self.seconds,self.tokens,self.loss,self.best,self.best_step,self.first = 0.0,0,0.0,None,None,None
-    def to_dict(self): return dict(vars(self))
+
+    def __init__(self):
+        self.seconds, self.tokens, self.loss, self.best, self.best_step, self.first = 0.0, 0, 0.0, None, None, None
+
+    def to_dict(self):
+        return dict(vars(self))
+
 
 class _Recorder:
     "What happens around a step; `run` is the one of this rank"
+
     def __init__(self, run, live, job, guard, stop):
-        self.run,self.live,self.job,self.guard,self.stop = run,live,job,guard,stop
-        self.metrics,self.sums,self.trainer,self.window,self.peaks = run.metrics,_Sums(),None,[],[]
+        self.run, self.live, self.job, self.guard, self.stop = run, live, job, guard, stop
+        self.metrics, self.sums, self.trainer, self.window, self.peaks = run.metrics, _Sums(), None, [], []
+
 
 def _recorder(*args):
     "A `_Recorder` that the trainer can call"
     from transformers import TrainerCallback
+
     return type('Recorder', (_Recorder, TrainerCallback), {})(*args)
 
 # %% ../../nbs/training/trainer.ipynb #bc4b8b60
 @patch
-def on_train_begin(self:_Recorder, args, state, control, **kw):
-    self.time,self.step,self.saved,self.began = time.perf_counter(),state.global_step,time.time(),int(state.epoch or 0)
-    self.trainer._total_loss_scalar,self.before = self.sums.loss,self.sums.tokens
+def on_train_begin(self: _Recorder, args, state, control, **kw):
+    self.time, self.step, self.saved, self.began = (
+        time.perf_counter(),
+        state.global_step,
+        time.time(),
+        int(state.epoch or 0),
+    )
+    self.trainer._total_loss_scalar, self.before = self.sums.loss, self.sums.tokens
     self.metrics = [m for m in self.metrics if m['step'] <= state.global_step]
     self.run.keep_metrics(self.metrics)
 
 # %% ../../nbs/training/trainer.ipynb #f2d62efb
 @patch
-def on_pre_optimizer_step(self:_Recorder, args, state, control, model=None, optimizer=None, **kw):
+def on_pre_optimizer_step(self: _Recorder, args, state, control, model=None, optimizer=None, **kw):
     self.numbers = step_numbers(mean_of_all(self.trainer.loss_of_step.clone()), model.parameters())
-    if self.guard.scaled or not skip_if_broken(optimizer, self.numbers): self.look(state.global_step+1)
+    if self.guard.scaled or not skip_if_broken(optimizer, self.numbers):
+        self.look(state.global_step + 1)
+
 
 @patch
-def look(self:_Recorder, step):
+def look(self: _Recorder, step):
     "Raise `TrainingError` when the numbers of a step say that the run is broken"
-    if self.numbers is None: return
-    (loss,grad,weight),self.numbers,trained = self.numbers.tolist(),None,self.trainer.trained_tokens
-    try: self.guard.check(step, loss, grad, weight, masked=grad == 0 and trained is not None and int(trained) == 0)
+    if self.numbers is None:
+        return
+    (loss, grad, weight), self.numbers, trained = self.numbers.tolist(), None, self.trainer.trained_tokens
+    try:
+        self.guard.check(step, loss, grad, weight, masked=grad == 0 and trained is not None and int(trained) == 0)
     except TrainingError:
         self.run.log(step=step, loss=loss, grad_norm=grad)
         raise
 
 # %% ../../nbs/training/trainer.ipynb #074a00df
 @patch
-def on_step_end(self:_Recorder, args, state, control, **kw):
+def on_step_end(self: _Recorder, args, state, control, **kw):
     self.look(state.global_step)
     self.run.beat(state.global_step)
     self.stop.by = self.stop.by or self.run.stop_asked()
-    if self.stop.by: control.should_save = control.should_training_stop = True
-    elif self.job.save_steps == 'auto': control.should_save = time.time()-self.saved > 300
-    elif self.job.save_steps: control.should_save = state.global_step % self.job.save_steps == 0
-    if ranks() > 1: self.agree(control)
-    if control.should_save: control.should_log = True # A checkpoint then holds no sum that is not written yet
+    if self.stop.by:
+        control.should_save = control.should_training_stop = True
+    elif self.job.save_steps == 'auto':
+        control.should_save = time.time() - self.saved > 300
+    elif self.job.save_steps:
+        control.should_save = state.global_step % self.job.save_steps == 0
+    if ranks() > 1:
+        self.agree(control)
+    if control.should_save:
+        control.should_log = True  # A checkpoint then holds no sum that is not written yet
+
 
 @patch
-def agree(self:_Recorder, control):
+def agree(self: _Recorder, control):
     "What one rank wants, all do"
-    asked,save = any_of(bool(self.stop.by), control.should_save)
-    if asked: self.stop.by,control.should_training_stop = self.stop.by or 'another rank',True
+    asked, save = any_of(bool(self.stop.by), control.should_save)
+    if asked:
+        self.stop.by, control.should_training_stop = self.stop.by or 'another rank', True
     control.should_save = save
 
+
 @patch
-def on_save(self:_Recorder, args, state, control, **kw): self.saved = time.time()
+def on_save(self: _Recorder, args, state, control, **kw):
+    self.saved = time.time()
 
 # %% ../../nbs/training/trainer.ipynb #738d665a
 @patch
-def on_log(self:_Recorder, args, state, control, logs=None, **kw):
-    if 'loss' not in logs: return
-    now,n,sums = time.perf_counter(),state.global_step-self.step,self.sums
-    secs = now-self.time
-    m = dict(step=state.global_step, epoch=round(state.epoch, 4), **{k:float(logs[k]) for k in ('loss', 'learning_rate', 'grad_norm') if k in logs}, seconds=secs/max(n, 1))
+def on_log(self: _Recorder, args, state, control, logs=None, **kw):
+    if 'loss' not in logs:
+        return
+    now, n, sums = time.perf_counter(), state.global_step - self.step, self.sums
+    secs = now - self.time
+    m = dict(
+        step=state.global_step,
+        epoch=round(state.epoch, 4),
+        **{k: float(logs[k]) for k in ('loss', 'learning_rate', 'grad_norm') if k in logs},
+        seconds=secs / max(n, 1),
+    )
     every = from_all(int(self.trainer.tokens_seen), peak_memory(args.device.type))
     self.peaks = [int(r[1]) for r in every]
-    seen = self.before+int(sum(r[0] for r in every))-2*self.trainer.fillers*(int(state.epoch+1e-6)-self.began)
-    m |= dict(tokens=seen, tokens_per_second=(seen-sums.tokens)/secs, peak_bytes=max(self.peaks), max_steps=state.max_steps)
-    self.time,self.step,sums.tokens,sums.seconds = now,state.global_step,seen,sums.seconds+secs
+    seen = (
+        self.before + int(sum(r[0] for r in every)) - 2 * self.trainer.fillers * (int(state.epoch + 1e-6) - self.began)
+    )
+    m |= dict(
+        tokens=seen,
+        tokens_per_second=(seen - sums.tokens) / secs,
+        peak_bytes=max(self.peaks),
+        max_steps=state.max_steps,
+    )
+    self.time, self.step, sums.tokens, sums.seconds = now, state.global_step, seen, sums.seconds + secs
     sums.first = sums.first or dict(tokens=seen, seconds=secs)
     self.window.append(m['loss'])
     self.metrics.append(m)
@@ -135,21 +229,35 @@ def on_log(self:_Recorder, args, state, control, logs=None, **kw):
 # %% ../../nbs/training/trainer.ipynb #6818150d
 def _writer(run, job, rec, who):
     "Writes a checkpoint of a trainer: state, identity and sums; all ranks must call it, and the first one writes"
+
     def write(trainer):
         check_weights(trainer.model)
         state = all_state(trainer)
-        if first(): keep(trainer, state)
+        if first():
+            keep(trainer, state)
+
     def keep(trainer, state):
-        step,sums = trainer.state.global_step,rec.sums
-        folder = run.path/'checkpoints'/f'step-{step:06d}'
+        step, sums = trainer.state.global_step, rec.sums
+        folder = run.path / 'checkpoints' / f'step-{step:06d}'
         if folder.exists():
-            try: return check_whole(folder)
-            except CheckpointError: shutil.rmtree(folder)
-        sums.loss,mean = trainer._total_loss_scalar,sum(rec.window)/len(rec.window) if rec.window else None
-        if mean is not None and (sums.best is None or mean <= sums.best): sums.best,sums.best_step = mean,step
+            try:
+                return check_whole(folder)
+            except CheckpointError:
+                shutil.rmtree(folder)
+        sums.loss, mean = trainer._total_loss_scalar, sum(rec.window) / len(rec.window) if rec.window else None
+        if mean is not None and (sums.best is None or mean <= sums.best):
+            sums.best, sums.best_step = mean, step
         rec.window.clear()
-        write_whole(folder, lambda d: save_state(trainer, d, state), step=step, max_steps=trainer.state.max_steps, identity=who(), sums=sums.to_dict())
+        write_whole(
+            folder,
+            lambda d: save_state(trainer, d, state),
+            step=step,
+            max_steps=trainer.state.max_steps,
+            identity=who(),
+            sums=sums.to_dict(),
+        )
         rotate_checkpoints(run, job.save_total_limit, sums.best_step)
+
     return write
 
 # %% ../../nbs/training/trainer.ipynb #3b6fe87d
@@ -157,37 +265,62 @@ def _packed(examples, limit):
     "Examples put end to end in rows of at most `limit` tokens, with the length of each"
     for row in pack(examples.lengths, limit):
         got = [examples[i] for i in row]
-        yield dict(input_ids=[t for e in got for t in e.input_ids], labels=[t for e in got for t in e.labels], seq_lengths=[len(e) for e in got])
+        yield dict(
+            input_ids=[t for e in got for t in e.input_ids],
+            labels=[t for e in got for t in e.labels],
+            seq_lengths=[len(e) for e in got],
+        )
+
 
 def _dataset(examples, packed_to=None):
     "Token ids and labels as a dataset, packed where a length is given"
     from datasets import Dataset
-    if packed_to: return Dataset.from_list(list(_packed(examples, packed_to)))
+
+    if packed_to:
+        return Dataset.from_list(list(_packed(examples, packed_to)))
     return Dataset(examples.table(), fingerprint=f'examples-{id(examples)}')
 
 # %% ../../nbs/training/trainer.ipynb #817e445b
 def _even(ds, plan, tok):
     "The rows, and as many without anything to train as it takes for every rank to have as many passes as the others; how many"
-    n = -len(ds) % (plan.per_device_train_batch_size*plan.ranks) if plan.ranks > 1 else 0
-    if not n: return ds,0
-    from datasets import Dataset,concatenate_datasets
-    row = dict(input_ids=[tok.pad_token_id]*2, labels=[-100]*2)|({'seq_lengths':[2]} if 'seq_lengths' in ds.column_names else {})
-    return concatenate_datasets([ds, Dataset.from_list([row]*n, features=ds.features)]),n
+    n = -len(ds) % (plan.per_device_train_batch_size * plan.ranks) if plan.ranks > 1 else 0
+    if not n:
+        return ds, 0
+    from datasets import Dataset, concatenate_datasets
+
+    row = dict(input_ids=[tok.pad_token_id] * 2, labels=[-100] * 2) | (
+        {'seq_lengths': [2]} if 'seq_lengths' in ds.column_names else {}
+    )
+    return concatenate_datasets([ds, Dataset.from_list([row] * n, features=ds.features)]), n
+
 
 def _collator(tok, plan):
     "Rows end to end, or padded; packed ones have a collator of Unsloth's own"
     from transformers import DataCollatorForSeq2Seq
-    if plan.padding_free: return FlatCollator()
+
+    if plan.padding_free:
+        return FlatCollator()
     return None if plan.packing else DataCollatorForSeq2Seq(tok, padding=True, label_pad_token_id=-100)
 
 # %% ../../nbs/training/trainer.ipynb #4aab12a4
 def _trainer(model, examples, args, plan, write):
     "TRL's trainer with our rows, our checkpoints and no printing of its own"
     from transformers import PrinterCallback
-    from trl import SFTConfig,SFTTrainer
-    (rows,fillers),args = _even(_dataset(examples, plan.max_seq_length if plan.packing else None), plan, model.tok),SFTConfig(**args)
-    if args.device.type == 'cuda': args._n_gpu = 1 # The stock trainer would spread one process over all GPUs
-    t = resumable(SFTTrainer, write)(model=model.model, processing_class=model.tok, train_dataset=rows, args=args, data_collator=_collator(model.tok, plan))
+    from trl import SFTConfig, SFTTrainer
+
+    (rows, fillers), args = (
+        _even(_dataset(examples, plan.max_seq_length if plan.packing else None), plan, model.tok),
+        SFTConfig(**args),
+    )
+    if args.device.type == 'cuda':
+        args._n_gpu = 1  # The stock trainer would spread one process over all GPUs
+    t = resumable(SFTTrainer, write)(
+        model=model.model,
+        processing_class=model.tok,
+        train_dataset=rows,
+        args=args,
+        data_collator=_collator(model.tok, plan),
+    )
     t.fillers = fillers
     t.remove_callback(PrinterCallback)
     return t
@@ -196,8 +329,14 @@ def _trainer(model, examples, args, plan, write):
 def _routed(model):
     "The model's plan; padded instead of padding-free where the loaded model's attention turns out not to be one that was checked"
     why = can_route(model.model) if model.plan.padding_free else ''
-    if not why: return model.plan
-    return replace(model.plan, padding_free=False, attention='sdpa', changes=[*model.plan.changes, dict(parameter='padding_free', requested=True, effective=False, why=why)])
+    if not why:
+        return model.plan
+    return replace(
+        model.plan,
+        padding_free=False,
+        attention='sdpa',
+        changes=[*model.plan.changes, dict(parameter='padding_free', requested=True, effective=False, why=why)],
+    )
 
 # %% ../../nbs/training/trainer.ipynb #de5c7391
 def _found(run, who):
@@ -205,121 +344,175 @@ def _found(run, who):
     say = run.note if first() else lambda text: None
     found = newest_checkpoint(run, say)
     if found:
-        for line in check_same(found[1]['identity'], who(), run.allowed, f'{run.name} ({found[0].name})') if first() else (): say(f'goes on with a change: {line}')
+        for line in (
+            check_same(found[1]['identity'], who(), run.allowed, f'{run.name} ({found[0].name})') if first() else ()
+        ):
+            say(f'goes on with a change: {line}')
         return found
-    if run.reused is None or not (other := newest_checkpoint(run.reused, say)): return None
-    try: check_same(other[1]['identity'], who(), what=run.reused.name)
-    except CheckpointError as e: return say(f'trains anew: {e}')
+    if run.reused is None or not (other := newest_checkpoint(run.reused, say)):
+        return None
+    try:
+        check_same(other[1]['identity'], who(), what=run.reused.name)
+    except CheckpointError as e:
+        return say(f'trains anew: {e}')
     say(f'training: goes on from {other[0].name} of {run.reused.name}, which is the same')
-    if first(): run.keep_metrics([m for m in run.reused.metrics if m['step'] <= other[1]['step']])
+    if first():
+        run.keep_metrics([m for m in run.reused.metrics if m['step'] <= other[1]['step']])
     return other
 
 # %% ../../nbs/training/trainer.ipynb #67e86533
 def _out_of_memory(e, model, job, examples):
     "What to say when memory has run out: the plan, and the smallest change that would fit"
     import torch
-    plan,held = model.plan,torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    said = f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak/2**30:.2f} GiB, {held/2**30:.2f} GiB were held, and {plan.device.memory_free/2**30:.2f} GiB were free when it was made."
+
+    plan, held = model.plan, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    said = f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak / 2**30:.2f} GiB, {held / 2**30:.2f} GiB were held, and {plan.device.memory_free / 2**30:.2f} GiB were free when it was made."
     return TrainingError(f"{said}\n{smaller_way(job, examples, plan, held)}")
 
 # %% ../../nbs/training/trainer.ipynb #83c14fd0
 def train(
-    model:LoadedModel, # Model with its adapter
-    examples:Examples, # What it learns from
-    job:FinetuneJob, # What to do
-    run:Run, # Where it is written down, and where checkpoints are looked for
-    live:Live|None=None, # How it is shown
-)->dict: # train_loss, steps, rows (packed ones count once), tokens, seconds, tokens_per_second, steady_tokens_per_second (without the first step), peak_bytes
+    model: LoadedModel,  # Model with its adapter
+    examples: Examples,  # What it learns from
+    job: FinetuneJob,  # What to do
+    run: Run,  # Where it is written down, and where checkpoints are looked for
+    live: Live | None = None,  # How it is shown
+) -> dict:  # train_loss, steps, rows (packed ones count once), tokens, seconds, tokens_per_second, steady_tokens_per_second (without the first step), peak_bytes
     "Train the adapter, or go on; raises `TrainingError` when the run breaks, `Interrupted` when it is told to stop, `CheckpointError` when it is not the same run any more"
     import torch
+
     model.plan.check_room(job, run.path)
     with only_writer(run), stop_requests() as stop, live_view(run, live) as live:
-        try: res = (train_in_ranks if model.plan.ranks > 1 else _train)(model, examples, job, run, live, stop)
-        except torch.OutOfMemoryError as e: raise _out_of_memory(e, model, job, examples) from e
-        run.stop_asked() # A request that came too late is over with the training
+        try:
+            res = (train_in_ranks if model.plan.ranks > 1 else _train)(model, examples, job, run, live, stop)
+        except torch.OutOfMemoryError as e:
+            raise _out_of_memory(e, model, job, examples) from e
+        run.stop_asked()  # A request that came too late is over with the training
         return res
 
 # %% ../../nbs/training/trainer.ipynb #c812ad06
 def _announce(own, changes, fillers, found):
     "Say in the run what is not as it was asked for, and where training goes on"
-    for c in changes: own.note(f"{c['parameter']}: {c['requested']} asked for, {c['effective']} in effect: {c['why']}")
-    if fillers: own.note(f'{fillers} rows without anything to train fill up each pass over the data, so that every rank has as many passes')
-    if found: own.note(f'goes on after step {found[1]["step"]}')
+    for c in changes:
+        own.note(f"{c['parameter']}: {c['requested']} asked for, {c['effective']} in effect: {c['why']}")
+    if fillers:
+        own.note(
+            f'{fillers} rows without anything to train fill up each pass over the data, so that every rank has as many passes'
+        )
+    if found:
+        own.note(f'goes on after step {found[1]["step"]}')
 
 # %% ../../nbs/training/trainer.ipynb #c0480335
-def _train(model, examples, job, run, live, stop, own=None, since=None): # own: run of a rank that is not the first; since: [s] when the ranks were launched
+def _train(
+    model, examples, job, run, live, stop, own=None, since=None
+):  # own: run of a rank that is not the first; since: [s] when the ranks were launched
     import torch
     from unsloth import FastLanguageModel
-    own,plan,model.tok.padding_side = own or run,_routed(model),'right'
+
+    own, plan, model.tok.padding_side = own or run, _routed(model), 'right'
     reset_peak(plan.device.kind)
     FastLanguageModel.for_training(model.model, use_gradient_checkpointing=plan.gradient_checkpointing)
     who = cache(lambda: identity(model, examples, job))
-    rec = _recorder(own, live, job, Guard(model.model.config.get_text_config().vocab_size, plan.dtype == 'float16'), stop)
+    rec = _recorder(
+        own, live, job, Guard(model.model.config.get_text_config().vocab_size, plan.dtype == 'float16'), stop
+    )
     write = _writer(run, job, rec, who)
     with tempfile.TemporaryDirectory() as tmp:
         asked = trainer_arguments(job, plan, tmp)
-        with quiet(): trainer = rec.trainer = _trainer(model, examples, asked, plan, write)
+        with quiet():
+            trainer = rec.trainer = _trainer(model, examples, asked, plan, write)
         trainer.add_callback(rec)
-        if (found := _found(run, who)): vars(rec.sums).update(found[1]['sums'])
-        if found and found[1]['step'] == (job.max_steps or found[1]['max_steps']): return _already(model, own, found, rec.sums, trainer)
-        if first(): run.save('capsule', who()|dict(threads=torch.get_num_threads()))
+        if found := _found(run, who):
+            vars(rec.sums).update(found[1]['sums'])
+        if found and found[1]['step'] == (job.max_steps or found[1]['max_steps']):
+            return _already(model, own, found, rec.sums, trainer)
+        if first():
+            run.save('capsule', who() | dict(threads=torch.get_num_threads()))
         changes = [*plan.changes, *effective_changes(asked, trainer.args)]
         _announce(own, changes, trainer.fillers, found)
         started = time.time()
         with quiet(), padding_free(model.model, int(examples.lengths.max())) if plan.padding_free else nullcontext():
             out = trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
-        if stop.by: raise Interrupted(f"stopped by {stop.by} after step {trainer.state.global_step}, with a checkpoint; go on with: unsloth-nb run --resume {run.name}, or the Resume button of TrainingMonitor()")
+        if stop.by:
+            raise Interrupted(
+                f"stopped by {stop.by} after step {trainer.state.global_step}, with a checkpoint; go on with: unsloth-nb run --resume {run.name}, or the Resume button of TrainingMonitor()"
+            )
         check_weights(model.model)
-        res = _figures(rec.sums, out.training_loss, trainer.state.global_step, trainer, plan, rec.peaks if since else ())
-        if since: res |= dict(ranks=plan.ranks, launch_seconds=started-since)
-        if job.save_steps is not None: write(trainer)
+        res = _figures(
+            rec.sums, out.training_loss, trainer.state.global_step, trainer, plan, rec.peaks if since else ()
+        )
+        if since:
+            res |= dict(ranks=plan.ranks, launch_seconds=started - since)
+        if job.save_steps is not None:
+            write(trainer)
         own.save('trained', res)
-    own.save('plan', plan.to_dict()|dict(changes=changes, measured=res))
+    own.save('plan', plan.to_dict() | dict(changes=changes, measured=res))
     return res
 
 # %% ../../nbs/training/trainer.ipynb #8288e995
 def _figures(s, train_loss, steps, trainer, plan, peaks=()):
     "What a whole training run comes to, over all its attempts"
-    rest = s.seconds-s.first['seconds']
-    return dict(train_loss=train_loss, steps=steps, rows=len(trainer.train_dataset)-trainer.fillers, tokens=s.tokens, seconds=s.seconds, tokens_per_second=s.tokens/s.seconds,
-        steady_tokens_per_second=(s.tokens-s.first['tokens'])/rest if rest > 0 else None, peak_bytes=max(peaks, default=peak_memory(plan.device.kind)))|(dict(rank_peak_bytes=list(peaks)) if len(peaks) > 1 else {})
+    rest = s.seconds - s.first['seconds']
+    return dict(
+        train_loss=train_loss,
+        steps=steps,
+        rows=len(trainer.train_dataset) - trainer.fillers,
+        tokens=s.tokens,
+        seconds=s.seconds,
+        tokens_per_second=s.tokens / s.seconds,
+        steady_tokens_per_second=(s.tokens - s.first['tokens']) / rest if rest > 0 else None,
+        peak_bytes=max(peaks, default=peak_memory(plan.device.kind)),
+    ) | (dict(rank_peak_bytes=list(peaks)) if len(peaks) > 1 else {})
 
 # %% ../../nbs/training/trainer.ipynb #3efb909f
 class _Unseen:
     "A view for a process that nobody looks at"
-    def show(self, progress, final=False): pass
 
-def train_rank(model, examples, job, run, own, since)->dict: # own: where a rank that is not the first writes, or None; since: [s] when it was launched
+    def show(self, progress, final=False):
+        pass
+
+
+def train_rank(
+    model, examples, job, run, own, since
+) -> dict:  # own: where a rank that is not the first writes, or None; since: [s] when it was launched
     "What one of several processes does; all must call it"
     import torch
+
     with stop_requests() as stop:
-        try: return _train(model, examples, job, run, _Unseen(), stop, own, since)
-        except torch.OutOfMemoryError as e: raise _out_of_memory(e, model, job, examples) from e
+        try:
+            return _train(model, examples, job, run, _Unseen(), stop, own, since)
+        except torch.OutOfMemoryError as e:
+            raise _out_of_memory(e, model, job, examples) from e
 
 # %% ../../nbs/training/trainer.ipynb #29aab9ea
 def _already(model, run, found, sums, trainer):
     "The weights and figures of a run that has done all its steps"
-    (folder,manifest),home = found,Path(found[0]).parent.parent
+    (folder, manifest), home = found, Path(found[0]).parent.parent
     load_weights(model.model, folder)
     run.note(f"training: all {manifest['step']} steps are done already")
-    res = read_json(home/'trained.json') or _figures(sums, sums.loss/manifest['step'], manifest['step'], trainer, model.plan)
+    res = read_json(home / 'trained.json') or _figures(
+        sums, sums.loss / manifest['step'], manifest['step'], trainer, model.plan
+    )
     run.save('trained', res)
     return res
 
 # %% ../../nbs/training/trainer.ipynb #adf5c25a
-def write_adapter(model:LoadedModel, folder):
+def write_adapter(model: LoadedModel, folder):
     "Adapter, tokenizer, `base.json` and a generation config that ends where training ended, into a folder"
     check_weights(model.model)
     folder = Path(folder)
-    with quiet(): model.model.save_pretrained(folder, safe_serialization=True); model.exported_tokenizer(adapter=True).save_pretrained(folder); model.generation_config().save_pretrained(folder)
+    with quiet():
+        model.model.save_pretrained(folder, safe_serialization=True)
+        model.exported_tokenizer(adapter=True).save_pretrained(folder)
+        model.generation_config().save_pretrained(folder)
     write_older_names(folder)
-    (folder/'README.md').unlink(missing_ok=True) # PEFT's card is a form to fill in
+    (folder / 'README.md').unlink(missing_ok=True)  # PEFT's card is a form to fill in
     model.save_base(folder)
 
+
 def save_adapter(
-    model:LoadedModel, # Trained model
-    folder, # Must not exist yet
-)->Path:
+    model: LoadedModel,  # Trained model
+    folder,  # Must not exist yet
+) -> Path:
     "Write adapter, tokenizer, `base.json` and a manifest of hashes, whole or not at all"
     return write_whole(folder, lambda d: write_adapter(model, d))
 
@@ -333,28 +526,36 @@ def _share(model, job, devices, data):
 
 # %% ../../nbs/training/trainer.ipynb #5cdf5743
 def finetune(
-    model:LoadedModel, # From `load_model`
-    data, # Data, or Examples
-    job:FinetuneJob|None=None, # Default: the model's
-    plan:Plan|None=None, # Default: the model's; another one must agree with it
-    run:Run|None=None, # Default: a new one
-    devices:int|None=None, # That share the work; default: as the job says
-)->Run:
+    model: LoadedModel,  # From `load_model`
+    data,  # Data, or Examples
+    job: FinetuneJob | None = None,  # Default: the model's
+    plan: Plan | None = None,  # Default: the model's; another one must agree with it
+    run: Run | None = None,  # Default: a new one
+    devices: int | None = None,  # That share the work; default: as the job says
+) -> Run:
     "Train on data and save the adapter"
-    job,own = job or model.job,run is None
-    if devices is not None: job = _share(model, job, devices, data)
-    if plan is not None and plan != model.plan: raise ValueError("plan: the model was loaded with another plan; load it again with this one")
+    job, own = job or model.job, run is None
+    if devices is not None:
+        job = _share(model, job, devices, data)
+    if plan is not None and plan != model.plan:
+        raise ValueError("plan: the model was loaded with another plan; load it again with this one")
     run = run or start_run(job)
     try:
         if not isinstance(data, Examples):
             run.save('data', data)
-            with run.stage('formatting'): data = make_examples(data.train, model.formatter_for(data.train), job.max_seq_length, job.over_length, job.max_dropped)
-        with run.stage('training'): res = train(model, data, job, run)
-        save_adapter(model, run.path/'adapter')
+            with run.stage('formatting'):
+                data = make_examples(
+                    data.train, model.formatter_for(data.train), job.max_seq_length, job.over_length, job.max_dropped
+                )
+        with run.stage('training'):
+            res = train(model, data, job, run)
+        save_adapter(model, run.path / 'adapter')
         return run.finish(training=res) if own else run
     except (Interrupted, KeyboardInterrupt) as e:
-        if own: run.interrupt(str(e) or 'interrupted from the keyboard')
+        if own:
+            run.interrupt(str(e) or 'interrupted from the keyboard')
         raise
     except BaseException as e:
-        if own: run.fail(f'{type(e).__name__}: {e}')
+        if own:
+            run.fail(f'{type(e).__name__}: {e}')
         raise

@@ -6,7 +6,12 @@
 __all__ = ['gone', 'watch', 'work', 'main']
 
 # %% ../../nbs/training/worker.ipynb #0d125fd0
-import os,socket,sys,threading,time,traceback
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 
 import psutil
@@ -16,70 +21,95 @@ from ..core.escaping import mask_secrets
 from ..tokens.examples import read_examples
 from .guards import Interrupted
 from .launching import launch_dir
-from .loading import load_model,load_weights,trained_weights
+from .loading import load_model, load_weights, trained_weights
 from ..planning.plan import Plan
-from .ranks import first,rank,whole
-from ..runs.run import Run,read_json,write_json
+from .ranks import first, rank, whole
+from ..runs.run import Run, read_json, write_json
 from ..core.spec import FinetuneJob
 from .trainer import train_rank
 
 # %% ../../nbs/training/worker.ipynb #dece1079
 def gone(
-    asked:dict, # `launch.json`
-    parent:int, # Process that has started this one
-)->bool:
+    asked: dict,  # `launch.json`
+    parent: int,  # Process that has started this one
+) -> bool:
     "Has torchrun, or whoever started it on this machine, ended?"
-    if os.getppid() != parent: return True
-    if asked['host'] != socket.gethostname(): return False
-    try: return psutil.Process(asked['pid']).status() == psutil.STATUS_ZOMBIE # Ended, and in some containers nobody asks how
-    except psutil.NoSuchProcess: return True
-    except psutil.AccessDenied: return False
+    if os.getppid() != parent:
+        return True
+    if asked['host'] != socket.gethostname():
+        return False
+    try:
+        return (
+            psutil.Process(asked['pid']).status() == psutil.STATUS_ZOMBIE
+        )  # Ended, and in some containers nobody asks how
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
 
-def watch(asked:dict):
+
+def watch(asked: dict):
     "End this process within a second when nobody is there any more"
     parent = os.getppid()
+
     def look():
-        while not gone(asked, parent): time.sleep(0.5)
+        while not gone(asked, parent):
+            time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=look, daemon=True).start()
 
 # %% ../../nbs/training/worker.ipynb #8c47a50e
-def work(run:Run, home:Path):
+def work(run: Run, home: Path):
     "Load, train, and leave what was learned"
     import torch
     from safetensors.torch import save_file
-    asked = read_json(launch_dir(run)/'launch.json')
-    job,plan = FinetuneJob(**asked['job']),Plan.from_dict(asked['plan'])
-    if plan.device.kind == 'cuda': torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+
+    asked = read_json(launch_dir(run) / 'launch.json')
+    job, plan = FinetuneJob(**asked['job']), Plan.from_dict(asked['plan'])
+    if plan.device.kind == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     start_engine()
     model = load_model(job, plan)
-    if (launch_dir(run)/'weights.safetensors').exists(): load_weights(model.model, launch_dir(run))
-    examples = read_examples(launch_dir(run)/'examples', model.formatter)
+    if (launch_dir(run) / 'weights.safetensors').exists():
+        load_weights(model.model, launch_dir(run))
+    examples = read_examples(launch_dir(run) / 'examples', model.formatter)
     run.start_heart(home)
-    try: res = dict(training=train_rank(model, examples, job, run, None if first() else Run(home), asked['time']))
-    except Interrupted as e: res = dict(interrupted=str(e))
-    weights = {n:whole(p.detach()).cpu().contiguous() for n,p in trained_weights(model.model).items()}
-    if not first(): return
-    save_file(weights, launch_dir(run)/'weights.safetensors')
-    write_json(launch_dir(run)/'result.json', res)
+    try:
+        res = dict(training=train_rank(model, examples, job, run, None if first() else Run(home), asked['time']))
+    except Interrupted as e:
+        res = dict(interrupted=str(e))
+    weights = {n: whole(p.detach()).cpu().contiguous() for n, p in trained_weights(model.model).items()}
+    if not first():
+        return
+    save_file(weights, launch_dir(run) / 'weights.safetensors')
+    write_json(launch_dir(run) / 'result.json', res)
 
 # %% ../../nbs/training/worker.ipynb #30d48868
 def main():
     "Entry point of a rank: `python -m unsloth_nb.training.worker RUN`, started by torchrun"
     run = Run(Path(sys.argv[1]))
-    home = launch_dir(run)/f'rank-{rank()}'
+    home = launch_dir(run) / f'rank-{rank()}'
     home.mkdir(exist_ok=True)
-    with open(home/'log.txt', 'a') as log:
-        for fd in (1, 2): os.dup2(log.fileno(), fd)
-    watch(read_json(launch_dir(run)/'launch.json'))
-    try: work(run, home)
+    with open(home / 'log.txt', 'a') as log:
+        for fd in (1, 2):
+            os.dup2(log.fileno(), fd)
+    watch(read_json(launch_dir(run) / 'launch.json'))
+    try:
+        work(run, home)
     except BaseException as e:
-        write_json(home/'error.json', dict(time=time.time(), rank=rank(), type=type(e).__name__, message=mask_secrets(str(e))))
+        write_json(
+            home / 'error.json',
+            dict(time=time.time(), rank=rank(), type=type(e).__name__, message=mask_secrets(str(e))),
+        )
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1) # What is left of the group would only be waited for
+        os._exit(1)  # What is left of the group would only be waited for
     import torch.distributed as dist
-    if dist.is_initialized(): dist.destroy_process_group()
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 # %% ../../nbs/training/worker.ipynb #2a090437
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -6,81 +6,115 @@
 __all__ = ['save_case', 'ChatPanel']
 
 # %% ../../nbs/widgets/chat_panel.ipynb #99c97116
-import threading,time
+import threading
+import time
 from pathlib import Path
 from fastcore.basics import patch
 
-from ..evaluation.chatting import Chat,chat
-from ..data.conversations import check_characters,to_conversation
+from ..evaluation.chatting import Chat, chat
+from ..data.conversations import check_characters, to_conversation
 from ..core.escaping import html_text
 from ..evaluation.generation import Sampling
-from ..core.panels import Panel,message,while_busy
-from ..runs.run import append_line,read_lines
+from ..core.panels import Panel, message, while_busy
+from ..runs.run import append_line, read_lines
 from ..core.schema import SpecError
 
 # %% ../../nbs/widgets/chat_panel.ipynb #8fdff63e
 def save_case(
-    chat:Chat, # A conversation with at least one turn
-    path, # JSON-lines file; made when it is not there, added to when it is
-    expected:str|None=None, # The right last answer; None: as the model gave it
-    side:str='tuned', # Whose history
-)->dict: # The row
+    chat: Chat,  # A conversation with at least one turn
+    path,  # JSON-lines file; made when it is not there, added to when it is
+    expected: str | None = None,  # The right last answer; None: as the model gave it
+    side: str = 'tuned',  # Whose history
+) -> dict:  # The row
     "Add a conversation to a file of test cases; raises `SpecError`"
     path = Path(path)
-    if not chat.turns: raise SpecError("chat: nothing was asked yet, so there is nothing to save")
-    if side not in chat.histories: raise SpecError(f"side: {side!r} does not take part; there is {' and '.join(chat.histories)}")
-    if path.suffix != '.jsonl': raise SpecError(f"path: {str(path)!r} is no JSON-lines file; let its name end in .jsonl")
-    *before,last = chat.histories[side]
+    if not chat.turns:
+        raise SpecError("chat: nothing was asked yet, so there is nothing to save")
+    if side not in chat.histories:
+        raise SpecError(f"side: {side!r} does not take part; there is {' and '.join(chat.histories)}")
+    if path.suffix != '.jsonl':
+        raise SpecError(f"path: {str(path)!r} is no JSON-lines file; let its name end in .jsonl")
+    *before, last = chat.histories[side]
     row = dict(messages=[*before, dict(last, content=last['content'] if expected is None else expected)])
     check_characters(to_conversation(row, 'messages'))
     had = read_lines(path)
-    if any('messages' not in r for r in had): raise SpecError(f"path: {path} holds other rows than conversations; take another file")
-    if row in had: raise SpecError(f"path: this conversation stands in {path} already")
+    if any('messages' not in r for r in had):
+        raise SpecError(f"path: {path} holds other rows than conversations; take another file")
+    if row in had:
+        raise SpecError(f"path: this conversation stands in {path} already")
     append_line(path, row)
     return row
 
 # %% ../../nbs/widgets/chat_panel.ipynb #89af908f
-_DIALS = dict(temperature=(0, 2, .05), top_p=(.05, 1, .05), top_k=(0, 200, 1), min_p=(0, 1, .01), repetition_penalty=(.8, 2, .05), max_new_tokens=(1, 2048, 1)) # From, to, step
+_DIALS = dict(
+    temperature=(0, 2, 0.05),
+    top_p=(0.05, 1, 0.05),
+    top_k=(0, 200, 1),
+    min_p=(0, 1, 0.01),
+    repetition_penalty=(0.8, 2, 0.05),
+    max_new_tokens=(1, 2048, 1),
+)  # From, to, step
+
 
 class ChatPanel(Panel):
     "Talk to base and tuned side by side"
-    def __init__(self,
-        chat_or_run='latest', # Chat, or a run, its name or directory
-        cases='test_cases.jsonl', # Where test cases go
+
+    def __init__(
+        self,
+        chat_or_run='latest',  # Chat, or a run, its name or directory
+        cases='test_cases.jsonl',  # Where test cases go
     ):
         self.chat = chat_or_run if isinstance(chat_or_run, Chat) else chat(chat_or_run)
-        self.cases,self.halt,self.thread,self.now = str(cases),threading.Event(),None,None
-    def __repr__(self): return '\n'.join([repr(self.chat), *map(repr, self.chat.turns)])
-    def _repr_html_(self): return f'<div>{html_text(repr(self.chat))}</div>{self._past()}'
+        self.cases, self.halt, self.thread, self.now = str(cases), threading.Event(), None, None
+
+    def __repr__(self):
+        return '\n'.join([repr(self.chat), *map(repr, self.chat.turns)])
+
+    def _repr_html_(self):
+        return f'<div>{html_text(repr(self.chat))}</div>{self._past()}'
+
 
 @patch
-def _past(self:ChatPanel): return ''.join(_turn(t.question, {k:a.text+('' if a.stopped else ' … (cut at max new tokens)') for k,a in t.answers.items()}) for t in self.chat.turns)
+def _past(self: ChatPanel):
+    return ''.join(
+        _turn(
+            t.question, {k: a.text + ('' if a.stopped else ' … (cut at max new tokens)') for k, a in t.answers.items()}
+        )
+        for t in self.chat.turns
+    )
+
 
 def _turn(question, answers, note=''):
     "A question and its answers as HTML"
     text = 'white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5'
-    cell = lambda k,s: f'<div style="flex:1 1 16em;min-width:0"><b>{html_text(k)}</b><div style="{text}">{html_text(s)}</div></div>'
-    return f'<div style="margin:.6em 0"><div style="{text};border-left:4px solid var(--jp-border-color1, #888);padding-left:.6em"><b>{html_text(question)}</b></div><div style="display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-top:.3em">{"".join(cell(k, s) for k,s in answers.items())}</div>{f"<i>{html_text(note)}</i>" if note else ""}</div>'
+    cell = lambda k, s: (
+        f'<div style="flex:1 1 16em;min-width:0"><b>{html_text(k)}</b><div style="{text}">{html_text(s)}</div></div>'
+    )
+    return f'<div style="margin:.6em 0"><div style="{text};border-left:4px solid var(--jp-border-color1, #888);padding-left:.6em"><b>{html_text(question)}</b></div><div style="display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-top:.3em">{"".join(cell(k, s) for k, s in answers.items())}</div>{f"<i>{html_text(note)}</i>" if note else ""}</div>'
 
 # %% ../../nbs/widgets/chat_panel.ipynb #0e5e5c1c
 @patch
-def ask(self:ChatPanel,
-    question:str, # What to ask
-    see=lambda answers: None, # Called with the answers so far, side to text
-): # Turn; None when it was stopped
+def ask(
+    self: ChatPanel,
+    question: str,  # What to ask
+    see=lambda answers: None,  # Called with the answers so far, side to text
+):  # Turn; None when it was stopped
     "Ask both; raises `SpecError` before anything is computed"
     self.halt.clear()
-    pieces,answers = self.chat.stream(question),dict.fromkeys(self.chat.sides, '')
+    pieces, answers = self.chat.stream(question), dict.fromkeys(self.chat.sides, '')
     try:
         while not self.halt.is_set():
-            k,p = next(pieces)
+            k, p = next(pieces)
             answers[k] += p
             see(dict(answers))
-    except StopIteration as e: return e.value
-    finally: pieces.close()
+    except StopIteration as e:
+        return e.value
+    finally:
+        pieces.close()
+
 
 @patch
-def stop(self:ChatPanel):
+def stop(self: ChatPanel):
     "Stop the answer that is being written"
     self.halt.set()
 
@@ -88,41 +122,96 @@ def stop(self:ChatPanel):
 def _dial(name, value):
     "A slider for a number of `Sampling`"
     import ipywidgets as w
-    lo,hi,step = _DIALS[name]
+
+    lo, hi, step = _DIALS[name]
     kind = w.IntSlider if isinstance(step, int) else w.FloatSlider
-    return kind(value=min(max(value, lo), hi), min=lo, max=hi, step=step, description=name.replace('_', ' '), style=dict(description_width='9.5em'), layout=w.Layout(width='24em'))
+    return kind(
+        value=min(max(value, lo), hi),
+        min=lo,
+        max=hi,
+        step=step,
+        description=name.replace('_', ' '),
+        style=dict(description_width='9.5em'),
+        layout=w.Layout(width='24em'),
+    )
 
 # %% ../../nbs/widgets/chat_panel.ipynb #ebc905ac
 @patch
-def sampling(self:ChatPanel)->Sampling:
+def sampling(self: ChatPanel) -> Sampling:
     "What the dials say; raises `SpecError`"
-    vals,seed = {k:d.value for k,d in self.dials.items()},self.seed.value.strip()
-    if not vals['temperature']: vals = {k:v for k,v in vals.items() if k not in ('top_p', 'top_k', 'min_p')}
-    if seed and not seed.isdecimal(): raise SpecError(f"seed: got {seed!r}, expected a whole number from 0, or nothing for another one each time")
+    vals, seed = {k: d.value for k, d in self.dials.items()}, self.seed.value.strip()
+    if not vals['temperature']:
+        vals = {k: v for k, v in vals.items() if k not in ('top_p', 'top_k', 'min_p')}
+    if seed and not seed.isdecimal():
+        raise SpecError(f"seed: got {seed!r}, expected a whole number from 0, or nothing for another one each time")
     return Sampling(**vals, seed=int(seed) if seed else None, stop=self.chat.sampling.stop)
 
+
 @patch
-def build(self:ChatPanel):
+def build(self: ChatPanel):
     import ipywidgets as w
-    s,whole = self.chat.sampling,dict(continuous_update=False, layout=w.Layout(width='auto')) # Sent as a whole, so that no click overtakes it
-    self.dials = {k:_dial(k, getattr(s, k)) for k in _DIALS}
-    self.seed = w.Text('' if s.seed is None else str(s.seed), description='seed', placeholder='another one each time', style=dict(description_width='9.5em'), continuous_update=False, layout=w.Layout(width='24em'))
-    self.question = w.Textarea(description='question', style=dict(description_width='7em'), placeholder='Ask something; Tab and Enter send it', rows=3, **whole)
-    self.expected = w.Textarea(description='right answer', style=dict(description_width='7em'), placeholder='What the tuned model should have said', rows=2, **whole)
+
+    s, whole = (
+        self.chat.sampling,
+        dict(continuous_update=False, layout=w.Layout(width='auto')),
+    )  # Sent as a whole, so that no click overtakes it
+    self.dials = {k: _dial(k, getattr(s, k)) for k in _DIALS}
+    self.seed = w.Text(
+        '' if s.seed is None else str(s.seed),
+        description='seed',
+        placeholder='another one each time',
+        style=dict(description_width='9.5em'),
+        continuous_update=False,
+        layout=w.Layout(width='24em'),
+    )
+    self.question = w.Textarea(
+        description='question',
+        style=dict(description_width='7em'),
+        placeholder='Ask something; Tab and Enter send it',
+        rows=3,
+        **whole,
+    )
+    self.expected = w.Textarea(
+        description='right answer',
+        style=dict(description_width='7em'),
+        placeholder='What the tuned model should have said',
+        rows=2,
+        **whole,
+    )
     self.file = w.Text(self.cases, description='file', style=dict(description_width='7em'), **whole)
-    self.history,self.writing,self.said = w.HTML(self._past()),w.HTML(),w.HTML(message())
-    names = dict(send=('Ask', 'paper-plane'), halt=('Stop', 'stop'), reset=('Begin anew', 'eraser'), save=('Save as test case', 'save'))
-    self.buttons = {k:w.Button(description=d, icon=i, layout=w.Layout(width='auto')) for k,(d,i) in names.items()}
+    self.history, self.writing, self.said = w.HTML(self._past()), w.HTML(), w.HTML(message())
+    names = dict(
+        send=('Ask', 'paper-plane'),
+        halt=('Stop', 'stop'),
+        reset=('Begin anew', 'eraser'),
+        save=('Save as test case', 'save'),
+    )
+    self.buttons = {k: w.Button(description=d, icon=i, layout=w.Layout(width='auto')) for k, (d, i) in names.items()}
     self._wire()
     b = self.buttons
-    return w.VBox([w.HTML(f'<b>{html_text(self.chat.model.job.model)}</b>'), self.history, self.writing, self.said, self.question, w.HBox([b['send'], b['halt'], b['reset']]),
-        w.Accordion([w.HBox([*self.dials.values(), self.seed], layout=w.Layout(flex_flow='row wrap')), w.VBox([self.expected, self.file, w.HBox([b['save']])])], titles=('Sampling', 'Save the conversation as a test case'))])
+    return w.VBox(
+        [
+            w.HTML(f'<b>{html_text(self.chat.model.job.model)}</b>'),
+            self.history,
+            self.writing,
+            self.said,
+            self.question,
+            w.HBox([b['send'], b['halt'], b['reset']]),
+            w.Accordion(
+                [
+                    w.HBox([*self.dials.values(), self.seed], layout=w.Layout(flex_flow='row wrap')),
+                    w.VBox([self.expected, self.file, w.HBox([b['save']])]),
+                ],
+                titles=('Sampling', 'Save the conversation as a test case'),
+            ),
+        ]
+    )
 
 # %% ../../nbs/widgets/chat_panel.ipynb #cf185391
 @patch
-def _wire(self:ChatPanel):
+def _wire(self: ChatPanel):
     "What each control does"
-    b,lock = self.buttons,lambda t: [setattr(self.dials[k], 'disabled', not t) for k in ('top_p', 'top_k', 'min_p')]
+    b, lock = self.buttons, lambda t: [setattr(self.dials[k], 'disabled', not t) for k in ('top_p', 'top_k', 'min_p')]
     self.dials['temperature'].observe(lambda c: lock(c['new']), 'value')
     lock(self.dials['temperature'].value)
     b['send'].on_click(lambda _: self._do(self._send))
@@ -131,47 +220,65 @@ def _wire(self:ChatPanel):
     b['save'].on_click(lambda _: self._do(self._save))
     self._busy(False)
 
+
 @patch
-def _busy(self:ChatPanel, on):
-    for k,x in self.buttons.items(): x.disabled = on if k != 'halt' else not on
+def _busy(self: ChatPanel, on):
+    for k, x in self.buttons.items():
+        x.disabled = on if k != 'halt' else not on
 
 # %% ../../nbs/widgets/chat_panel.ipynb #3a7c7660
 @patch
-def _do(self:ChatPanel, f):
+def _do(self: ChatPanel, f):
     "What a button does; what goes wrong is shown"
-    try: self.said.value = message(f() or '')
-    except (SpecError, OSError) as e: self.said.value = message(e, error=True)
+    try:
+        self.said.value = message(f() or '')
+    except (SpecError, OSError) as e:
+        self.said.value = message(e, error=True)
+
 
 @patch
-def _send(self:ChatPanel):
-    self.chat.sampling,text = self.sampling(),self.question.value.strip()
-    self.chat._asked(text) # What does not fit is refused before a thread is started
+def _send(self: ChatPanel):
+    self.chat.sampling, text = self.sampling(), self.question.value.strip()
+    self.chat._asked(text)  # What does not fit is refused before a thread is started
     self._busy(True)
     self.thread = threading.Thread(target=self._answer, args=(text,), daemon=True)
     self.thread.start()
 
+
 @patch
-def _reset(self:ChatPanel):
+def _reset(self: ChatPanel):
     self.chat.reset()
     self.history.value = self.writing.value = ''
     return 'begun anew'
 
+
 @patch
-def _save(self:ChatPanel):
+def _save(self: ChatPanel):
     save_case(self.chat, self.file.value.strip(), self.expected.value.strip() or None)
     return f'saved to {self.file.value.strip()}; score runs on it with: unsloth-nb run evaluate -p dataset={self.file.value.strip()}'
 
 # %% ../../nbs/widgets/chat_panel.ipynb #b56ce34f
 @patch
-def _answer(self:ChatPanel, text):
+def _answer(self: ChatPanel, text):
     "Ask in a thread, and show what comes"
-    due,seen = [0.0],{}
+    due, seen = [0.0], {}
+
     def see(answers):
         seen.update(answers)
-        if time.monotonic() > due[0]: self.writing.value = _turn(text, answers); due[0] = time.monotonic()+0.1
-    try: turn = self.ask(text, see)
-    except Exception as e: self.said.value = message(f'{type(e).__name__}: {e}', error=True)
+        if time.monotonic() > due[0]:
+            self.writing.value = _turn(text, answers)
+            due[0] = time.monotonic() + 0.1
+
+    try:
+        turn = self.ask(text, see)
+    except Exception as e:
+        self.said.value = message(f'{type(e).__name__}: {e}', error=True)
     else:
-        self.history.value,self.writing.value = self._past(),'' if turn else _turn(text, seen, 'stopped; not part of the history')
-        if turn: self.question.value,self.expected.value = '',turn.answers['tuned'].text
-    finally: self._busy(False)
+        self.history.value, self.writing.value = (
+            self._past(),
+            '' if turn else _turn(text, seen, 'stopped; not part of the history'),
+        )
+        if turn:
+            self.question.value, self.expected.value = '', turn.answers['tuned'].text
+    finally:
+        self._busy(False)

@@ -6,315 +6,525 @@
 __all__ = ['SECONDS', 'ORDERS', 'SHOWN', 'PAGE', 'DataExplorer', 'Row', 'all_text', 'Rows']
 
 # %% ../../nbs/widgets/explorer.ipynb #ecea3e73
-import threading,time
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from fastcore.basics import patch
 import numpy as np
 
-from ..data.conversations import Conversation,_turn_text,check_characters
-from ..data.load import Data,duplicate_rows
-from ..core.escaping import html_text,plain_text
+from ..data.conversations import Conversation, _turn_text, check_characters
+from ..data.load import Data, duplicate_rows
+from ..core.escaping import html_text, plain_text
 from ..tokens.examples import Examples
-from ..tokens.formatting import Example,Formatter
-from ..data.ledger import Ledger,count_rows
+from ..tokens.formatting import Example, Formatter
+from ..data.ledger import Ledger, count_rows
 from ..training.loading import load_tokenizer
-from ..core.panels import Panel,message,picture
+from ..core.panels import Panel, message, picture
 from ..tokens.profiling import profile_examples
-from ..core.schema import SpecError,nearest
+from ..core.schema import SpecError, nearest
 from ..data.sources import DataError
 from ..tokens.templates import FormatError
 
 # %% ../../nbs/widgets/explorer.ipynb #41ac4bb3
 class DataExplorer(Panel):
     "Browse, search and filter the rows of a dataset"
-    def __init__(self,
-        data:Data, # From `load_data`
-        job=None, # A FinetuneJob, for its tokenizer, template and max_seq_length; None: rows as text only
+
+    def __init__(
+        self,
+        data: Data,  # From `load_data`
+        job=None,  # A FinetuneJob, for its tokenizer, template and max_seq_length; None: rows as text only
     ):
-        self.data,self.job,self.faults,self.examples = data,job,{},None
-        self.train,self.size = len(data.train),len(data.train)+len(data.test)
+        self.data, self.job, self.faults, self.examples = data, job, {}, None
+        self.train, self.size = len(data.train), len(data.train) + len(data.test)
         self.characters = self._column('characters').astype(np.int64)
-        self.tokens = None # [tokens] of each row; None before `tokenize`
+        self.tokens = None  # [tokens] of each row; None before `tokenize`
         self.flags = self._known()
-    def _column(self, name): return np.concatenate([x.column(name) for x in (self.data.train, self.data.test)])
-    def conversation(self, i)->Conversation: return self.data.train[i] if i < self.train else self.data.test[i-self.train]
+
+    def _column(self, name):
+        return np.concatenate([x.column(name) for x in (self.data.train, self.data.test)])
+
+    def conversation(self, i) -> Conversation:
+        return self.data.train[i] if i < self.train else self.data.test[i - self.train]
+
     @cached_property
     def formatter(self):
-        if self.job is None: raise SpecError("explorer: tokens need a tokenizer; say DataExplorer(data, job)")
+        if self.job is None:
+            raise SpecError("explorer: tokens need a tokenizer; say DataExplorer(data, job)")
         return Formatter.for_job(self.job, load_tokenizer(self.job), text=self.data.train[0].text is not None)
+
     @cached_property
-    def numbers(self)->np.ndarray: return np.array([self.conversation(i).row for i in range(self.size)]) # Row of the source
+    def numbers(self) -> np.ndarray:
+        return np.array([self.conversation(i).row for i in range(self.size)])  # Row of the source
 
 # %% ../../nbs/widgets/explorer.ipynb #2c302eab
 @patch
-def _known(self:DataExplorer)->dict: # Flag to a mask of all rows
+def _known(self: DataExplorer) -> dict:  # Flag to a mask of all rows
     "What the hashes tell"
     held = lambda name: np.isin(self.data.train.column(name), self.data.test.column(name))
-    res = dict(duplicates=duplicate_rows(self.data.train.column('key')), overlap=held('key'), questions_held_out_as_well=held('question'))
-    res = {k:np.concatenate([v, np.zeros(len(self.data.test), bool)]) for k,v in res.items()}
-    if self.data.ledger.noted.get('control_characters_kept'): res['control_characters_kept'] = np.array([_has_control(self.conversation(i)) for i in range(self.size)])
-    return {k:v for k,v in res.items() if v.any()}
+    res = dict(
+        duplicates=duplicate_rows(self.data.train.column('key')),
+        overlap=held('key'),
+        questions_held_out_as_well=held('question'),
+    )
+    res = {k: np.concatenate([v, np.zeros(len(self.data.test), bool)]) for k, v in res.items()}
+    if self.data.ledger.noted.get('control_characters_kept'):
+        res['control_characters_kept'] = np.array([_has_control(self.conversation(i)) for i in range(self.size)])
+    return {k: v for k, v in res.items() if v.any()}
+
 
 def _has_control(conv):
-    try: return check_characters(conv)
-    except DataError: return True
+    try:
+        return check_characters(conv)
+    except DataError:
+        return True
 
 # %% ../../nbs/widgets/explorer.ipynb #9e2ef868
 @dataclass(frozen=True)
 class Row:
     "A row and what is known of it"
-    conv:Conversation # The row
-    split:str # `train` or `held out`
-    characters:int # Length
-    tokens:int|None # Length; None before `tokenize`
-    flags:tuple # What is to be known of it
-    fault:str='' # Why it cannot be trained as it is
 
-def all_text(conv:Conversation)->str:
+    conv: Conversation  # The row
+    split: str  # `train` or `held out`
+    characters: int  # Length
+    tokens: int | None  # Length; None before `tokenize`
+    flags: tuple  # What is to be known of it
+    fault: str = ''  # Why it cannot be trained as it is
+
+
+def all_text(conv: Conversation) -> str:
     "All turns of a conversation as text"
-    return conv.text if conv.text is not None else '\n'.join(map(_turn_text, conv.messages+(conv.rejected or [])))
+    return conv.text if conv.text is not None else '\n'.join(map(_turn_text, conv.messages + (conv.rejected or [])))
+
 
 @patch
-def line(self:Row, n=100)->str: # Longest line [characters]
+def line(self: Row, n=100) -> str:  # Longest line [characters]
     "The row in one line: number, split, length, flags and how it begins"
-    long = f'{self.characters:,} characters' if self.tokens is None else f'{self.tokens:,} tokens' if self.tokens else 'no tokens'
+    long = (
+        f'{self.characters:,} characters'
+        if self.tokens is None
+        else f'{self.tokens:,} tokens'
+        if self.tokens
+        else 'no tokens'
+    )
     head = ' · '.join([f'row {self.conv.row}', self.split, long, *(f.replace('_', ' ') for f in self.flags)])
-    body = ' '.join(plain_text(all_text(self.conv)[:4*n]).split())
-    return f"{head} · {body}"[:n+len(head)]
+    body = ' '.join(plain_text(all_text(self.conv)[: 4 * n]).split())
+    return f"{head} · {body}"[: n + len(head)]
 
 # %% ../../nbs/widgets/explorer.ipynb #ef6ed8d9
 class Rows(Sequence):
     "Rows that fit, each read when it is asked for"
-    def __init__(self, explorer, index): self.explorer,self.index = explorer,index
-    def __len__(self): return len(self.index)
-    def __getitem__(self, i): return Rows(self.explorer, self.index[i]) if isinstance(i, slice) else self.explorer.row(int(self.index[i]))
-    def __repr__(self): return '\n'.join([f'{count_rows(len(self))} of {self.explorer.size:,}', *(r.line() for r in self[:10])]+['…']*(len(self) > 10))
+
+    def __init__(self, explorer, index):
+        self.explorer, self.index = explorer, index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        return Rows(self.explorer, self.index[i]) if isinstance(i, slice) else self.explorer.row(int(self.index[i]))
+
+    def __repr__(self):
+        return '\n'.join(
+            [f'{count_rows(len(self))} of {self.explorer.size:,}', *(r.line() for r in self[:10])]
+            + ['…'] * (len(self) > 10)
+        )
+
 
 @patch
-def row(self:DataExplorer, i:int)->Row: # Place: first the rows to train on, then those held out
+def row(self: DataExplorer, i: int) -> Row:  # Place: first the rows to train on, then those held out
     "A row by its place"
     tokens = None if self.tokens is None else int(self.tokens[i])
-    return Row(self.conversation(i), 'train' if i < self.train else 'held out', int(self.characters[i]), tokens, tuple(k for k,v in self.flags.items() if v[i]), str(self.faults.get(i, '')))
+    return Row(
+        self.conversation(i),
+        'train' if i < self.train else 'held out',
+        int(self.characters[i]),
+        tokens,
+        tuple(k for k, v in self.flags.items() if v[i]),
+        str(self.faults.get(i, '')),
+    )
 
 # %% ../../nbs/widgets/explorer.ipynb #de313083
-SECONDS = 5.0 # [s] for one search by pattern
+SECONDS = 5.0  # [s] for one search by pattern
+
 
 def _matcher(search, regex):
     "A function of a text: is it found there?"
-    if not regex: return lambda text,low=search.casefold(): low in text.casefold()
-    import regex as engine # Beside Python's own for its time limit
-    try: pattern = engine.compile(search)
-    except engine.error as e: raise SpecError(f"search: {search[:60]!r} is not a regular expression: {e}") from None
-    end = time.monotonic()+SECONDS
+    if not regex:
+        return lambda text, low=search.casefold(): low in text.casefold()
+    import regex as engine  # Beside Python's own for its time limit
+
+    try:
+        pattern = engine.compile(search)
+    except engine.error as e:
+        raise SpecError(f"search: {search[:60]!r} is not a regular expression: {e}") from None
+    end = time.monotonic() + SECONDS
+
     def found(text):
-        try: return pattern.search(text, timeout=max(end-time.monotonic(), 1e-3)) is not None
-        except TimeoutError: raise SpecError(f"search: the pattern {search[:60]!r} takes more than {SECONDS:g} s on these rows; write it without nested repetitions, or filter more rows out first") from None
+        try:
+            return pattern.search(text, timeout=max(end - time.monotonic(), 1e-3)) is not None
+        except TimeoutError:
+            raise SpecError(
+                f"search: the pattern {search[:60]!r} takes more than {SECONDS:g} s on these rows; write it without nested repetitions, or filter more rows out first"
+            ) from None
+
     return found
 
 # %% ../../nbs/widgets/explorer.ipynb #04b636c9
 ORDERS = ('as they are', 'longest first', 'shortest first')
 
+
 @patch
-def rows(self:DataExplorer,
-    search:str='', # Text that occurs in a turn, in upper or lower case
-    regex:bool=False, # Is it a regular expression?
-    split:str|None=None, # `train` or `held out`
-    flagged:str|None=None, # A flag, or `any`
-    number:int|None=None, # Number of the row in its source
-    length:tuple=(0, None), # From, to; None: no end
-    unit:str='characters', # Of lengths: `characters` or `tokens`
-    order:str='as they are', # `as they are`, `longest first` or `shortest first`
-)->Rows:
+def rows(
+    self: DataExplorer,
+    search: str = '',  # Text that occurs in a turn, in upper or lower case
+    regex: bool = False,  # Is it a regular expression?
+    split: str | None = None,  # `train` or `held out`
+    flagged: str | None = None,  # A flag, or `any`
+    number: int | None = None,  # Number of the row in its source
+    length: tuple = (0, None),  # From, to; None: no end
+    unit: str = 'characters',  # Of lengths: `characters` or `tokens`
+    order: str = 'as they are',  # `as they are`, `longest first` or `shortest first`
+) -> Rows:
     "The rows for which all of this holds; raises `SpecError`"
-    for name,v,known in (('split', split, (None, 'train', 'held out')), ('flagged', flagged, (None, 'any', *self.flags)), ('unit', unit, ('characters', 'tokens')), ('order', order, ORDERS)):
-        if v not in known: raise SpecError(f"{name}: there is no {v!r}{nearest(str(v), [k for k in known if k])}; there is {', '.join(k for k in known if k)}")
-    if unit == 'tokens' and self.tokens is None: self.tokenize()
-    n,(lo,hi) = self.characters if unit == 'characters' else self.tokens,length
+    for name, v, known in (
+        ('split', split, (None, 'train', 'held out')),
+        ('flagged', flagged, (None, 'any', *self.flags)),
+        ('unit', unit, ('characters', 'tokens')),
+        ('order', order, ORDERS),
+    ):
+        if v not in known:
+            raise SpecError(
+                f"{name}: there is no {v!r}{nearest(str(v), [k for k in known if k])}; there is {', '.join(k for k in known if k)}"
+            )
+    if unit == 'tokens' and self.tokens is None:
+        self.tokenize()
+    n, (lo, hi) = self.characters if unit == 'characters' else self.tokens, length
     fits = (n >= (lo or 0)) & (n <= (n.max() if hi is None else hi))
-    if split: fits &= (np.arange(self.size) < self.train) == (split == 'train')
-    if flagged: fits &= np.any([*self.flags.values()], axis=0) if flagged == 'any' and self.flags else self.flags.get(flagged, False)
-    if number is not None: fits &= self.numbers == number
+    if split:
+        fits &= (np.arange(self.size) < self.train) == (split == 'train')
+    if flagged:
+        fits &= (
+            np.any([*self.flags.values()], axis=0)
+            if flagged == 'any' and self.flags
+            else self.flags.get(flagged, False)
+        )
+    if number is not None:
+        fits &= self.numbers == number
     index = np.flatnonzero(fits)
-    if search: found = _matcher(search, regex); index = index[[found(all_text(self.conversation(int(i)))) for i in index]] if len(index) else index
-    if order != 'as they are': index = index[np.argsort(n[index] if order == 'shortest first' else -n[index], kind='stable')]
+    if search:
+        found = _matcher(search, regex)
+        index = index[[found(all_text(self.conversation(int(i)))) for i in index]] if len(index) else index
+    if order != 'as they are':
+        index = index[np.argsort(n[index] if order == 'shortest first' else -n[index], kind='stable')]
     return Rows(self, index)
 
 # %% ../../nbs/widgets/explorer.ipynb #e4136987
 @patch
-def tokenize(self:DataExplorer,
-    see=lambda done: None, # Called with the number of rows that are done
+def tokenize(
+    self: DataExplorer,
+    see=lambda done: None,  # Called with the number of rows that are done
 ):
     "Count tokens, and flag what training would refuse"
-    if self.tokens is not None: return
-    fmt,tokens,exs,faults = self.formatter,np.zeros(self.size, np.int64),Examples(self.formatter),{}
+    if self.tokens is not None:
+        return
+    fmt, tokens, exs, faults = self.formatter, np.zeros(self.size, np.int64), Examples(self.formatter), {}
     for at in range(0, self.size, 256):
-        part = [self.conversation(i) for i in range(at, min(at+256, self.size))]
-        for i,got in enumerate(fmt.examples(part), at):
+        part = [self.conversation(i) for i in range(at, min(at + 256, self.size))]
+        for i, got in enumerate(fmt.examples(part), at):
             try:
-                if isinstance(got, FormatError): raise got
+                if isinstance(got, FormatError):
+                    raise got
                 tokens[i] = max(map(len, got))
                 fmt.check(got)
-            except FormatError as e: faults[i] = e; continue
-            for e in got if i < self.train else (): exs.add(e); exs.original.append(len(e))
-        see(min(at+256, self.size))
-    n,trained = int(exs.lengths.sum()),int(exs.trained().sum()) if len(exs) else 0
-    exs.limit,exs.tokens = self.job.max_seq_length,Ledger('tokens', n, dict(trained=trained, context=n-trained), {})
-    self.flags |= {r:np.isin(np.arange(self.size), [i for i,e in faults.items() if e.reason == r]) for r in {e.reason for e in faults.values()}}
-    if (tokens > self.job.max_seq_length).any(): self.flags['too_long'] = tokens > self.job.max_seq_length
-    self.examples,self.faults,self.tokens = exs,faults,tokens
+            except FormatError as e:
+                faults[i] = e
+                continue
+            for e in got if i < self.train else ():
+                exs.add(e)
+                exs.original.append(len(e))
+        see(min(at + 256, self.size))
+    n, trained = int(exs.lengths.sum()), int(exs.trained().sum()) if len(exs) else 0
+    exs.limit, exs.tokens = self.job.max_seq_length, Ledger('tokens', n, dict(trained=trained, context=n - trained), {})
+    self.flags |= {
+        r: np.isin(np.arange(self.size), [i for i, e in faults.items() if e.reason == r])
+        for r in {e.reason for e in faults.values()}
+    }
+    if (tokens > self.job.max_seq_length).any():
+        self.flags['too_long'] = tokens > self.job.max_seq_length
+    self.examples, self.faults, self.tokens = exs, faults, tokens
 
 # %% ../../nbs/widgets/explorer.ipynb #391ed909
-SHOWN = dict(characters=4000, tokens=1500) # Of a row, on the screen
+SHOWN = dict(characters=4000, tokens=1500)  # Of a row, on the screen
+
 
 def _turn_html(role, text):
-    more = f' … ({len(text)-SHOWN["characters"]:,} characters more)' if len(text) > SHOWN['characters'] else ''
-    return f'<div style="margin:.4em 0"><b>{html_text(role)}</b><div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5">{html_text(text[:SHOWN["characters"]])}{more}</div></div>'
+    more = f' … ({len(text) - SHOWN["characters"]:,} characters more)' if len(text) > SHOWN['characters'] else ''
+    return f'<div style="margin:.4em 0"><b>{html_text(role)}</b><div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5">{html_text(text[: SHOWN["characters"]])}{more}</div></div>'
+
 
 @patch
-def _repr_html_(self:Row):
-    c,known = self.conv,[self.split, f'{self.characters:,} characters', *([f'{self.tokens:,} tokens'] if self.tokens else []), *self.flags]
-    turns = [('text', c.text)] if c.text is not None else [*((m['role'], _turn_text(m)) for m in c.messages), *((m['role']+', rejected', _turn_text(m)) for m in c.rejected or [])]
+def _repr_html_(self: Row):
+    c, known = (
+        self.conv,
+        [
+            self.split,
+            f'{self.characters:,} characters',
+            *([f'{self.tokens:,} tokens'] if self.tokens else []),
+            *self.flags,
+        ],
+    )
+    turns = (
+        [('text', c.text)]
+        if c.text is not None
+        else [
+            *((m['role'], _turn_text(m)) for m in c.messages),
+            *((m['role'] + ', rejected', _turn_text(m)) for m in c.rejected or []),
+        ]
+    )
     fault = message(self.fault, error=True) if self.fault else ''
-    return f'<div>row {c.row}: {html_text(", ".join(known).replace("_", " "))}</div>{fault}'+''.join(_turn_html(*t) for t in turns)
+    return f'<div>row {c.row}: {html_text(", ".join(known).replace("_", " "))}</div>{fault}' + ''.join(
+        _turn_html(*t) for t in turns
+    )
+
 
 @patch
-def token_view(self:DataExplorer, row:Row)->str: # HTML
+def token_view(self: DataExplorer, row: Row) -> str:  # HTML
     "The examples that a row becomes, token by token; a refusal in words"
-    got, = self.formatter.examples([row.conv])
-    if isinstance(got, FormatError): return message(got, error=True)
+    (got,) = self.formatter.examples([row.conv])
+    if isinstance(got, FormatError):
+        return message(got, error=True)
     n = SHOWN['tokens']
-    cut = lambda e: Example(e.input_ids[:n], e.mask[:n], e.row, e.tok)._repr_html_()+(f'<div>the first {n:,} of {len(e):,} tokens</div>' if len(e) > n else '')
+    cut = lambda e: (
+        Example(e.input_ids[:n], e.mask[:n], e.row, e.tok)._repr_html_()
+        + (f'<div>the first {n:,} of {len(e):,} tokens</div>' if len(e) > n else '')
+    )
     return ''.join(map(cut, got))
 
 # %% ../../nbs/widgets/explorer.ipynb #84c0a21b
 @patch
-def lengths(self:DataExplorer)->str: # HTML
+def lengths(self: DataExplorer) -> str:  # HTML
     "Histogram of the lengths, and what follows from them"
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(7, 2.4), layout='tight')
     ax = fig.gca()
     if self.tokens is None or not len(self.examples):
-        ax.hist([self.characters[:self.train], self.characters[self.train:]], bins=40, stacked=True, label=['train', 'held out'])
+        ax.hist(
+            [self.characters[: self.train], self.characters[self.train :]],
+            bins=40,
+            stacked=True,
+            label=['train', 'held out'],
+        )
         ax.set(xlabel='characters per row', ylabel='rows')
         ax.legend()
         return picture(fig, 'histogram of characters per row')
     profile = profile_examples(self.examples, self.data.train)
     profile.plot(ax)
-    return picture(fig, 'histogram of tokens per example')+'<ul>'+''.join(f'<li>{html_text(f)}</li>' for f in profile.facts())+'</ul>'
+    return (
+        picture(fig, 'histogram of tokens per example')
+        + '<ul>'
+        + ''.join(f'<li>{html_text(f)}</li>' for f in profile.facts())
+        + '</ul>'
+    )
+
 
 @patch
-def books(self:DataExplorer)->str: # HTML
+def books(self: DataExplorer) -> str:  # HTML
     "The ledger of the data, and its warnings"
-    cell = lambda k,v: f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
+    cell = lambda k, v: (
+        f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
+    )
     notes = ''.join(f'<li>{html_text(w)}</li>' for w in self.data.warnings)
-    return '<table>'+''.join(cell(k, v) for k,v in self.data.ledger.lines())+f'</table>{f"<ul>{notes}</ul>" if notes else ""}'
+    return (
+        '<table>'
+        + ''.join(cell(k, v) for k, v in self.data.ledger.lines())
+        + f'</table>{f"<ul>{notes}</ul>" if notes else ""}'
+    )
 
 # %% ../../nbs/widgets/explorer.ipynb #f9de7dbf
 @patch
-def _repr_html_(self:DataExplorer):
+def _repr_html_(self: DataExplorer):
     lines = ''.join(f'<li>{html_text(r.line())}</li>' for r in self.rows()[:10])
     return f'<div><b>{html_text(self.data.source)}</b>: {count_rows(self.size)}, {self._flagged()}</div><ul>{lines}</ul>{self.books()}{self.lengths()}'
 
-@patch
-def _flagged(self:DataExplorer): return 'flagged: '+(html_text(', '.join(f"{k.replace('_', ' ')} {v.sum():,}" for k,v in self.flags.items())) or 'none')
 
 @patch
-def __repr__(self:DataExplorer): return plain_text(f'DataExplorer({self.data.source}: {count_rows(self.size)}, {self._flagged()})')
+def _flagged(self: DataExplorer):
+    return 'flagged: ' + (
+        html_text(', '.join(f"{k.replace('_', ' ')} {v.sum():,}" for k, v in self.flags.items())) or 'none'
+    )
+
+
+@patch
+def __repr__(self: DataExplorer):
+    return plain_text(f'DataExplorer({self.data.source}: {count_rows(self.size)}, {self._flagged()})')
 
 # %% ../../nbs/widgets/explorer.ipynb #3ed5290e
-PAGE = 15 # Rows in the list
+PAGE = 15  # Rows in the list
+
 
 @patch
-def build(self:DataExplorer):
+def build(self: DataExplorer):
     import ipywidgets as w
+
     style = dict(description_width='7em')
-    text,pick = (lambda d,**kw: w.Text(description=d, continuous_update=False, style=style, **kw)),(lambda d,options: w.Dropdown(description=d, options=options, style=style))
-    self.controls = dict(search=text('search', placeholder='text, then Enter'), regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')), split=pick('split', ['all', 'train', 'held out']), flagged=pick('flagged', [('all', 'all')]),
-        unit=pick('length in', ['characters', 'tokens'] if self.job else ['characters']), least=text('from'), most=text('to'), order=pick('order', ORDERS), number=text('row number'))
+    text, pick = (
+        (lambda d, **kw: w.Text(description=d, continuous_update=False, style=style, **kw)),
+        (lambda d, options: w.Dropdown(description=d, options=options, style=style)),
+    )
+    self.controls = dict(
+        search=text('search', placeholder='text, then Enter'),
+        regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')),
+        split=pick('split', ['all', 'train', 'held out']),
+        flagged=pick('flagged', [('all', 'all')]),
+        unit=pick('length in', ['characters', 'tokens'] if self.job else ['characters']),
+        least=text('from'),
+        most=text('to'),
+        order=pick('order', ORDERS),
+        number=text('row number'),
+    )
     self.page = w.BoundedIntText(value=1, min=1, max=1, description='page', style=style, layout=w.Layout(width='12em'))
-    self.buttons = {k:w.Button(description=d, tooltip=d, layout=w.Layout(width='auto')) for k,d in dict(up='Previous row', down='Next row', back='Previous page', on='Next page', tokens='Count tokens').items()}
-    self.list = w.Select(options=[], rows=PAGE, description='rows', layout=w.Layout(width='auto'), style=dict(description_width='3em'))
-    self.count,self.detail,self.said,self.pictures = w.HTML(),w.HTML(),w.HTML(message()),w.HTML(self.lengths())
+    self.buttons = {
+        k: w.Button(description=d, tooltip=d, layout=w.Layout(width='auto'))
+        for k, d in dict(
+            up='Previous row', down='Next row', back='Previous page', on='Next page', tokens='Count tokens'
+        ).items()
+    }
+    self.list = w.Select(
+        options=[], rows=PAGE, description='rows', layout=w.Layout(width='auto'), style=dict(description_width='3em')
+    )
+    self.count, self.detail, self.said, self.pictures = w.HTML(), w.HTML(), w.HTML(message()), w.HTML(self.lengths())
     self._wire()
-    c,b,flow = self.controls,self.buttons,w.Layout(flex_flow='row wrap')
+    c, b, flow = self.controls, self.buttons, w.Layout(flex_flow='row wrap')
     self.find()
-    return w.VBox([w.HTML(f'<b>{html_text(self.data.source)}</b>, read as {html_text(self.data.format)}'), w.HBox([*c.values()], layout=flow), self.said, w.HBox([self.count, self.page, *(b[k] for k in ('back', 'on', 'up', 'down')), *([b['tokens']] if self.job else [])], layout=flow), self.list, self.detail,
-        w.Accordion([self.pictures, w.HTML(self.books())], titles=('Lengths', 'Ledger and warnings'))])
+    return w.VBox(
+        [
+            w.HTML(f'<b>{html_text(self.data.source)}</b>, read as {html_text(self.data.format)}'),
+            w.HBox([*c.values()], layout=flow),
+            self.said,
+            w.HBox(
+                [
+                    self.count,
+                    self.page,
+                    *(b[k] for k in ('back', 'on', 'up', 'down')),
+                    *([b['tokens']] if self.job else []),
+                ],
+                layout=flow,
+            ),
+            self.list,
+            self.detail,
+            w.Accordion([self.pictures, w.HTML(self.books())], titles=('Lengths', 'Ledger and warnings')),
+        ]
+    )
 
 # %% ../../nbs/widgets/explorer.ipynb #3302cd56
 @patch
-def _wire(self:DataExplorer):
+def _wire(self: DataExplorer):
     "What each control does"
-    for c in self.controls.values(): c.observe(lambda _: self.find(), 'value')
+    for c in self.controls.values():
+        c.observe(lambda _: self.find(), 'value')
     self.page.observe(lambda _: self._turn_to(), 'value')
     self.list.observe(lambda _: self._pick(), 'value')
-    self.buttons['back'].on_click(lambda _: setattr(self.page, 'value', self.page.value-1))
-    self.buttons['on'].on_click(lambda _: setattr(self.page, 'value', self.page.value+1))
+    self.buttons['back'].on_click(lambda _: setattr(self.page, 'value', self.page.value - 1))
+    self.buttons['on'].on_click(lambda _: setattr(self.page, 'value', self.page.value + 1))
     self.buttons['up'].on_click(lambda _: self._step(-1))
     self.buttons['down'].on_click(lambda _: self._step(1))
     self.buttons['tokens'].on_click(lambda _: self._count())
     self._name_flags()
 
+
 @patch
-def _name_flags(self:DataExplorer): self.controls['flagged'].options = [('all', 'all'), *([('any flag', 'any')] if self.flags else []), *((f"{k.replace('_', ' ')} ({v.sum():,})", k) for k,v in self.flags.items())]
+def _name_flags(self: DataExplorer):
+    self.controls['flagged'].options = [
+        ('all', 'all'),
+        *([('any flag', 'any')] if self.flags else []),
+        *((f"{k.replace('_', ' ')} ({v.sum():,})", k) for k, v in self.flags.items()),
+    ]
 
 # %% ../../nbs/widgets/explorer.ipynb #6b51f908
 def _whole(name, text):
     "A whole number, or None for no text"
-    if not text.strip(): return None
-    if not text.strip().isdecimal(): raise SpecError(f"{name}: got {text.strip()[:40]!r}, expected a whole number")
+    if not text.strip():
+        return None
+    if not text.strip().isdecimal():
+        raise SpecError(f"{name}: got {text.strip()[:40]!r}, expected a whole number")
     return int(text)
 
+
 @patch
-def find(self:DataExplorer):
+def find(self: DataExplorer):
     "Look for the rows that the controls ask for"
-    c = {k:None if x.value == 'all' and k in ('split', 'flagged') else x.value for k,x in self.controls.items()}
-    try: self.found = self.rows(c['search'], c['regex'], c['split'], c['flagged'], _whole('row number', c['number']), (_whole('from', c['least']), _whole('to', c['most'])), c['unit'], c['order'])
-    except SpecError as e: self.said.value = message(e, error=True); return
+    c = {k: None if x.value == 'all' and k in ('split', 'flagged') else x.value for k, x in self.controls.items()}
+    try:
+        self.found = self.rows(
+            c['search'],
+            c['regex'],
+            c['split'],
+            c['flagged'],
+            _whole('row number', c['number']),
+            (_whole('from', c['least']), _whole('to', c['most'])),
+            c['unit'],
+            c['order'],
+        )
+    except SpecError as e:
+        self.said.value = message(e, error=True)
+        return
     self.said.value = message()
-    self.page.max = max(1, -(-len(self.found)//PAGE))
+    self.page.max = max(1, -(-len(self.found) // PAGE))
     self.page.value = 1
     self._turn_to()
 
 # %% ../../nbs/widgets/explorer.ipynb #e720294c
 @patch
-def _turn_to(self:DataExplorer):
+def _turn_to(self: DataExplorer):
     "Read a page"
     n = self.page.value
-    at = self.found.index[(n-1)*PAGE:n*PAGE].tolist()
+    at = self.found.index[(n - 1) * PAGE : n * PAGE].tolist()
     self.count.value = f'{count_rows(len(self.found))} of {self.size:,}, page {n:,} of {self.page.max:,}'
-    self.buttons['back'].disabled,self.buttons['on'].disabled = n <= 1,n >= self.page.max
+    self.buttons['back'].disabled, self.buttons['on'].disabled = n <= 1, n >= self.page.max
     self.list.options = [(self.row(i).line(), i) for i in at]
     self.list.value = at[0] if at else None
     self._pick()
 
-@patch
-def _step(self:DataExplorer, by):
-    "Choose the row before or behind, on the next page where this one ends"
-    at,n = (self.list.index or 0)+by,self.page.value+by
-    if 0 <= at < len(self.list.options): self.list.index = at
-    elif 1 <= n <= self.page.max:
-        self.page.value = n
-        if by < 0: self.list.index = len(self.list.options)-1
 
 @patch
-def _pick(self:DataExplorer):
+def _step(self: DataExplorer, by):
+    "Choose the row before or behind, on the next page where this one ends"
+    at, n = (self.list.index or 0) + by, self.page.value + by
+    if 0 <= at < len(self.list.options):
+        self.list.index = at
+    elif 1 <= n <= self.page.max:
+        self.page.value = n
+        if by < 0:
+            self.list.index = len(self.list.options) - 1
+
+
+@patch
+def _pick(self: DataExplorer):
     "Show the chosen row"
-    if self.list.value is None: self.detail.value = ''; return
+    if self.list.value is None:
+        self.detail.value = ''
+        return
     row = self.row(self.list.value)
-    self.detail.value = row._repr_html_()+(self.token_view(row) if self.job else '')
+    self.detail.value = row._repr_html_() + (self.token_view(row) if self.job else '')
 
 # %% ../../nbs/widgets/explorer.ipynb #542cc30f
 @patch
-def _count(self:DataExplorer):
+def _count(self: DataExplorer):
     "Count tokens in a thread, and say how far it is"
+
     def work():
-        try: self.tokenize(lambda n: setattr(self.said, 'value', message(f'{n:,} of {self.size:,} rows read')))
-        except SpecError as e: self.said.value = message(e, error=True); return
-        self._name_flags(); self.find()
+        try:
+            self.tokenize(lambda n: setattr(self.said, 'value', message(f'{n:,} of {self.size:,} rows read')))
+        except SpecError as e:
+            self.said.value = message(e, error=True)
+            return
+        self._name_flags()
+        self.find()
         self.pictures.value = self.lengths()
+
     self.buttons['tokens'].disabled = True
     self.thread = threading.Thread(target=work, daemon=True)
     self.thread.start()

@@ -6,7 +6,11 @@
 __all__ = ['job_code', 'value_text', 'job_command', 'check_values', 'memory_bar', 'plan_html', 'quick_rows', 'Later', 'JobForm']
 
 # %% ../../nbs/widgets/forms.ipynb #ba71c9fe
-import inspect,json,shlex,threading,time
+import inspect
+import json
+import shlex
+import threading
+import time
 from pathlib import Path
 
 import ipywidgets as w
@@ -15,297 +19,452 @@ from fastcore.basics import patch
 
 from ..lint.advice import check_job
 from ..data.load import load_data
-from ..planning.devices import CARDS,find_device
-from ..core.escaping import html_text,mask_secrets
-from ..jobs.runner import read_pairs,run_job
-from ..core.panels import Panel,message
-from ..planning.plan import Plan,make_plan
-from ..core.schema import Job,SpecError,_parts,fields,read_value
+from ..planning.devices import CARDS, find_device
+from ..core.escaping import html_text, mask_secrets
+from ..jobs.runner import read_pairs, run_job
+from ..core.panels import Panel, message
+from ..planning.plan import Plan, make_plan
+from ..core.schema import Job, SpecError, _parts, fields, read_value
 from ..data.sources import find_source
-from ..core.spec import BENCHMARKS,JOBS,TEMPLATES,DataParams,FinetuneJob,RowParams,preset,presets
+from ..core.spec import BENCHMARKS, JOBS, TEMPLATES, DataParams, FinetuneJob, RowParams, preset, presets
 from ..jobs.supervising import _changed
 
 # %% ../../nbs/widgets/forms.ipynb #80a2df0f
-def job_code(job:Job)->str: # Source of a notebook cell
+def job_code(job: Job) -> str:  # Source of a notebook cell
     "The cell that makes this job; it holds what differs from the defaults"
-    name,args = type(job).__name__,[f'{k}={v!r}' for k,v in _changed(job).items()]
+    name, args = type(job).__name__, [f'{k}={v!r}' for k, v in _changed(job).items()]
     line = f"job = {name}({', '.join(args)})"
-    if len(line) > 100: line = '\n'.join([f'job = {name}(', *(f'    {a},' for a in args), ')'])
+    if len(line) > 100:
+        line = '\n'.join([f'job = {name}(', *(f'    {a},' for a in args), ')'])
     return f'from unsloth_nb import {name}\n\n{line}'
 
 # %% ../../nbs/widgets/forms.ipynb #0550acda
-def value_text(v)->str:
+def value_text(v) -> str:
     "A value as the command line and the form write it"
-    if isinstance(v, dict): return ','.join(f'{k}:{x}' for k,x in v.items())
-    if isinstance(v, list): return ','.join(v)
+    if isinstance(v, dict):
+        return ','.join(f'{k}:{x}' for k, x in v.items())
+    if isinstance(v, list):
+        return ','.join(v)
     return 'null' if v is None else str(v).lower() if isinstance(v, bool) else str(v)
+
 
 def _pair(job, name, v):
     "`name=value` where a shell can hold it and the command line reads it back, else None"
     text = f'{name}={value_text(v)}'
-    try: same = text.isprintable() and name not in inspect.signature(run_job).parameters and job.replace(**read_pairs(type(job), [text])) == job
-    except SpecError: same = False
+    try:
+        same = (
+            text.isprintable()
+            and name not in inspect.signature(run_job).parameters
+            and job.replace(**read_pairs(type(job), [text])) == job
+        )
+    except SpecError:
+        same = False
     return text if same else None
 
 # %% ../../nbs/widgets/forms.ipynb #b94be8b1
-def job_command(job:Job)->str: # One line for a POSIX shell
+def job_command(job: Job) -> str:  # One line for a POSIX shell
     "The command that runs this job; it holds what differs from the defaults"
-    kind,vals = next(k for k,cls in JOBS.items() if type(job) is cls),_changed(job)
-    pairs = {k:_pair(job, k, v) for k,v in vals.items()}
+    kind, vals = next(k for k, cls in JOBS.items() if type(job) is cls), _changed(job)
+    pairs = {k: _pair(job, k, v) for k, v in vals.items()}
     line = ' '.join(['unsloth-nb', 'run', kind, *(f'-p {shlex.quote(p)}' for p in pairs.values() if p)])
-    odd = {k:v for k,v in vals.items() if not pairs[k]}
-    if not odd: return line
+    odd = {k: v for k, v in vals.items() if not pairs[k]}
+    if not odd:
+        return line
     said = yaml.safe_dump(odd, default_flow_style=True, default_style='"', width=float('inf')).strip()
     return f'printf %s {shlex.quote(said)} | {line} -f /dev/stdin'
 
 # %% ../../nbs/widgets/forms.ipynb #b60f8196
 def check_values(
-    cls, # Job class
-    values:dict, # By name
-)->dict[str,str]: # Name to what is wrong
+    cls,  # Job class
+    values: dict,  # By name
+) -> dict[str, str]:  # Name to what is wrong
     "Why these values make no job"
     res = {}
-    try: cls(**values)
+    try:
+        cls(**values)
     except SpecError as e:
         for l in str(e).splitlines():
-            name,_,what = l.partition(': ')
-            k,what = (name, what) if name in cls.model_fields else ('', l)
+            name, _, what = l.partition(': ')
+            k, what = (name, what) if name in cls.model_fields else ('', l)
             res[k] = f'{res[k]}\n{what}' if k in res else what
     return res
 
 # %% ../../nbs/widgets/forms.ipynb #69c96337
 _GIB = 2**30
-_COLOURS = ('#4269d0', '#efb118', '#ff725c', '#6cc5b0', '#3ca951', '#ff8ab7', '#a463f2', '#97bbf5', '#9c6b4e', '#9498a0')
+_COLOURS = (
+    '#4269d0',
+    '#efb118',
+    '#ff725c',
+    '#6cc5b0',
+    '#3ca951',
+    '#ff8ab7',
+    '#a463f2',
+    '#97bbf5',
+    '#9c6b4e',
+    '#9498a0',
+)
 
-def memory_bar(plan:Plan)->str: # HTML; empty where the memory is not known
+
+def memory_bar(plan: Plan) -> str:  # HTML; empty where the memory is not known
     "Predicted memory by part, against what is free"
-    if not plan.memory: return ''
-    free,parts = plan.device.memory_free,[(k, v) for k,v in plan.memory.items() if v]
-    top,said = max(free, plan.peak),f'{plan.peak/_GIB:.2f} of {free/_GIB:.1f} GiB'
-    bar = ''.join(f'<span style="display:inline-block;height:100%;width:{100*v/top:.3f}%;background:{c}"></span>' for (k,v),c in zip(parts, _COLOURS))
-    mark = f'<span style="position:absolute;left:{100*free/top:.2f}%;top:-3px;bottom:-3px;border-left:3px solid #e5484d"></span>' if plan.peak > free else ''
-    key = ''.join(f'<span style="display:inline-block;margin-right:1em"><span style="display:inline-block;width:.7em;height:.7em;background:{c}"></span> {html_text(k)} {v/_GIB:.2f}</span>' for (k,v),c in zip(parts, _COLOURS))
+    if not plan.memory:
+        return ''
+    free, parts = plan.device.memory_free, [(k, v) for k, v in plan.memory.items() if v]
+    top, said = max(free, plan.peak), f'{plan.peak / _GIB:.2f} of {free / _GIB:.1f} GiB'
+    bar = ''.join(
+        f'<span style="display:inline-block;height:100%;width:{100 * v / top:.3f}%;background:{c}"></span>'
+        for (k, v), c in zip(parts, _COLOURS)
+    )
+    mark = (
+        f'<span style="position:absolute;left:{100 * free / top:.2f}%;top:-3px;bottom:-3px;border-left:3px solid #e5484d"></span>'
+        if plan.peak > free
+        else ''
+    )
+    key = ''.join(
+        f'<span style="display:inline-block;margin-right:1em"><span style="display:inline-block;width:.7em;height:.7em;background:{c}"></span> {html_text(k)} {v / _GIB:.2f}</span>'
+        for (k, v), c in zip(parts, _COLOURS)
+    )
     return f'<div role="img" aria-label="predicted memory: {said}" style="position:relative;height:16px;border:1px solid;white-space:nowrap;line-height:0;margin:4px 0">{bar}{mark}</div><div style="font-size:.9em">{key}</div>'
 
 # %% ../../nbs/widgets/forms.ipynb #08a95337
-def plan_html(plan:Plan)->str:
+def plan_html(plan: Plan) -> str:
     "A plan in a few lines; what it decided, and why, unfolds"
     plain = lambda s: html_text(s).replace('**', '')
-    rows = ''.join(f'<tr>{"".join(f"<td style=text-align:left;vertical-align:top;padding-right:.8em>{plain(c)}</td>" for c in r)}</tr>' for r in plan._rows())
+    rows = ''.join(
+        f'<tr>{"".join(f"<td style=text-align:left;vertical-align:top;padding-right:.8em>{plain(c)}</td>" for c in r)}</tr>'
+        for r in plan._rows()
+    )
     facts = [f for f in plan._facts() if not f.startswith('By part')]
     return f"{memory_bar(plan)}{''.join(f'<div style=margin-top:4px>{plain(f)}</div>' for f in facts)}<details><summary>What the plan decides, and why</summary><table>{rows}</table></details>"
 
 # %% ../../nbs/widgets/forms.ipynb #a581c1c2
-_READ = 64e6 # [bytes] that are read while somebody types
+_READ = 64e6  # [bytes] that are read while somebody types
 
-def quick_rows(job:FinetuneJob)->tuple: # (Data or None, a sentence about the lengths)
+
+def quick_rows(job: FinetuneJob) -> tuple:  # (Data or None, a sentence about the lengths)
     "The rows of a job where reading them takes a moment"
     src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
     far = 'they are on the Hub' if src.kind == 'hub' else 'it is a mix' if src.kind == 'mix' else ''
-    if src.kind == 'files' and sum(Path(f).stat().st_size for f in src.files) > _READ: far = f'the files hold more than {_READ/1e6:.0f} MB'
-    if far: return None,f'The rows were not read ({far}): every one is taken to be max_seq_length long.'
+    if src.kind == 'files' and sum(Path(f).stat().st_size for f in src.files) > _READ:
+        far = f'the files hold more than {_READ / 1e6:.0f} MB'
+    if far:
+        return None, f'The rows were not read ({far}): every one is taken to be max_seq_length long.'
     data = load_data(job)
-    return data,f'Lengths are estimated from the {len(data.train):,} training rows.'
+    return data, f'Lengths are estimated from the {len(data.train):,} training rows.'
 
 # %% ../../nbs/widgets/forms.ipynb #9b22d11a
 class Later:
     "Calls `f` in a thread, `delay` after the last request"
-    def __init__(self, f, delay:float=0.3): # seconds
-        self.f,self.delay,self.lock,self.thread,self.at,self.done = f,delay,threading.Lock(),None,0.0,threading.Event()
+
+    def __init__(self, f, delay: float = 0.3):  # seconds
+        self.f, self.delay, self.lock, self.thread, self.at, self.done = (
+            f,
+            delay,
+            threading.Lock(),
+            None,
+            0.0,
+            threading.Event(),
+        )
+
     def __call__(self):
         with self.lock:
             self.done.clear()
-            self.at = time.monotonic()+self.delay
+            self.at = time.monotonic() + self.delay
             if self.thread is None:
                 self.thread = threading.Thread(target=self._go)
                 self.thread.start()
+
     def _go(self):
         while not self.done.is_set():
-            while (left := self.at-time.monotonic()) > 0: time.sleep(left)
+            while (left := self.at - time.monotonic()) > 0:
+                time.sleep(left)
             asked = self.at
-            try: self.f()
+            try:
+                self.f()
             finally:
                 with self.lock:
-                    if self.at == asked: self.thread = None; self.done.set()
+                    if self.at == asked:
+                        self.thread = None
+                        self.done.set()
 
 # %% ../../nbs/widgets/forms.ipynb #a4e7b62a
 _KNOWN = dict(model=presets, template=lambda: TEMPLATES, configurations=lambda: BENCHMARKS, dataset=lambda: ['events'])
+
 
 def _control(cls, r, value):
     "The control of one parameter"
     parts = _parts(cls.model_fields[r['name']].annotation)
     words = [p.strip("'") for p in parts if isinstance(p, str)]
-    kw = dict(description=r['name'], tooltip=r['help'], style=dict(description_width='17em'), layout=w.Layout(width='29em'))
-    if len(words)+(bool in parts) == len(parts): return w.Dropdown(options=words+['true', 'false']*(bool in parts), value=value_text(value), **kw)
+    kw = dict(
+        description=r['name'], tooltip=r['help'], style=dict(description_width='17em'), layout=w.Layout(width='29em')
+    )
+    if len(words) + (bool in parts) == len(parts):
+        return w.Dropdown(options=words + ['true', 'false'] * (bool in parts), value=value_text(value), **kw)
     words = list(_KNOWN[r['name']]()) if r['name'] in _KNOWN else words
     kw |= dict(value=value_text(value), placeholder=value_text(r['default']))
     return w.Combobox(options=words, **kw) if words else w.Text(**kw)
 
+
 def _note(r, problem=''):
     "What stands beside a control: its help, what it takes, and what is wrong"
-    takes = html_text(f"{r['expects']}{', in '+r['unit'] if r['unit'] else ''}; default {value_text(r['default']) or 'none'}")
+    takes = html_text(
+        f"{r['expects']}{', in ' + r['unit'] if r['unit'] else ''}; default {value_text(r['default']) or 'none'}"
+    )
     wrong = message(problem, error=True) if problem else ''
     return f"<div style='line-height:1.35;margin:2px 0 6px'>{html_text(r['help'])}<div style='font-size:.88em;opacity:.8'>{takes}</div>{wrong}</div>"
 
 # %% ../../nbs/widgets/forms.ipynb #3d5b92ba
 class JobForm(Panel):
     "A form for a job, made from its schema"
-    def __init__(self,
-        job=FinetuneJob, # Job class, or a job whose values are there to begin with
-        device:str|None=None, # Plan for a card by its name; None: for this machine
-        runs_dir=None, # Past runs, which correct the predictions for this machine
+
+    def __init__(
+        self,
+        job=FinetuneJob,  # Job class, or a job whose values are there to begin with
+        device: str | None = None,  # Plan for a card by its name; None: for this machine
+        runs_dir=None,  # Past runs, which correct the predictions for this machine
     ):
-        self.cls,given = (job, {}) if isinstance(job, type) else (type(job), job.to_dict())
-        self.runs_dir,self.params = runs_dir,{r['name']:r for r in fields(self.cls)}
-        self.start = {k:given.get(k, r['default']) for k,r in self.params.items()}
-        self.controls = {k:_control(self.cls, r, self.start[k]) for k,r in self.params.items()}
-        self.notes = {k:w.HTML(_note(r), layout=w.Layout(flex='1 1 18em')) for k,r in self.params.items()}
-        self.plan,self.planned,self.preset_values,self.rows_read = None,Later(self._make_plan),{},(None, None)
+        self.cls, given = (job, {}) if isinstance(job, type) else (type(job), job.to_dict())
+        self.runs_dir, self.params = runs_dir, {r['name']: r for r in fields(self.cls)}
+        self.start = {k: given.get(k, r['default']) for k, r in self.params.items()}
+        self.controls = {k: _control(self.cls, r, self.start[k]) for k, r in self.params.items()}
+        self.notes = {k: w.HTML(_note(r), layout=w.Layout(flex='1 1 18em')) for k, r in self.params.items()}
+        self.plan, self.planned, self.preset_values, self.rows_read = None, Later(self._make_plan), {}, (None, None)
         self.widget = self._build(device)
-        for c in self.controls.values(): c.observe(self._typed, 'value')
+        for c in self.controls.values():
+            c.observe(self._typed, 'value')
         self._typed()
 
-    def __repr__(self): return f'JobForm for {self.cls.__name__}: '+(f'{len(self.problems)} to mend' if self.problems else self.command)
+    def __repr__(self):
+        return f'JobForm for {self.cls.__name__}: ' + (
+            f'{len(self.problems)} to mend' if self.problems else self.command
+        )
 
 # %% ../../nbs/widgets/forms.ipynb #dda4c786
 @patch
-def _read(self:JobForm):
+def _read(self: JobForm):
     "(values, what cannot be read)"
-    vals,bad = {},{}
-    for k,c in self.controls.items():
-        if c.value == value_text(self.start[k]): vals[k] = self.start[k]
-        elif not c.value.strip(): vals[k] = self.params[k]['default']
+    vals, bad = {}, {}
+    for k, c in self.controls.items():
+        if c.value == value_text(self.start[k]):
+            vals[k] = self.start[k]
+        elif not c.value.strip():
+            vals[k] = self.params[k]['default']
         else:
-            try: vals[k] = read_value(self.cls, k, c.value.strip())
-            except SpecError as e: bad[k] = str(e).removeprefix(f'{k}: ')
-    return vals,bad
+            try:
+                vals[k] = read_value(self.cls, k, c.value.strip())
+            except SpecError as e:
+                bad[k] = str(e).removeprefix(f'{k}: ')
+    return vals, bad
+
 
 @patch(as_prop=True)
-def problems(self:JobForm)->dict[str,str]: # Name to what is wrong
+def problems(self: JobForm) -> dict[str, str]:  # Name to what is wrong
     "What has to be mended before there is a job"
-    vals,bad = self._read()
-    return check_values(self.cls, vals)|bad
+    vals, bad = self._read()
+    return check_values(self.cls, vals) | bad
+
 
 @patch(as_prop=True)
-def job(self:JobForm)->Job:
+def job(self: JobForm) -> Job:
     "The job; raises `SpecError` with every problem"
-    if (bad := self.problems): raise SpecError('\n'.join(f'{k}: {v}' if k else v for k,v in bad.items()))
+    if bad := self.problems:
+        raise SpecError('\n'.join(f'{k}: {v}' if k else v for k, v in bad.items()))
     return self.cls(**self._read()[0])
 
-@patch(as_prop=True)
-def code(self:JobForm)->str: return job_code(self.job)
 
 @patch(as_prop=True)
-def command(self:JobForm)->str: return job_command(self.job)
+def code(self: JobForm) -> str:
+    return job_code(self.job)
+
+
+@patch(as_prop=True)
+def command(self: JobForm) -> str:
+    return job_command(self.job)
 
 # %% ../../nbs/widgets/forms.ipynb #803a9e7b
 @patch
-def set(self:JobForm, **values):
+def set(self: JobForm, **values):
     "Fill in values; raises `SpecError` for a name that does not exist and for a choice that there is not"
-    texts = {k:v if isinstance(v, str) else value_text(v) for k,v in values.items()}
-    for k,v in texts.items():
+    texts = {k: v if isinstance(v, str) else value_text(v) for k, v in values.items()}
+    for k, v in texts.items():
         c = self.controls.get(k)
-        if c is None: raise SpecError(check_values(self.cls, {k:v})[''])
-        if isinstance(c, w.Dropdown) and v not in c.options: raise SpecError(f"{k}: {check_values(self.cls, {k:v})[k]}")
-    for k,v in texts.items(): self.controls[k].value = v
+        if c is None:
+            raise SpecError(check_values(self.cls, {k: v})[''])
+        if isinstance(c, w.Dropdown) and v not in c.options:
+            raise SpecError(f"{k}: {check_values(self.cls, {k: v})[k]}")
+    for k, v in texts.items():
+        self.controls[k].value = v
     return self
 
+
 @patch
-def use_preset(self:JobForm, name:str):
+def use_preset(self: JobForm, name: str):
     "Fill in a preset's model and parameters"
     p = preset(name)
-    new = {'model':name}|{k:v for k,v in p.params.items() if k in self.controls}
-    back = {k:self.params[k]['default'] for k,v in self.preset_values.items() if k not in new and self.controls[k].value == value_text(v)}
+    new = {'model': name} | {k: v for k, v in p.params.items() if k in self.controls}
+    back = {
+        k: self.params[k]['default']
+        for k, v in self.preset_values.items()
+        if k not in new and self.controls[k].value == value_text(v)
+    }
     self.preset_values = new
-    return self.set(**back|new)
+    return self.set(**back | new)
 
 # %% ../../nbs/widgets/forms.ipynb #9e3b43ea
 @patch
-def _typed(self:JobForm, change=None):
+def _typed(self: JobForm, change=None):
     "A value has changed"
     bad = self.problems
-    for k,r in self.params.items():
+    for k, r in self.params.items():
         text = _note(r, bad.get(k, ''))
-        if self.notes[k].value != text: self.notes[k].value = text
-    lines = [f"{k} ({self.params[k]['group']}): {v}" if k else v for k,v in bad.items()]
-    self.summary.value = message('\n'.join(lines), error=True) if bad else message(f'A valid job; {len(_changed(self.job))} of {len(self.params)} parameters differ from the defaults.')
-    self.texts.value = '<i>There is no code and no command while something is to be mended.</i>' if bad else _copyable('Notebook cell', self.code)+_copyable('Command line', self.command)
-    if self.cls is FinetuneJob: self.planned()
+        if self.notes[k].value != text:
+            self.notes[k].value = text
+    lines = [f"{k} ({self.params[k]['group']}): {v}" if k else v for k, v in bad.items()]
+    self.summary.value = (
+        message('\n'.join(lines), error=True)
+        if bad
+        else message(
+            f'A valid job; {len(_changed(self.job))} of {len(self.params)} parameters differ from the defaults.'
+        )
+    )
+    self.texts.value = (
+        '<i>There is no code and no command while something is to be mended.</i>'
+        if bad
+        else _copyable('Notebook cell', self.code) + _copyable('Command line', self.command)
+    )
+    if self.cls is FinetuneJob:
+        self.planned()
+
 
 def _copyable(title, text):
     "Text in a box, from which Ctrl+A and Ctrl+C copy it"
-    rows = min(14, text.count('\n')+1+(len(text) > 90)*(len(text)//60))
+    rows = min(14, text.count('\n') + 1 + (len(text) > 90) * (len(text) // 60))
     return f'<div style="line-height:1.6;margin-top:6px"><b>{title}</b></div><textarea aria-label="{title}" rows="{rows}" spellcheck="false" style="width:100%;box-sizing:border-box;font-family:var(--jp-code-font-family, monospace);font-size:.9em;color:inherit;background:transparent;border:1px solid;padding:4px">{html_text(text)}</textarea>'
 
 # %% ../../nbs/widgets/forms.ipynb #b0c48e5c
 @patch
-def _make_plan(self:JobForm):
+def _make_plan(self: JobForm):
     "Read the rows, plan, and show it; in a thread"
-    if (bad := self.problems): self.plan_panel.value = '<i>There is no plan while something is to be mended.</i>'; return
-    job,device = self.job,None if self.device.value == 'this machine' else self.device.value
-    self.plan,parts = None,[]
+    if bad := self.problems:
+        self.plan_panel.value = '<i>There is no plan while something is to be mended.</i>'
+        return
+    job, device = self.job, None if self.device.value == 'this machine' else self.device.value
+    self.plan, parts = None, []
     try:
-        data,about = self._rows_of(job)
+        data, about = self._rows_of(job)
         self.plan = make_plan(job, data, device, self.runs_dir)
-        parts = [plan_html(self.plan), f'<div style="margin-top:4px">{html_text(about)}</div>', *map(_advice, check_job(job, self.plan))]
-    except Exception as e: parts = [message(f'no plan: {mask_secrets(str(e) or type(e).__name__)}', error=True)]
+        parts = [
+            plan_html(self.plan),
+            f'<div style="margin-top:4px">{html_text(about)}</div>',
+            *map(_advice, check_job(job, self.plan)),
+        ]
+    except Exception as e:
+        parts = [message(f'no plan: {mask_secrets(str(e) or type(e).__name__)}', error=True)]
     self.plan_panel.value = f'<div style="line-height:1.4">{"".join(parts)}</div>'
 
-def _advice(f): return f'<div style="margin-top:4px"><b>{html_text(f.severity)}</b>, {html_text(f.parameter)}: {html_text(f.message)}; {html_text(f.mend)}</div>'
+
+def _advice(f):
+    return f'<div style="margin-top:4px"><b>{html_text(f.severity)}</b>, {html_text(f.parameter)}: {html_text(f.message)}; {html_text(f.mend)}</div>'
+
 
 @patch
-def _rows_of(self:JobForm, job):
+def _rows_of(self: JobForm, job):
     "The rows, read anew when a parameter of the data has changed"
-    key = json.dumps({k:v for k,v in job.to_dict().items() if k in DataParams.model_fields or k in RowParams.model_fields})
+    key = json.dumps(
+        {k: v for k, v in job.to_dict().items() if k in DataParams.model_fields or k in RowParams.model_fields}
+    )
     if self.rows_read[0] != key:
-        try: self.rows_read = key,quick_rows(job)
-        except SpecError as e: self.rows_read = key,(None, f'The rows cannot be used as they are, and every one is taken to be max_seq_length long. {e}')
+        try:
+            self.rows_read = key, quick_rows(job)
+        except SpecError as e:
+            self.rows_read = (
+                key,
+                (None, f'The rows cannot be used as they are, and every one is taken to be max_seq_length long. {e}'),
+            )
     return self.rows_read[1]
 
 # %% ../../nbs/widgets/forms.ipynb #93d0788e
 @patch
-def _build(self:JobForm, device):
+def _build(self: JobForm, device):
     "All parts of the form"
     groups = list(dict.fromkeys(r['group'] for r in self.params.values()))
     self.group = w.ToggleButtons(options=groups, style=dict(button_width='auto'))
-    self.find = w.Text(description='Find', placeholder='a parameter, or a word of its help', style=dict(description_width='auto'), layout=w.Layout(width='24em'))
-    self.lines = {k:w.HBox([c, self.notes[k]], layout=w.Layout(flex_flow='row wrap', align_items='flex-start')) for k,c in self.controls.items()}
-    self.list,self.summary,self.texts,self.plan_panel = w.VBox(),w.HTML(),w.HTML(),w.HTML('<i>planning …</i>')
-    for x in (self.group, self.find): x.observe(self._pick, 'value')
+    self.find = w.Text(
+        description='Find',
+        placeholder='a parameter, or a word of its help',
+        style=dict(description_width='auto'),
+        layout=w.Layout(width='24em'),
+    )
+    self.lines = {
+        k: w.HBox([c, self.notes[k]], layout=w.Layout(flex_flow='row wrap', align_items='flex-start'))
+        for k, c in self.controls.items()
+    }
+    self.list, self.summary, self.texts, self.plan_panel = w.VBox(), w.HTML(), w.HTML(), w.HTML('<i>planning …</i>')
+    for x in (self.group, self.find):
+        x.observe(self._pick, 'value')
     self._pick()
-    left = w.VBox([w.HBox([*self._preset_control(), self.find], layout=w.Layout(flex_flow='row wrap')), self.group, self.list], layout=w.Layout(flex='3 1 34em'))
-    right = w.VBox([self.summary, *self._device_control(device), self.texts], layout=w.Layout(flex='2 1 24em', padding='0 0 0 1em'))
+    left = w.VBox(
+        [w.HBox([*self._preset_control(), self.find], layout=w.Layout(flex_flow='row wrap')), self.group, self.list],
+        layout=w.Layout(flex='3 1 34em'),
+    )
+    right = w.VBox(
+        [self.summary, *self._device_control(device), self.texts], layout=w.Layout(flex='2 1 24em', padding='0 0 0 1em')
+    )
     return w.HBox([left, right], layout=w.Layout(flex_flow='row wrap'))
 
+
 @patch
-def _pick(self:JobForm, change=None):
+def _pick(self: JobForm, change=None):
     "Show the parameters of the group, or those that a word finds"
     word = self.find.value.strip().lower()
-    hits = [k for k,r in self.params.items() if (word in f"{k} {r['help']}".lower() if word else r['group'] == self.group.value)]
+    hits = [
+        k
+        for k, r in self.params.items()
+        if (word in f"{k} {r['help']}".lower() if word else r['group'] == self.group.value)
+    ]
     self.list.children = [self.lines[k] for k in hits] or [w.HTML('<i>There is no such parameter.</i>')]
 
 # %% ../../nbs/widgets/forms.ipynb #406d6c67
 @patch
-def _preset_control(self:JobForm):
+def _preset_control(self: JobForm):
     "A choice of presets, where the job has a model"
-    if 'model' not in self.controls: return []
-    c = w.Dropdown(description='Preset', options=[('choose …', ''), *((f'{n}: {p.family}, {p.parameters/1e9:.3g} billion parameters', n) for n,p in presets().items())], style=dict(description_width='auto'), layout=w.Layout(width='26em'))
+    if 'model' not in self.controls:
+        return []
+    c = w.Dropdown(
+        description='Preset',
+        options=[
+            ('choose …', ''),
+            *((f'{n}: {p.family}, {p.parameters / 1e9:.3g} billion parameters', n) for n, p in presets().items()),
+        ],
+        style=dict(description_width='auto'),
+        layout=w.Layout(width='26em'),
+    )
     c.observe(lambda change: self.use_preset(change['new']) if change['new'] else None, 'value')
     return [c]
 
+
 @patch
-def _device_control(self:JobForm, device):
+def _device_control(self: JobForm, device):
     "The device to plan for, and the plan; nothing for a job that is not planned"
-    if self.cls is not FinetuneJob: return []
+    if self.cls is not FinetuneJob:
+        return []
     names = ['this machine', *CARDS, 'CPU 32GB', 'Apple 64GB']
-    if device is not None: device = next((n for n in names[1:] if n == find_device(device).name), device)
-    self.device = w.Dropdown(description='Plan for', options=names+[device]*(device not in [None, *names]), value=device or names[0], style=dict(description_width='auto'), layout=w.Layout(width='20em'))
+    if device is not None:
+        device = next((n for n in names[1:] if n == find_device(device).name), device)
+    self.device = w.Dropdown(
+        description='Plan for',
+        options=names + [device] * (device not in [None, *names]),
+        value=device or names[0],
+        style=dict(description_width='auto'),
+        layout=w.Layout(width='20em'),
+    )
     self.device.observe(lambda change: self.planned(), 'value')
     return [self.device, self.plan_panel]
 
 # %% ../../nbs/widgets/forms.ipynb #e86b341d
 @patch
-def _repr_html_(self:JobForm):
-    if (bad := self.problems): return '<br>'.join(f'<b>{html_text(k)}</b>: {html_text(v)}' for k,v in bad.items())
-    pre = lambda title,text: f'<div><b>{title}</b></div><pre style="white-space:pre-wrap">{html_text(text)}</pre>'
+def _repr_html_(self: JobForm):
+    if bad := self.problems:
+        return '<br>'.join(f'<b>{html_text(k)}</b>: {html_text(v)}' for k, v in bad.items())
+    pre = lambda title, text: f'<div><b>{title}</b></div><pre style="white-space:pre-wrap">{html_text(text)}</pre>'
     return f"{plan_html(self.plan) if self.plan else ''}{pre('Notebook cell', self.code)}{pre('Command line', self.command)}"

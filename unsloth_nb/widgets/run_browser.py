@@ -6,156 +6,221 @@
 __all__ = ['runs_html', 'report_link', 'curves_html', 'RunBrowser', 'run_html', 'diff_html']
 
 # %% ../../nbs/widgets/run_browser.ipynb #ff4ef895
-import os,subprocess,threading
+import os
+import subprocess
+import threading
 from urllib.parse import quote
 
 import ipywidgets as w
 from fastcore.basics import patch
 
-from ..runs.comparing import RunDiff,diff_runs
-from ..core.escaping import html_text,plain_text
-from ..core.panels import Command,Panel,message,picture
-from ..runs.run import list_runs,STATUSES,Run,RunError,RunList,_num,open_run
+from ..runs.comparing import RunDiff, diff_runs
+from ..core.escaping import html_text, plain_text
+from ..core.panels import Command, Panel, message, picture
+from ..runs.run import list_runs, STATUSES, Run, RunError, RunList, _num, open_run
 from ..core.schema import SpecError
-from ..core.spec import EXPORTS,JOBS
+from ..core.spec import EXPORTS, JOBS
 
 # %% ../../nbs/widgets/run_browser.ipynb #91794883
-def _table(rows)->str:
+def _table(rows) -> str:
     "A table in HTML; the first row is its head"
-    cell = lambda tag,s: f'<{tag} style="text-align:left;padding:1px .8em 1px 0;vertical-align:top">{html_text(s)}</{tag}>'
-    return '<table style="line-height:1.4">'+''.join(f'<tr>{"".join(cell("td" if i else "th", c) for c in r)}</tr>' for i,r in enumerate(rows))+'</table>'
+    cell = lambda tag, s: (
+        f'<{tag} style="text-align:left;padding:1px .8em 1px 0;vertical-align:top">{html_text(s)}</{tag}>'
+    )
+    return (
+        '<table style="line-height:1.4">'
+        + ''.join(f'<tr>{"".join(cell("td" if i else "th", c) for c in r)}</tr>' for i, r in enumerate(rows))
+        + '</table>'
+    )
 
-def runs_html(runs:RunList)->str:
+
+def runs_html(runs: RunList) -> str:
     "Runs as a table"
     return _table([runs.columns, *runs.rows()]) if runs else '<i>no runs yet</i>'
 
 # %% ../../nbs/widgets/run_browser.ipynb #ca5821e5
-def report_link(run:Run)->str: # HTML; empty where there is no report
+def report_link(run: Run) -> str:  # HTML; empty where there is no report
     "A link to a run's report"
-    if not (run.path/'report.html').exists(): return ''
-    path = os.path.relpath(run.path/'report.html')
+    if not (run.path / 'report.html').exists():
+        return ''
+    path = os.path.relpath(run.path / 'report.html')
     return f'<a href="{html_text(quote(path))}">Report of {html_text(run.name)}</a> <small>{html_text(path)}</small>'
 
 # %% ../../nbs/widgets/run_browser.ipynb #d6eaa401
-def curves_html(runs:RunList)->str:
+def curves_html(runs: RunList) -> str:
     "The loss curves of runs, as an image"
     from matplotlib.figure import Figure
+
     ax = runs.plot(Figure(figsize=(7, 2.8), layout='tight').gca())
-    if (legend := ax.get_legend()): legend.set_frame_on(True)
+    if legend := ax.get_legend():
+        legend.set_frame_on(True)
     return picture(ax.figure, f"loss by step of {', '.join(r.name for r in runs)}")
 
 # %% ../../nbs/widgets/run_browser.ipynb #9319448c
-_PAGE = 12 # Runs on a page of the table
+_PAGE = 12  # Runs on a page of the table
+
 
 class RunBrowser(Panel):
     "Runs to look at, compare, resume and export"
-    def __init__(self,
-        runs_dir=None, # Where runs are; None: as in `settings()`
+
+    def __init__(
+        self,
+        runs_dir=None,  # Where runs are; None: as in `settings()`
     ):
-        self.runs_dir,self.picked,self.command,self.page = runs_dir,[],None,0
+        self.runs_dir, self.picked, self.command, self.page = runs_dir, [], None, 0
         self.refresh()
+
     @property
-    def selected(self)->RunList: return RunList(r for r in self.runs if r.name in self.picked)
+    def selected(self) -> RunList:
+        return RunList(r for r in self.runs if r.name in self.picked)
+
     @property
-    def diff(self)->RunDiff|None: return diff_runs(*self.selected) if len(self.selected) == 2 else None
+    def diff(self) -> RunDiff | None:
+        return diff_runs(*self.selected) if len(self.selected) == 2 else None
+
     def refresh(self):
         "Read the folder anew"
         self.runs = list_runs(self.runs_dir)
         return self
-    def __repr__(self): return repr(self.runs) if self.runs else 'no runs yet'
+
+    def __repr__(self):
+        return repr(self.runs) if self.runs else 'no runs yet'
 
 # %% ../../nbs/widgets/run_browser.ipynb #d362df26
 @patch
-def select(self:RunBrowser, *runs):
+def select(self: RunBrowser, *runs):
     "Pick runs, each given by its name, a unique part of it, or as a Run"
     self.picked = [open_run(r, self.runs_dir).name for r in runs]
     return self
 
+
 @patch
-def _only(self:RunBrowser, what):
+def _only(self: RunBrowser, what):
     "The one run that is picked"
-    if len(self.selected) != 1: raise SpecError(f"{what}: pick one run, not {len(self.selected)}")
+    if len(self.selected) != 1:
+        raise SpecError(f"{what}: pick one run, not {len(self.selected)}")
     return self.selected[0]
 
 # %% ../../nbs/widgets/run_browser.ipynb #52c8e327
 @patch
-def resume(self:RunBrowser)->Command:
+def resume(self: RunBrowser) -> Command:
     "Go on with the run that is picked"
     run = self._only('resume')
-    if run.status in ('finished', 'running'): raise SpecError(f"resume: {run.name} is {run.status}; there is nothing to go on with")
+    if run.status in ('finished', 'running'):
+        raise SpecError(f"resume: {run.name} is {run.status}; there is nothing to go on with")
     return self._start('run', '--resume', run.path.resolve())
 
-@patch
-def export(self:RunBrowser, to:str='merged_16bit')->Command:
-    "Export the run that is picked, with a certificate"
-    run = self._only('export')
-    if run.kind != 'finetune' or run.status != 'finished': raise SpecError(f"export: {run.name} is a {run.kind} run that is {run.status}; pick a finetune run that is finished")
-    return self._start('export', run.path.resolve(), '--to', to, '--runs-dir', run.path.resolve().parent)
 
 @patch
-def _start(self:RunBrowser, *args):
-    if self.command and self.command.code is None: raise SpecError(f"{args[0]}: {self.command!r}; wait for its end, or stop it")
+def export(self: RunBrowser, to: str = 'merged_16bit') -> Command:
+    "Export the run that is picked, with a certificate"
+    run = self._only('export')
+    if run.kind != 'finetune' or run.status != 'finished':
+        raise SpecError(
+            f"export: {run.name} is a {run.kind} run that is {run.status}; pick a finetune run that is finished"
+        )
+    return self._start('export', run.path.resolve(), '--to', to, '--runs-dir', run.path.resolve().parent)
+
+
+@patch
+def _start(self: RunBrowser, *args):
+    if self.command and self.command.code is None:
+        raise SpecError(f"{args[0]}: {self.command!r}; wait for its end, or stop it")
     self.command = Command(*args)
     return self.command
 
 # %% ../../nbs/widgets/run_browser.ipynb #c2078999
-def run_html(run:Run)->str:
+def run_html(run: Run) -> str:
     "What became of a run: its status, and each metric before and after"
-    r,m = run.result or {},(run.result or {}).get('metrics') or {}
+    r, m = run.result or {}, (run.result or {}).get('metrics') or {}
     sides = [k for k in ('base', 'tuned') if isinstance(m.get(k), dict)]
     rows = [(n, *(_num(m[k].get(n)) for k in sides)) for n in dict.fromkeys(n for k in sides for n in m[k])]
-    return f"<div><b>{html_text(run.name)}</b>: {html_text(run.status)}{html_text(', '+r['reason'] if r.get('reason') else '')}</div>{_table([('metric', *sides), *rows]) if rows else ''}"
+    return f"<div><b>{html_text(run.name)}</b>: {html_text(run.status)}{html_text(', ' + r['reason'] if r.get('reason') else '')}</div>{_table([('metric', *sides), *rows]) if rows else ''}"
 
-def diff_html(diff:RunDiff)->str:
+
+def diff_html(diff: RunDiff) -> str:
     "What differs between two runs, and where their curves part"
-    who = ''.join(f'<div>{k}: {html_text(n)}, {html_text(s)}</div>' for k,n,s in zip('ab', (diff.a, diff.b), diff.status))
-    return f'{who}<div><b>{html_text(diff.verdict)}</b></div>'+''.join(_table(rows) for _,rows in diff._sections())
+    who = ''.join(
+        f'<div>{k}: {html_text(n)}, {html_text(s)}</div>' for k, n, s in zip('ab', (diff.a, diff.b), diff.status)
+    )
+    return f'{who}<div><b>{html_text(diff.verdict)}</b></div>' + ''.join(_table(rows) for _, rows in diff._sections())
+
 
 @patch
-def _details(self:RunBrowser)->str:
+def _details(self: RunBrowser) -> str:
     "What there is to say about the runs that are picked"
     runs = self.selected
-    if not runs: return '<i>Pick runs: one to resume or export, two to compare, any number for their curves.</i>'
-    try: said = run_html(runs[0]) if len(runs) == 1 else diff_html(self.diff) if len(runs) == 2 else ''
-    except (RunError, ValueError) as e: said = message(str(e), error=True)
+    if not runs:
+        return '<i>Pick runs: one to resume or export, two to compare, any number for their curves.</i>'
+    try:
+        said = run_html(runs[0]) if len(runs) == 1 else diff_html(self.diff) if len(runs) == 2 else ''
+    except (RunError, ValueError) as e:
+        said = message(str(e), error=True)
     return f'<div style="line-height:1.4">{curves_html(runs)}{said}</div>'
 
-@patch
-def _links(self:RunBrowser)->str: return ''.join(f'<div>{l}</div>' for l in map(report_link, self.selected) if l)
 
 @patch
-def _repr_html_(self:RunBrowser): return runs_html(self.runs)+(self._links()+self._details() if self.picked else '')
+def _links(self: RunBrowser) -> str:
+    return ''.join(f'<div>{l}</div>' for l in map(report_link, self.selected) if l)
+
+
+@patch
+def _repr_html_(self: RunBrowser):
+    return runs_html(self.runs) + (self._links() + self._details() if self.picked else '')
 
 # %% ../../nbs/widgets/run_browser.ipynb #ac8ad9de
 @patch
-def build(self:RunBrowser):
+def build(self: RunBrowser):
     "The widget"
-    drop = lambda name,options: w.Dropdown(description=name, options=options, style=dict(description_width='auto'), layout=w.Layout(width='auto'))
+    drop = lambda name, options: w.Dropdown(
+        description=name, options=options, style=dict(description_width='auto'), layout=w.Layout(width='auto')
+    )
     self.filters = dict(status=drop('Status', ['any', *STATUSES]), job=drop('Job', ['any', *JOBS]))
-    self.word = w.Text(description='Find', placeholder='part of a run, model or dataset; Enter', continuous_update=False, style=dict(description_width='auto'), layout=w.Layout(width='20em'))
+    self.word = w.Text(
+        description='Find',
+        placeholder='part of a run, model or dataset; Enter',
+        continuous_update=False,
+        style=dict(description_width='auto'),
+        layout=w.Layout(width='20em'),
+    )
     self.order = drop('Sort by', [('newest first', 'run'), *((c, c) for c in RunList.columns[1:])])
-    self.table,self.pages,self.links,self.about,self.news = w.VBox(),w.HBox(),w.Output(),w.HTML(),w.HTML()
+    self.table, self.pages, self.links, self.about, self.news = w.VBox(), w.HBox(), w.Output(), w.HTML(), w.HTML()
     again = w.Button(description='Refresh', tooltip='Read the folder anew')
     again.on_click(lambda _: self._act(lambda: self.refresh()._draw()))
-    for x in (*self.filters.values(), self.word, self.order): x.observe(lambda _: self._draw(page=0), 'value')
+    for x in (*self.filters.values(), self.word, self.order):
+        x.observe(lambda _: self._draw(page=0), 'value')
     self._draw()
     row = lambda *xs: w.HBox(xs, layout=w.Layout(flex_flow='row wrap'))
-    return w.VBox([row(*self.filters.values(), self.word, self.order, again), self.table, self.pages, row(*self._actions()), self.news, self.links, self.about])
+    return w.VBox(
+        [
+            row(*self.filters.values(), self.word, self.order, again),
+            self.table,
+            self.pages,
+            row(*self._actions()),
+            self.news,
+            self.links,
+            self.about,
+        ]
+    )
+
 
 @patch
-def shown(self:RunBrowser)->RunList:
+def shown(self: RunBrowser) -> RunList:
     "The runs that the filters leave, in order"
-    given,word = {k:f.value for k,f in self.filters.items() if f.value != 'any'},self.word.value.strip()
+    given, word = {k: f.value for k, f in self.filters.items() if f.value != 'any'}, self.word.value.strip()
     runs = self.runs.where(**given)
-    if word: runs = RunList(r for r,row in zip(runs, runs.rows()) if word in f'{row[0]} {row[3]} {row[4]}')
+    if word:
+        runs = RunList(r for r, row in zip(runs, runs.rows()) if word in f'{row[0]} {row[3]} {row[4]}')
     return runs.by(self.order.value, reverse=self.order.value in ('run', 'steps', 'base', 'tuned', 'minutes'))
 
 # %% ../../nbs/widgets/run_browser.ipynb #89fa246d
-_GRID = '5em 6em minmax(6em, 1.5fr) minmax(5em, 1fr) 4em 4em 4em 5em' # Widths of the columns after the name
+_GRID = '5em 6em minmax(6em, 1.5fr) minmax(5em, 1fr) 4em 4em 4em 5em'  # Widths of the columns after the name
 
-def _label(s)->str:
+
+def _label(s) -> str:
     "Text for the label of a widget, where JupyterLab would set formulas"
     return plain_text(s).replace('\\', '[U+005C]').replace('$', '[U+0024]')
+
 
 def _row(run, cells, picked, pick):
     "A row of the table: a box with the name, then what is known"
@@ -163,79 +228,131 @@ def _row(run, cells, picked, pick):
     box.observe(lambda change: pick(run.name, change['new']), 'value')
     return w.HBox([box, w.HTML(_cells(cells[1:]), layout=w.Layout(flex='1 1 auto'))])
 
+
 def _cells(cells, style=''):
-    return f'<div style="display:grid;grid-template-columns:{_GRID};gap:0 .6em;line-height:1.4;padding-top:5px;{style}">'+''.join(f'<span style="overflow-wrap:anywhere">{html_text(c)}</span>' for c in cells)+'</div>'
+    return (
+        f'<div style="display:grid;grid-template-columns:{_GRID};gap:0 .6em;line-height:1.4;padding-top:5px;{style}">'
+        + ''.join(f'<span style="overflow-wrap:anywhere">{html_text(c)}</span>' for c in cells)
+        + '</div>'
+    )
 
 # %% ../../nbs/widgets/run_browser.ipynb #abcf55af
 @patch
-def _draw(self:RunBrowser, page=None):
+def _draw(self: RunBrowser, page=None):
     "The table as the filters have it, and what is said about the picked runs"
     runs = self.shown()
-    self.page = min(self.page if page is None else page, max(0, len(runs)-1)//_PAGE)
-    now = RunList(runs[self.page*_PAGE:(self.page+1)*_PAGE])
-    head = w.HBox([w.HTML('<b>run</b>', layout=w.Layout(width='19em')), w.HTML(_cells(RunList.columns[1:], 'font-weight:600;'), layout=w.Layout(flex='1 1 auto'))])
-    self.table.children = [head, *(_row(r, cells, r.name in self.picked, self._pick) for r,cells in zip(now, now.rows()))]
-    self.pages.children = self._turns(len(runs)) if len(runs) > _PAGE else [w.HTML(f'<i>{len(runs)} of {len(self.runs)} runs</i>')]
+    self.page = min(self.page if page is None else page, max(0, len(runs) - 1) // _PAGE)
+    now = RunList(runs[self.page * _PAGE : (self.page + 1) * _PAGE])
+    head = w.HBox(
+        [
+            w.HTML('<b>run</b>', layout=w.Layout(width='19em')),
+            w.HTML(_cells(RunList.columns[1:], 'font-weight:600;'), layout=w.Layout(flex='1 1 auto')),
+        ]
+    )
+    self.table.children = [
+        head,
+        *(_row(r, cells, r.name in self.picked, self._pick) for r, cells in zip(now, now.rows())),
+    ]
+    self.pages.children = (
+        self._turns(len(runs)) if len(runs) > _PAGE else [w.HTML(f'<i>{len(runs)} of {len(self.runs)} runs</i>')]
+    )
     self._tell()
 
+
 @patch
-def _tell(self:RunBrowser):
+def _tell(self: RunBrowser):
     "Say what there is to say about the picked runs; an output cell resolves links, as an HTML widget does not"
     html = self._links()
-    self.links.outputs = (dict(output_type='display_data', data={'text/html':html, 'text/plain':html}, metadata={}),) if html else ()
+    self.links.outputs = (
+        (dict(output_type='display_data', data={'text/html': html, 'text/plain': html}, metadata={}),) if html else ()
+    )
     self.about.value = self._details()
 
 # %% ../../nbs/widgets/run_browser.ipynb #abab385a
 @patch
-def _turns(self:RunBrowser, n):
+def _turns(self: RunBrowser, n):
     "Buttons that turn the pages"
+
     def button(text, to):
-        b = w.Button(description=text, disabled=not 0 <= to*_PAGE < n)
+        b = w.Button(description=text, disabled=not 0 <= to * _PAGE < n)
         b.on_click(lambda _: self._draw(page=to))
         return b
-    return [button('Previous', self.page-1), button('Next', self.page+1), w.HTML(f'{self.page*_PAGE+1} to {min(n, (self.page+1)*_PAGE)} of {n} runs')]
+
+    return [
+        button('Previous', self.page - 1),
+        button('Next', self.page + 1),
+        w.HTML(f'{self.page * _PAGE + 1} to {min(n, (self.page + 1) * _PAGE)} of {n} runs'),
+    ]
+
 
 @patch
-def _pick(self:RunBrowser, name, on):
+def _pick(self: RunBrowser, name, on):
     "A box was ticked or cleared"
-    self.picked = [p for p in self.picked if p != name]+[name]*on
+    self.picked = [p for p in self.picked if p != name] + [name] * on
     self._tell()
 
 # %% ../../nbs/widgets/run_browser.ipynb #a64d81b8
 @patch
-def _actions(self:RunBrowser):
+def _actions(self: RunBrowser):
     "Buttons to resume, export and stop"
-    to = w.Dropdown(description='as', options=EXPORTS, value='merged_16bit', style=dict(description_width='auto'), layout=w.Layout(width='12em'))
+    to = w.Dropdown(
+        description='as',
+        options=EXPORTS,
+        value='merged_16bit',
+        style=dict(description_width='auto'),
+        layout=w.Layout(width='12em'),
+    )
+
     def button(text, tip, act):
         b = w.Button(description=text, tooltip=tip)
         b.on_click(lambda _: self._act(act))
         return b
-    return [button('Resume', 'Go on with the picked run', self.resume), button('Export', 'Export the picked run', lambda: self.export(to.value)), to, button('Stop', 'Stop what was started here; training saves a checkpoint first', self.stop)]
+
+    return [
+        button('Resume', 'Go on with the picked run', self.resume),
+        button('Export', 'Export the picked run', lambda: self.export(to.value)),
+        to,
+        button('Stop', 'Stop what was started here; training saves a checkpoint first', self.stop),
+    ]
+
 
 @patch
-def stop(self:RunBrowser):
+def stop(self: RunBrowser):
     "Stop the command that was started here"
-    if not self.command or self.command.code is not None: raise SpecError('stop: nothing that was started here is running')
+    if not self.command or self.command.code is not None:
+        raise SpecError('stop: nothing that was started here is running')
     self.command.stop()
     return self.command
 
 # %% ../../nbs/widgets/run_browser.ipynb #f74a26d5
 @patch
-def _act(self:RunBrowser, act):
+def _act(self: RunBrowser, act):
     "Do what a button says, and follow it"
     before = self.command
-    try: act()
-    except Exception as e: self.news.value = message(str(e) or type(e).__name__, error=True); return
-    if self.command is not before: threading.Thread(target=self._follow, args=[self.command], daemon=True).start()
+    try:
+        act()
+    except Exception as e:
+        self.news.value = message(str(e) or type(e).__name__, error=True)
+        return
+    if self.command is not before:
+        threading.Thread(target=self._follow, args=[self.command], daemon=True).start()
+
 
 @patch
-def _follow(self:RunBrowser, command):
+def _follow(self: RunBrowser, command):
     "Show what a command prints until it ends"
     while True:
         code = command.code
-        text = message(f"{command!r}", error=bool(code))+f'<pre style="line-height:1.3;white-space:pre-wrap;overflow-wrap:anywhere">{html_text(command.tail())}</pre>'
-        if self.news.value != text: self.news.value = text
-        if code is not None: break
-        try: command.wait(0.5)
-        except subprocess.TimeoutExpired: pass
+        text = (
+            message(f"{command!r}", error=bool(code))
+            + f'<pre style="line-height:1.3;white-space:pre-wrap;overflow-wrap:anywhere">{html_text(command.tail())}</pre>'
+        )
+        if self.news.value != text:
+            self.news.value = text
+        if code is not None:
+            break
+        try:
+            command.wait(0.5)
+        except subprocess.TimeoutExpired:
+            pass
     self.refresh()._draw()
