@@ -71,7 +71,9 @@ def ours(tok, form, limit, num_proc):
 
 def to_pair(row, form):
     "Prompt and completion of an Alpaca row"
-    ins, inp, out = row['instruction'], row['input'], row['output']
+    ins = row['instruction']
+    inp = row['input']
+    out = row['output']
     context = (
         (', paired with an input that provides further context', ins, f'### Input:\n{inp}\n\n')
         if inp.strip()
@@ -93,8 +95,11 @@ def trl(tok, form, limit, num_proc):
 
     assert 'unsloth' not in sys.modules
     disable_progress_bars()
-    trainer, stages = SFTTrainer.__new__(SFTTrainer), {}
-    trainer._tokenizer, trainer.chat_template, trainer.completion_only_loss = tok, None, True
+    trainer = SFTTrainer.__new__(SFTTrainer)
+    stages = {}
+    trainer._tokenizer = tok
+    trainer.chat_template = None
+    trainer.completion_only_loss = True
     args = SFTConfig(
         output_dir=os.environ['HF_DATASETS_CACHE'],
         max_length=limit,
@@ -115,7 +120,9 @@ def trl(tok, form, limit, num_proc):
 
         return timed
 
-    Dataset.map, Dataset.filter, load = clocked(Dataset.map), clocked(Dataset.filter), clocked(load_dataset)
+    Dataset.map = clocked(Dataset.map)
+    Dataset.filter = clocked(Dataset.filter)
+    load = clocked(load_dataset)
 
     def prepare(file):
         ds = load('json', data_files=file, split='train')
@@ -161,7 +168,9 @@ def child(side, form, model, file, warm, limit, num_proc, dump):
         dict(largest_worker_mib=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024) if num_proc else {}
     )
     rows, ids, labels = zip(*((r, np.asarray(i, np.int32), np.asarray(l, np.int32)) for r, i, l in result()))
-    lengths, ids, labels = [*map(len, ids)], np.concatenate(ids), np.concatenate(labels)
+    lengths = [*map(len, ids)]
+    ids = np.concatenate(ids)
+    labels = np.concatenate(labels)
     if dump:
         np.savez(dump, rows=rows, lengths=lengths, ids=ids, labels=labels)
     print(json.dumps(res | dict(rows=len(rows), tokens=len(ids), tokens_trained=int((labels != -100).sum()))))
@@ -203,7 +212,8 @@ def compare(files, form):
 
     def rows(f):
         d = np.load(f)
-        ids, labels = d['ids'], d['labels']
+        ids = d['ids']
+        labels = d['labels']
         return {
             r: (ids[e - n : e], labels[e - n : e])
             for r, n, e in zip(d['rows'].tolist(), d['lengths'], d['lengths'].cumsum())
@@ -217,7 +227,8 @@ def compare(files, form):
 
 def summary(runs):
     "Best and median seconds, the stages of the best run, the largest memory"
-    best, secs = min(runs, key=lambda r: r['seconds']), [round(r['seconds'], 2) for r in runs]
+    best = min(runs, key=lambda r: r['seconds'])
+    secs = [round(r['seconds'], 2) for r in runs]
     own = {k: best[k] for k in ('rows', 'tokens', 'tokens_trained')} | {
         k: max(r[k] for r in runs) for k in best if k.endswith('_mib')
     }
@@ -232,7 +243,8 @@ def summary(runs):
 
 def side_by_side(rounds, tmp, form, **kw):
     "All variants in turn, how much longer TRL takes than ours, and whether they gave the same"
-    runs, dumps = {v: [] for v in VARIANTS}, {v: f'{tmp}/{form}_{v}.npz' for v in VARIANTS}
+    runs = {v: [] for v in VARIANTS}
+    dumps = {v: f'{tmp}/{form}_{v}.npz' for v in VARIANTS}
     for i in range(rounds):
         for v in [*VARIANTS][:: 1 if i % 2 == 0 else -1]:
             runs[v].append(
@@ -294,7 +306,8 @@ def main():
     model = subprocess.check_output(
         [sys.executable, '-c', 'from unsloth_nb.training.loading import embedded_model as f; print(f())'], text=True
     ).splitlines()[-1]
-    cores, date = len(os.sched_getaffinity(0)), time.strftime('%Y-%m-%d')
+    cores = len(os.sched_getaffinity(0))
+    date = time.strftime('%Y-%m-%d')
     res = dict(
         date=date,
         cpu=_cpu_name(),

@@ -37,7 +37,8 @@ def main():
     p.add_argument('--vllm', action='store_true')
     a = p.parse_args()
     source = u.open_run(a.run, kind='finetune')
-    model, rows = u.load_run(source), u.held_out(source.job, n=a.rows)
+    model = u.load_run(source)
+    rows = u.held_out(source.job, n=a.rows)
     in_memory = [
         x.text.strip() == model.formatter.answer(c).strip()
         for x, c in zip(u.generate(model, list(rows), u.Sampling(max_new_tokens=source.job.max_new_tokens)), rows)
@@ -56,11 +57,9 @@ def main():
     )
     print(f"in memory: {res['in_memory']:.3f} exact of {len(rows)}", flush=True)
     for to in a.kinds:
-        start, tok, vllm = (
-            time.time(),
-            model.exported_tokenizer(to == 'adapter'),
-            a.vllm and to in ('adapter', 'merged_16bit'),
-        )
+        start = time.time()
+        tok = model.exported_tokenizer(to == 'adapter')
+        vllm = a.vllm and to in ('adapter', 'merged_16bit')
         record = start_run(ExportJob(run=source.name, to=to, check_rows=a.check_rows, vllm=vllm), source.path.parent)
         try:
             cert = u.save_artifact(model, record, to, rows[: a.check_rows], source, vllm)
@@ -69,7 +68,8 @@ def main():
             res['exports'][to] = dict(refused=str(e))
             print(f'{to}: refused: {e}', flush=True)
             continue
-        seconds, place = time.time() - start, record.path / to
+        seconds = time.time() - start
+        place = record.path / to
         request = dict(make_request(model, rows, tok), examples=[], max_new_tokens=source.job.max_new_tokens)
         said = ask(
             'gguf' if 'gguf' in to else 'transformers',

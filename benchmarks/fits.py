@@ -30,7 +30,8 @@ def one(folder, case, steps):
 
     start_engine()
     card, length, *more = case.split(':')
-    dev, total = find_device(card), torch.cuda.get_device_properties(0).total_memory
+    dev = find_device(card)
+    total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(dev.memory_free / total)
     params = {k: read_value(FinetuneJob, k, v) for k, v in (m.split('=') for m in more)}
     job = FinetuneJob(

@@ -31,7 +31,8 @@ def prompts(n):
     from unsloth_nb.data.load import load_data
     from unsloth_nb.core.spec import FinetuneJob
 
-    rows, rng = load_data(FinetuneJob(max_rows=600, test_size=10)).train, random.Random(0)
+    rows = load_data(FinetuneJob(max_rows=600, test_size=10)).train
+    rng = random.Random(0)
     notes = [c.messages[-2]['content'] for c in rows]
     return [
         'Write a short story about these notes.\n' + '\n'.join(rng.sample(notes, rng.randint(1, 8))) for _ in range(n)
@@ -75,10 +76,8 @@ def plain(a, texts, size):
     spec = json.loads(Path(a.spec).read_text())
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tok, device = (
-        AutoTokenizer.from_pretrained(spec['folder'], padding_side='left'),
-        'cuda' if torch.cuda.is_available() else 'cpu',
-    )
+    tok = AutoTokenizer.from_pretrained(spec['folder'], padding_side='left')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
     tok.clean_up_tokenization_spaces = False
@@ -88,7 +87,8 @@ def plain(a, texts, size):
         config = GenerationConfig(
             do_sample=False, max_new_tokens=n, eos_token_id=spec['stops'], pad_token_id=tok.pad_token_id
         )
-        answers, tokens = [], 0
+        answers = []
+        tokens = 0
         for at in range(0, len(texts), size):
             x = tok(
                 [
@@ -127,9 +127,11 @@ def one(a):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start, cpu = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    cpu = time.process_time()
     answers, tokens = run(texts, a.max_new_tokens)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    seconds = time.perf_counter() - start
+    cpu = time.process_time() - cpu
     peak = peak_memory('cuda' if torch.cuda.is_available() else 'cpu')
     assert a.way.startswith('ours') or 'unsloth' not in sys.modules
     Path(a.result).write_text(
@@ -166,11 +168,14 @@ def main():
     from unsloth_nb.training.loading import locate
 
     job = job_of(a)
-    fmt, texts, rounds = Formatter(load_tokenizer(job, engine=False)), prompts(a.prompts), {w: [] for w in a.ways}
+    fmt = Formatter(load_tokenizer(job, engine=False))
+    texts = prompts(a.prompts)
+    rounds = {w: [] for w in a.ways}
     drawn = {t: fmt.prompt([dict(role='user', content=t)]) for t in texts}
     lengths = [len(fmt.prompt_ids([dict(role='user', content=t)])) for t in texts]
     with tempfile.TemporaryDirectory() as tmp:
-        spec, result = Path(tmp) / 'spec.json', Path(tmp) / 'result.json'
+        spec = Path(tmp) / 'spec.json'
+        result = Path(tmp) / 'result.json'
         spec.write_text(
             json.dumps(
                 dict(

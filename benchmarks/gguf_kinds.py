@@ -38,7 +38,8 @@ PROBES = [
     '\t1 \r\n',
     '<|im_start|>user\nhi<|im_end|>',
 ]
-NEW, PROMPTS = 32, 6  # tokens, prompts
+NEW = 32
+PROMPTS = 6  # tokens, prompts
 
 
 def reference():
@@ -49,7 +50,9 @@ def reference():
 
     tok = AutoTokenizer.from_pretrained(embedded_model())
     net = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32).eval()
-    prompts, examples, want = [], [], []
+    prompts = []
+    examples = []
+    want = []
     for row in make_events(PROMPTS):
         messages = row['messages'][:-1]
         ids = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -99,7 +102,8 @@ def main(out):
             except GgufError as e:
                 print(e)
                 continue
-            file, start = Path(tmp) / f'{kind}.gguf', time.perf_counter()
+            file = Path(tmp) / f'{kind}.gguf'
+            start = time.perf_counter()
             info = write_gguf(embedded_model(), file, kind)
             seconds = time.perf_counter() - start
             for b in BINDINGS:

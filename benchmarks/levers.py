@@ -36,7 +36,9 @@ class StaticCollator(FlatCollator):
     "Flat batches of a few fixed lengths and one fixed number of examples, as graphs need them; the rest is padding"
 
     def __init__(self, count, longest, length=None):
-        self.count, self.longest, self.length = count, longest, length
+        self.count = count
+        self.longest = longest
+        self.length = length
 
     def __call__(self, rows):
         b = super().__call__(rows)
@@ -65,7 +67,8 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, owner, g):
         g['forward'].replay()
-        ctx.owner, ctx.g = owner, g
+        ctx.owner = owner
+        ctx.g = g
         return g['hidden'].clone()
 
     @staticmethod
@@ -81,7 +84,10 @@ class Graphs:
 
     def __init__(self, model):
         self.core = model.get_base_model().model
-        self.forward, self.graphs, self.seen, self.pool = self.core.forward, {}, set(), None
+        self.forward = self.core.forward
+        self.graphs = {}
+        self.seen = set()
+        self.pool = None
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.sums = [torch.zeros_like(p) for p in self.params]
         self.anchor = torch.zeros((), device='cuda', requires_grad=True)
@@ -129,7 +135,8 @@ class Graphs:
 def graphs(model, longest):
     "Train padding-free inside, by CUDA graphs"
     with padding_free(model, longest):
-        core, owner = model.get_base_model().model, Graphs(model)
+        core = model.get_base_model().model
+        owner = Graphs(model)
         flat, core.forward = core.forward, MethodType(lambda core, *a, **kw: owner(core, *a, **kw), core)
         try:
             yield
@@ -141,7 +148,10 @@ class Clock(TrainerCallback):
     "Seconds, losses and gradient norms of each step"
 
     def __init__(self):
-        self.seconds, self.losses, self.grad_norms, self.last = [], [], [], None
+        self.seconds = []
+        self.losses = []
+        self.grad_norms = []
+        self.last = None
 
     def on_step_begin(self, args, state, control, **kw):
         self.last = self.last or time.perf_counter()
@@ -181,11 +191,9 @@ def measure(m, rows, plan, layout, compiled, steps, longest):
     FastLanguageModel.for_training(m.model, use_gradient_checkpointing=plan.gradient_checkpointing)
     os.environ['UNSLOTH_BLOCK_COMPILE'] = '1' if compiled else '0'
     job = m.job.replace(max_steps=steps, learning_rate=1e-4, warmup_steps=0, lr_scheduler_type='constant')
-    count, clock, tokens = (
-        plan.per_device_train_batch_size * max(len(r.get('seq_lengths', [0])) for r in rows) + 8,
-        Clock(),
-        [],
-    )
+    count = plan.per_device_train_batch_size * max(len(r.get('seq_lengths', [0])) for r in rows) + 8
+    clock = Clock()
+    tokens = []
     flat = StaticCollator(
         count, longest, plan.per_device_train_batch_size * plan.max_seq_length if plan.packing else None
     )
@@ -218,7 +226,8 @@ def measure(m, rows, plan, layout, compiled, steps, longest):
         torch.cuda.reset_peak_memory_stats()
         with quiet(), around(m.model, longest) if around else nullcontext():
             t.train()
-    passes, half = plan.gradient_accumulation_steps, steps // 2
+    passes = plan.gradient_accumulation_steps
+    half = steps // 2
     per = [sum(tokens[i * passes : (i + 1) * passes]) for i in range(steps)]
     return dict(
         tokens_per_second=sum(per[half:]) / sum(clock.seconds[half:]),
@@ -232,7 +241,8 @@ def measure(m, rows, plan, layout, compiled, steps, longest):
     )
 
 
-FUSED, EIGHT = 'adamw_torch_fused', 'adamw_8bit'
+FUSED = 'adamw_torch_fused'
+EIGHT = 'adamw_8bit'
 WAYS = {  # bits, checkpointing, rows, passes, packed, optimizer, layout, layers compiled by Unsloth
     'classic': (4, 'unsloth', 2, 4, False, EIGHT, 'padded', True),
     '16bit': (16, False, 8, 1, False, EIGHT, 'padded', True),
@@ -270,18 +280,23 @@ def main():
     p.add_argument('--steps', type=int, default=16)
     a = p.parse_args()
     job = FinetuneJob(model=a.model, dataset=a.dataset, template='alpaca', over_length='truncate')
-    data, out, held, key = load_data(job, split=False), [], None, None
+    data = load_data(job, split=False)
+    out = []
+    held = None
+    key = None
     for name in a.only:
         bits, checkpointing, rows, passes, fill, optim, layout, compiled = WAYS[name]
         try:
             if key != (bits, checkpointing):
                 held = None
                 clean()
-                held, key = loaded(a.model, bits, checkpointing), (bits, checkpointing)
+                held = loaded(a.model, bits, checkpointing)
+                key = (bits, checkpointing)
                 examples = make_examples(
                     data.train, Formatter.for_job(job, held.tok), job.max_seq_length, job.over_length
                 )
-                plain, lengths = examples.table().to_pylist(), examples.lengths.tolist()
+                plain = examples.table().to_pylist()
+                lengths = examples.lengths.tolist()
             plan = replace(
                 held.plan,
                 per_device_train_batch_size=rows,

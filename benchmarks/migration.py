@@ -28,7 +28,12 @@ def short(why):
 
 def survey(folder):
     "Counts of one folder"
-    n, lines, left, refused, crashed, start = Counter(), Counter(), Counter(), [], [], time.perf_counter()
+    n = Counter()
+    lines = Counter()
+    left = Counter()
+    refused = []
+    crashed = []
+    start = time.perf_counter()
     for f in sorted(p for p in Path(folder).rglob('*') if p.suffix in ('.ipynb', '.py', '.yaml', '.yml')):
         n['files'] += 1
         try:

@@ -23,7 +23,8 @@ def main():
     p.add_argument('--steps', type=int, default=100)
     p.add_argument('--rows', type=int, default=64)
     a = p.parse_args()
-    got, runs = {}, []
+    got = {}
+    runs = []
     with tempfile.TemporaryDirectory() as tmp:
         for name, nf4 in (('16bit', False), ('nf4', True)):
             run = run_job('finetune', a.preset, runs_dir=tmp, load_in_4bit=nf4, max_steps=a.steps, test_size=a.rows)
@@ -34,7 +35,9 @@ def main():
             runs.append(run)
         print(board := compare_runs(runs))
         got['difference'] = {score: asdict(nf4.difference) for score, (_, nf4) in board.standings.items()}
-    x, y, d = got['16bit'], got['nf4'], got['difference']
+    x = got['16bit']
+    y = got['nf4']
+    d = got['difference']
     told = lambda e: f"{e['difference']:+.4f} (p = {e['p']:.2g})"
     finding = f"embedded model, {a.steps} steps, {a.rows} held-out rows: held-out loss before {x['base']['loss']:.3f} in 16 bits and {y['base']['loss']:.3f} in NF4, after {x['tuned']['loss']:.4f} and {y['tuned']['loss']:.4f}; exact answers {x['tuned']['exact_match']:.0%} and {y['tuned']['exact_match']:.0%}; NF4 minus 16 bits: exact match {told(d['exact_match'])}, loss {told(d['loss'])}"
     res = dict(

@@ -72,14 +72,17 @@ def group(a, folder):
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     start_engine()
-    model, examples, bits = None, None, None
+    model = None
+    examples = None
+    bits = None
     for i, (spec, job) in enumerate(jobs(a, a.configurations)):
         if examples is None:
             data = load_data(job)
             examples = make_examples(
                 data.train, Formatter.for_job(job, load_tokenizer(job)), job.max_seq_length, job.over_length
             )
-        plan_file, began = Path(folder) / f'plan-{i}.json', time.time()
+        plan_file = Path(folder) / f'plan-{i}.json'
+        began = time.time()
         if first():
             plan = make_plan(job, examples, None if model is None else model.plan.device)
             write_json(plan_file, plan.to_dict())
@@ -90,11 +93,13 @@ def group(a, folder):
             if model is not None:
                 model.release({})
                 model = None
-            model, bits = load_model(job, plan), spec.split(':')[1]
+            model = load_model(job, plan)
+            bits = spec.split(':')[1]
             start = {n: p.detach().cpu().clone() for n, p in trained_weights(model.model).items()}
         else:
             put_weights(model.model, start)
-        model.plan, model.job = plan, job
+        model.plan = plan
+        model.job = job
         home = Path(folder) / f'{i}-{rank()}'
         home.mkdir()
         record_job(home, job)
@@ -224,7 +229,8 @@ def main():
         return group(a, a.group)
     from unsloth_nb.core.engine import device_info, versions
 
-    rows, groups = [], {}
+    rows = []
+    groups = {}
     for c in a.configurations:
         groups.setdefault((c.split(':')[0], c.endswith(':fsdp')), []).append(c)
     for specs in groups.values():

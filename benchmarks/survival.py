@@ -187,7 +187,9 @@ def kills(home, a):
             rc, took = forked(f, home, ref, four, log=home / 'log')
             if rc:
                 raise RuntimeError((home / 'log').read_text()[-3000:])
-            begin, ends, r = took * 0.3, [], random.Random(20)
+            begin = took * 0.3
+            ends = []
+            r = random.Random(20)
             for i in range(a.kills):
                 path = home / f'{name}-{four}-{i}'
                 rc, _ = forked(f, home, path, four, kill_after=r.uniform(begin, took), log=home / 'log')
@@ -233,7 +235,9 @@ class Die:
 
 def failpoints(home, a):
     "The process ends at every write, flush and rename of saving: always, sooner or later in the run"
-    want, ends, n = read(undisturbed(home)), [], 0
+    want = read(undisturbed(home))
+    ends = []
+    n = 0
     calls = 400
     for n in range(0, calls, max(1, calls // a.points)):
         path = home / f'fail-{n}'
@@ -251,7 +255,8 @@ def one_save(home, a):
     from unsloth_nb.runs.checkpoints import newest_checkpoint
     from unsloth_nb.runs.run import Run
 
-    src, left = undisturbed(home), []
+    src = undisturbed(home)
+    left = []
 
     def save(path):
         import safetensors.torch as st
@@ -280,7 +285,9 @@ def one_save(home, a):
 
 def files(home, a):
     "Every file of the newest checkpoint missing, cut or with one bit flipped"
-    src, r, ends = undisturbed(home), random.Random(3), []
+    src = undisturbed(home)
+    r = random.Random(3)
+    ends = []
     newest = sorted((src / 'checkpoints').glob('step-*'))[-1].name
     want = read(src)
     from unsloth_nb.runs.checkpoints import CheckpointError, check_whole
@@ -315,10 +322,14 @@ def disk(home, a):
     import subprocess
 
     whole = undisturbed(home)
-    want, ends, total = read(whole), [], sum(p.stat().st_size for p in whole.rglob('*') if p.is_file())
+    want = read(whole)
+    ends = []
+    total = sum(p.stat().st_size for p in whole.rglob('*') if p.is_file())
     mount = lambda *args: os.geteuid() == 0 and subprocess.run(['mount', *args], capture_output=True).returncode == 0
     for i in range(10):
-        path, log, size = home / f'disk-{i}', home / f'disk-{i}.log', 4096 * (4 + int(total * i / 11) // 4096)
+        path = home / f'disk-{i}'
+        log = home / f'disk-{i}.log'
+        size = 4096 * (4 + int(total * i / 11) // 4096)
         path.mkdir()
         real = mount('-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(path))
 
@@ -347,13 +358,11 @@ def notebooks(home, a):
     from papermill.iorw import write_ipynb
     from unsloth_nb.jobs.supervising import write_notebook
 
-    nb, r, res = (
-        nbformat.v4.new_notebook(
-            cells=[nbformat.v4.new_code_cell('1', outputs=[nbformat.v4.new_output('stream', text='x' * 30_000_000)])]
-        ),
-        random.Random(5),
-        {},
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell('1', outputs=[nbformat.v4.new_output('stream', text='x' * 30_000_000)])]
     )
+    r = random.Random(5)
+    res = {}
 
     def save(f, path):
         while True:
@@ -411,7 +420,9 @@ def long_job(home):
 
 def kernels(home, a):
     "kill -9 of the kernel of a job under papermill, and one retry"
-    whole, ends, r = run_job('finetune', runs_dir=home / 'k', show=False, **long_job(home)), [], random.Random(7)
+    whole = run_job('finetune', runs_dir=home / 'k', show=False, **long_job(home))
+    ends = []
+    r = random.Random(7)
     for i in range(a.kernel_kills):
         run = disturbed(home, f'k{i}', signal.SIGKILL, r.randrange(1, 150), retries=1)
         ends.append(
@@ -429,7 +440,8 @@ def kernels(home, a):
 
 def signals(home, a):
     "SIGTERM, SIGINT and SIGSTOP to the kernel of a job"
-    whole, res = run_job('finetune', runs_dir=home / 's', show=False, **long_job(home)), {}
+    whole = run_job('finetune', runs_dir=home / 's', show=False, **long_job(home))
+    res = {}
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGSTOP):
         run = disturbed(home, f's{int(s)}', s, 3, hang_after=12)
         said = f"{run.status}: {run.result['reason']}"

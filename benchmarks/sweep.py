@@ -82,10 +82,8 @@ def trial(settings, common, loss_only):
     model = load_model(job, plan)
     fmt = model.formatter_for(data.train)
     with tempfile.TemporaryDirectory() as tmp:
-        examples, run = (
-            make_examples(data.train, fmt, job.max_seq_length, job.over_length, job.max_dropped),
-            start_run(job, tmp),
-        )
+        examples = make_examples(data.train, fmt, job.max_seq_length, job.over_length, job.max_dropped)
+        run = start_run(job, tmp)
         try:
             with redirect_stdout(io.StringIO()):
                 out = train(model, examples, job, run)

@@ -70,7 +70,9 @@ class Lab:
     token = 't0k'
 
     def __init__(self, home, kernel='python3', **env):
-        self.home, self.folder, self.kernel = home, home / 'work', kernel
+        self.home = home
+        self.folder = home / 'work'
+        self.kernel = kernel
         self.folder.mkdir()
         for k, v in SETTINGS.items():
             self.set(k, **v)
@@ -173,15 +175,13 @@ class Notebook:
     "A notebook open in JupyterLab; `page` is Playwright's page"
 
     def __init__(self, context, lab, name, shots, app):
-        self.lab, self.name, self.shots, self.errors, self.failed, self.outside, self.dialogs = (
-            lab,
-            name,
-            shots,
-            [],
-            [],
-            [],
-            [],
-        )
+        self.lab = lab
+        self.name = name
+        self.shots = shots
+        self.errors = []
+        self.failed = []
+        self.outside = []
+        self.dialogs = []
         self.page = context.new_page()
         self.page.on('console', lambda m: m.type == 'error' and self.errors.append(m.text))
         self.page.on('pageerror', lambda e: self.errors.append(str(e)))
@@ -289,7 +289,8 @@ class Notebook:
 @pytest.fixture
 def notebook(browser, lab, request, tmp_path):
     "A function that opens a notebook of these cells; `theme='dark'` for the dark theme; `app='notebooks'` for Jupyter Notebook in place of JupyterLab with one document; what is open is closed after the test"
-    shots, opened = Path(os.environ.get('UNSLOTH_NB_SCREENSHOTS') or tmp_path / 'screenshots'), []
+    shots = Path(os.environ.get('UNSLOTH_NB_SCREENSHOTS') or tmp_path / 'screenshots')
+    opened = []
 
     def f(*cells, theme='light', viewport=(1300, 900), app='doc/tree'):
         lab.set('apputils-extension/themes', theme=f'JupyterLab {theme.title()}')

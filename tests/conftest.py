@@ -112,7 +112,8 @@ def checkout(dest):
         ['git', 'ls-files', '-coz', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for n in filter(None, names.split('\0')):
-        src, dst = ROOT / n, dest / n
+        src = ROOT / n
+        dst = dest / n
         if not src.exists():
             continue
         dst.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,8 @@ class Injected(HTMLParser):
 
     def __init__(self, allowed):
         super().__init__()
-        self.allowed, self.bad = allowed, []
+        self.allowed = allowed
+        self.bad = []
 
     def handle_starttag(self, tag, attrs):
         if tag not in self.allowed or any(

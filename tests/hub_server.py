@@ -38,7 +38,9 @@ class Refused(Exception):
     "An answer with an error code, as the Hub gives it"
 
     def __init__(self, status, code='', message=''):
-        self.status, self.code, self.message = status, code, message
+        self.status = status
+        self.code = code
+        self.message = message
 
 
 class Hub(ThreadingHTTPServer):
@@ -48,18 +50,19 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self, tokens, part_size=None):  # part_size [bytes]: larger LFS objects go up in parts
         super().__init__(('127.0.0.1', 0), Handler)
-        self.tokens, self.part_size, self.repos, self.parts, self.log, self.unknown, self.agents, self.downloads = (
-            tokens,
-            part_size,
-            {},
-            {},
-            [],
-            [],
-            set(),
-            0,
-        )
-        self.stored, self.received = 0, 0  # LFS bytes: in whole objects, and all that came in
-        self.faults, self.stalled, self.lock = {}, threading.Event(), threading.RLock()
+        self.tokens = tokens
+        self.part_size = part_size
+        self.repos = {}
+        self.parts = {}
+        self.log = []
+        self.unknown = []
+        self.agents = set()
+        self.downloads = 0
+        self.stored = 0
+        self.received = 0  # LFS bytes: in whole objects, and all that came in
+        self.faults = {}
+        self.stalled = threading.Event()
+        self.lock = threading.RLock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
@@ -106,7 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def _run(self):
-        hub, path = self.server, unquote(urlsplit(self.path).path)
+        hub = self.server
+        path = unquote(urlsplit(self.path).path)
         self.query, self.left = parse_qs(urlsplit(self.path).query), int(self.headers.get('Content-Length') or 0)
         self.token = (self.headers.get('Authorization') or '').removeprefix('Bearer ') or None
         with hub.lock:
@@ -132,7 +136,8 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _run
 
     def body(self):
-        data, self.left = self.rfile.read(self.left), 0
+        data = self.rfile.read(self.left)
+        self.left = 0
         return data
 
     def json(self):
@@ -160,7 +165,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def may(self, repo_id, write=False):
         "The repository, if this token may read it, or write to it"
-        repo, user, owner = self.server.repos.get(repo_id), self.user(), repo_id.split('/')[0]
+        repo = self.server.repos.get(repo_id)
+        user = self.user()
+        owner = repo_id.split('/')[0]
         member = user is not None and owner in (user['name'], *user.get('orgs', ()))
         if repo is None or (repo.private and not member):
             raise Refused(404 if user else 401, 'RepoNotFound', 'Repository not found')
@@ -192,7 +199,8 @@ def whoami(h, hub):
 
 @route('POST', '/api/repos/create')
 def create(h, hub):
-    d, u = h.json(), h.user()
+    d = h.json()
+    u = h.user()
     if u is None:
         raise Refused(401, '', 'Invalid username or password.')
     owner = d.get('organization') or u['name']
@@ -242,7 +250,8 @@ def tree(h, hub, repo, rev, under):
     found = [entry(hub, p, f) for p, f in r.commits[sha].items() if not under or p.startswith(f'{under}/')]
     if under and not found:
         raise Refused(404, 'EntryNotFound', f'{under} does not exist on "{rev}"')
-    at, page = int(h.query.get('cursor', ['0'])[0]), 4  # Small pages, so that a client must follow them
+    at = int(h.query.get('cursor', ['0'])[0])
+    page = 4  # Small pages, so that a client must follow them
     more = (
         {'Link': f'<{hub.url}{urlsplit(h.path).path}?recursive=True&cursor={at + page}>; rel="next"'}
         if at + page < len(found)
@@ -253,7 +262,8 @@ def tree(h, hub, repo, rev, under):
 
 @route('POST', rf'/api/models/{REPO}/branch/(?P<name>.+)')
 def branch(h, hub, repo, name):
-    r, d = h.may(repo, write=True), h.json()
+    r = h.may(repo, write=True)
+    d = h.json()
     if name in r.branches:
         raise Refused(409, '', 'Reference already exists')
     r.branches[name] = r.find(d.get('startingPoint', 'main'))
@@ -262,7 +272,8 @@ def branch(h, hub, repo, name):
 
 @route('POST', rf'/api/models/{REPO}/preupload/(?P<rev>[^/]+)')
 def preupload(h, hub, repo, rev):
-    r, files = h.may(repo, write=True), h.json()['files']
+    r = h.may(repo, write=True)
+    files = h.json()['files']
     have = r.commits[h.at(repo, rev)[1]]
     lfs = lambda f: f['path'].endswith(('.safetensors', '.gguf')) or f['size'] > 10 * 2**20
     h.answer(
@@ -287,7 +298,8 @@ def lfs_batch(h, hub, repo):
     def one(o):
         if o['oid'] in r.objects:
             return o
-        to, size = f"{hub.url}/_lfs/{repo}/{o['oid']}", hub.part_size
+        to = f"{hub.url}/_lfs/{repo}/{o['oid']}"
+        size = hub.part_size
         parts = (
             {f'{i + 1:05}': f'{to}/{i + 1}' for i in range(-(-o['size'] // size))} if size and o['size'] > size else {}
         )
@@ -302,7 +314,8 @@ def lfs_put(h, hub, repo, oid, part):
     "The storage behind the Hub: it gets no token"
     if h.token:
         raise Refused(400, '', 'a token reached the storage')
-    data, drop = bytearray(), hub.fault('drop')
+    data = bytearray()
+    drop = hub.fault('drop')
     while h.left:
         chunk = h.rfile.read(min(h.left, 2**16))
         data += chunk
@@ -355,7 +368,8 @@ def commit(h, hub, repo, rev):
     lines = [json.loads(l) for l in h.body().splitlines()]
     if rev not in r.branches:
         raise Refused(404, 'RevisionNotFound', f'Invalid rev id: {rev}')
-    head, files = lines[0]['value'], dict(r.commits[r.branches[rev]])
+    head = lines[0]['value']
+    files = dict(r.commits[r.branches[rev]])
     if head.get('parentCommit', r.branches[rev]) != r.branches[rev]:
         raise Refused(412, '', 'A commit has happened since. Please refresh and try again.')
     for l in lines[1:]:
@@ -387,6 +401,7 @@ def resolve(h, hub, repo, rev, path):
     if h.command == 'GET':
         hub.downloads += 1
     if m := re.fullmatch(r'bytes=(\d+)-(\d*)', h.headers.get('Range') or ''):
-        a, b = int(m[1]), int(m[2] or len(data) - 1)
+        a = int(m[1])
+        b = int(m[2] or len(data) - 1)
         return h.answer(data=data[a : b + 1], status=206, **headers, **{'Content-Range': f'bytes {a}-{b}/{len(data)}'})
     h.answer(data=data, **headers)

@@ -23,7 +23,8 @@ from grpclib.server import Server
 from modal_proto import api_pb2 as pb
 from modal_proto.api_grpc import ModalClientBase
 
-TOKEN_ID, TOKEN_SECRET = 'ak-loopback', 'as-loopback-secret'
+TOKEN_ID = 'ak-loopback'
+TOKEN_SECRET = 'as-loopback-secret'
 RUN = """
 import json,os,pickle,sys
 from unsloth_nb.cloud import remote
@@ -40,14 +41,12 @@ class Volume:
     "A folder with a live and a committed state; who reads what is committed holds the lock"
 
     def __init__(self, home):
-        self.home, self.live, self.committed, self.blocks, self.commits, self.lock = (
-            home,
-            home / 'live',
-            home / 'committed',
-            home / 'blocks',
-            0,
-            threading.Lock(),
-        )
+        self.home = home
+        self.live = home / 'live'
+        self.committed = home / 'committed'
+        self.blocks = home / 'blocks'
+        self.commits = 0
+        self.lock = threading.Lock()
         for d in (self.live, self.committed, self.blocks):
             d.mkdir()
 
@@ -84,7 +83,8 @@ class Volume:
             f = self.committed / path.lstrip('/')
             if not f.is_file():
                 raise GRPCError(Status.NOT_FOUND, f'no {path}')
-            to, n = Path(tempfile.mkdtemp(dir=self.blocks)), f.stat().st_size
+            to = Path(tempfile.mkdtemp(dir=self.blocks))
+            n = f.stat().st_size
             with f.open('rb') as h:
                 for i in range(-(-n // size)):
                     (to / str(i)).write_bytes(h.read(size))
@@ -96,8 +96,14 @@ class Call(threading.Thread):
 
     def __init__(self, server, name, kwargs, retries):
         super().__init__(daemon=True)
-        self.server, self.name_, self.kwargs, self.retries = server, name, kwargs, retries
-        self.attempts, self.process, self.result, self.log = 0, None, None, ''
+        self.server = server
+        self.name_ = name
+        self.kwargs = kwargs
+        self.retries = retries
+        self.attempts = 0
+        self.process = None
+        self.result = None
+        self.log = ''
 
     def run(self):
         while self.result is None:
@@ -108,7 +114,8 @@ class Call(threading.Thread):
 
     def _once(self):
         with tempfile.TemporaryDirectory() as tmp:
-            job, out = Path(tmp) / 'job', Path(tmp) / 'out'
+            job = Path(tmp) / 'job'
+            out = Path(tmp) / 'out'
             job.write_bytes(pickle.dumps((self.name_, self.kwargs, str(out))))
             env = {
                 **os.environ,
@@ -159,16 +166,17 @@ class ModalServer:
     "Answers by the name of the call; `requests` keeps (name, request, metadata)"
 
     def __init__(self, home, secrets=()):
-        self.volume, self.secrets, self.requests, self.files = Volume(home), set(secrets), [], {}
-        self.apps, self.functions, self.made, self.bound, self.calls, self.images, self.mounts = (
-            {},
-            {},
-            {},
-            {},
-            {},
-            {},
-            {},
-        )
+        self.volume = Volume(home)
+        self.secrets = set(secrets)
+        self.requests = []
+        self.files = {}
+        self.apps = {}
+        self.functions = {}
+        self.made = {}
+        self.bound = {}
+        self.calls = {}
+        self.images = {}
+        self.mounts = {}
         self.blocks = ThreadingHTTPServer(('127.0.0.1', 0), Blocks)
         self.blocks.volume = self.volume
 
@@ -279,7 +287,8 @@ class ModalServer:
     def FunctionMap(self, r):
         from modal._serialization import deserialize_data_format
 
-        item, key = r.pipelined_inputs[0].input, f'fc-{len(self.calls) + 1}'
+        item = r.pipelined_inputs[0].input
+        key = f'fc-{len(self.calls) + 1}'
         args, kwargs = deserialize_data_format(item.args, item.data_format, None)
         assert not args
         self.calls[key] = call = Call(
@@ -298,7 +307,8 @@ class ModalServer:
         )
 
     def FunctionGetOutputs(self, r):
-        call, end = self.calls[r.function_call_id], time.time() + r.timeout
+        call = self.calls[r.function_call_id]
+        end = time.time() + r.timeout
         while call.result is None and time.time() < end:
             time.sleep(0.1)
         if call.result is None:
@@ -382,7 +392,8 @@ class ModalServer:
         return pb.SecretGetOrCreateResponse(secret_id=f'st-{r.deployment_name or "inline"}')
 
     def __enter__(self):
-        self.loop, ready = asyncio.new_event_loop(), threading.Event()
+        self.loop = asyncio.new_event_loop()
+        ready = threading.Event()
 
         async def start():
             self.server = Server([_servicer(self)])

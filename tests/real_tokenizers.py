@@ -111,7 +111,8 @@ def _sentencepiece(name):
     from transformers.tokenization_utils_base import generate_merges
 
     pieces = SentencePieceExtractor(str(package_file(*FILES[name]))).proto.pieces
-    vocab, control = {p.piece: i for i, p in enumerate(pieces)}, [p.piece for p in pieces[3:] if p.type == p.CONTROL]
+    vocab = {p.piece: i for i, p in enumerate(pieces)}
+    control = [p.piece for p in pieces[3:] if p.type == p.CONTROL]
     merges = generate_merges(vocab, {p.piece: p.score for p in pieces})
     tok = LlamaTokenizer(
         vocab=vocab,
@@ -259,7 +260,8 @@ def bytes_only():
     backend = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
     )
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return _wrap(backend)
 
 

@@ -138,7 +138,8 @@ def trl_packed(lengths, limit, **kw):
 def test_no_more_rows_than_trl(lib):
     "As few rows as TRL packing the whole set at once, and fewer than by its default of 1,000 examples at a time; all tokens are kept"
     ours = pack(LENGTHS, 1024)
-    whole, default = trl_packed(LENGTHS, 1024, batch_size=len(LENGTHS)), trl_packed(LENGTHS, 1024)
+    whole = trl_packed(LENGTHS, 1024, batch_size=len(LENGTHS))
+    default = trl_packed(LENGTHS, 1024)
     assert len(ours) == len(whole) <= len(default)
     assert sum(LENGTHS[i] for r in ours for i in r) == sum(map(sum, default['seq_lengths'])) == LENGTHS.sum()
     theirs = [list(dict.fromkeys(ids)) for ids in whole['input_ids']]

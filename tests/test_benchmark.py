@@ -50,7 +50,8 @@ def by_name(result):
 def test_engines_agree(result):
     "The same rows in every step, and the same loss and gradient norm within bfloat16"
     rows = by_name(result[0])
-    a, b = rows['transformers_lora'], rows['classic_16bit']
+    a = rows['transformers_lora']
+    b = rows['classic_16bit']
     assert a['status'] == b['status'] == 'ok', (a.get('reason'), b.get('reason'))
     assert a['tokens'] == b['tokens'] and len(a['tokens']) == 3
     assert a['losses'] == pytest.approx(b['losses'], abs=0.02) and a['grad_norms'] == pytest.approx(
@@ -82,7 +83,9 @@ def test_one_is_timed_at_a_time(result):
     "Two children were there at once, and their training did not overlap"
     from unsloth_nb.runs.run import read_lines
 
-    home, spans, lives = result[1].path / 'measurements', [], []
+    home = result[1].path / 'measurements'
+    spans = []
+    lives = []
     for n in ('transformers_lora', 'classic_16bit'):
         lines = {
             (l['stage'], l['state']): l['time'] for l in read_lines(home / f'1-{n}' / 'progress.jsonl') if 'stage' in l
@@ -98,7 +101,8 @@ def test_one_is_timed_at_a_time(result):
 @pytest.mark.slow
 def test_failures_are_rows(result):
     "A failing configuration and one that needs another machine keep their lines, with reasons that are shown"
-    rows, text = by_name(result[0]), repr(result[0])
+    rows = by_name(result[0])
+    text = repr(result[0])
     assert rows['bad']['status'] == 'failed' and 'nope' in rows['bad']['reason'] and rows['bad']['reason'] in text
     if result[0].device['kind'] == 'cpu':
         assert rows['trl_liger_packed']['status'] == 'skipped' and 'CUDA' in rows['trl_liger_packed']['reason']
@@ -160,7 +164,8 @@ def test_timeout(lib, tiny, tmp_path):
     "A child that takes too long is killed, and says so"
     from unsloth_nb.jobs.benchmarking import CONFIGURATIONS, benchmark
 
-    run, start = lib.start_run(lib.BenchmarkJob(model=str(tiny), max_rows=16, time_limit=1), tmp_path), time.time()
+    run = lib.start_run(lib.BenchmarkJob(model=str(tiny), max_rows=16, time_limit=1), tmp_path)
+    start = time.time()
     (row,) = benchmark(run.job, run, dict(one=CONFIGURATIONS['transformers_lora'])).rows
     assert row['status'] == 'timeout' and '1 s' in row['reason'] and time.time() - start < 15
     assert not [p for p in psutil.process_iter(['cmdline']) if str(run.path) in ' '.join(p.info['cmdline'] or [])]
@@ -171,7 +176,8 @@ def test_waiting_is_not_counted(tmp_path):
     from unsloth_nb.jobs.benchmarking import _waited
     from unsloth_nb.runs.run import Run, append_line
 
-    f, now = tmp_path / 'progress.jsonl', time.time()
+    f = tmp_path / 'progress.jsonl'
+    now = time.time()
     assert _waited(Run(tmp_path)) == 0
     append_line(f, dict(time=now - 50, stage='waiting', state='started'))
     assert _waited(Run(tmp_path)) == pytest.approx(50, abs=2)

@@ -175,7 +175,8 @@ b""",
         theme='dark',
     )
     nb.run(0, 1, 2)
-    runs, form = nb.output(1), nb.output(2)
+    runs = nb.output(1)
+    form = nb.output(2)
     boxes = runs.get_by_role('checkbox')
     assert boxes.count() == len(PAYLOADS)
     for i in range(len(PAYLOADS)):

@@ -68,7 +68,8 @@ def profile(lengths, limit=2048):
     )
 
 
-SHORT, MIXED = profile([100] * 200), profile([20] * 190 + [1500] * 10)
+SHORT = profile([100] * 200)
+MIXED = profile([20] * 190 + [1500] * 10)
 
 # Cells of a sound notebook; cases below change a part
 LOAD = 'from unsloth import FastLanguageModel\nmodel, tok = FastLanguageModel.from_pretrained("unsloth/Qwen3-14B", load_in_4bit=True)'

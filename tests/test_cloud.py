@@ -72,7 +72,8 @@ def sent(server, here, rows):
 
     said = []
     sub = submit(ask(dataset=str(rows), gpu='T4', secrets=['huggingface'], timeout=3600, **TINY), here, said.append)
-    call, done = server.calls[sub.call], server.volume.committed / 'runs' / sub.run_name / 'checkpoints'
+    call = server.calls[sub.call]
+    done = server.volume.committed / 'runs' / sub.run_name / 'checkpoints'
     until(lambda: call.result or [*done.glob('step-*')])
     assert call.result is None, call.log
     call.kill()
@@ -277,7 +278,8 @@ def test_another_writer_is_seen_where_its_beats_come_by_reloading(recorded, tmp_
 
 
 def test_beats_are_committed_and_reloaded(recorded, monkeypatch):
-    run, commits = recorded[0], []
+    run = recorded[0]
+    commits = []
     with remote.keeping(run, lambda: commits.append(1), every=0.02, beat=0.1):
         until(lambda: len(commits) > 1, 10)
     disk = SimpleNamespace(commit=1, reload=2)
@@ -329,7 +331,8 @@ def test_as_many_cards_as_there_are():
 def test_the_stand_in_shows_no_half_commit(tmp_path, monkeypatch):
     from modal_proto import api_pb2 as pb
 
-    s, copy = ModalServer(tmp_path), shutil.copytree
+    s = ModalServer(tmp_path)
+    copy = shutil.copytree
     s.blocks.server_close()
     s.volume.put('a', b'1')
     monkeypatch.setattr(shutil, 'copytree', lambda *a, **k: (time.sleep(0.5), copy(*a, **k)))

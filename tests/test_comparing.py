@@ -102,7 +102,8 @@ def test_inputs(make, change, what, name):
 
 def test_versions_and_commit(make):
     "Another version of a package, another commit, a package that only one has"
-    a, b = make(), make()
+    a = make()
+    b = make()
     env = json.loads((b.path / 'env.json').read_text())
     edit(b, 'env', versions=env['versions'] | dict(trl='0.0', newlib='1'), git=dict(commit='abc', changed=['x.py']))
     edit(a, 'env', git=dict(commit='def', changed=[]))
@@ -128,7 +129,8 @@ def test_parameters(make):
 
 def test_nan(make):
     "A loss that is not a number is written as text: the same as itself, infinitely far from a number, and drawn as a gap"
-    a, b = make([2.0, float('nan'), float('inf')]), make([2.0, 1.0, float('inf')])
+    a = make([2.0, float('nan'), float('inf')])
+    b = make([2.0, 1.0, float('inf')])
     assert a.metrics[1]['loss'] == 'nan' and diff_runs(a, make([2.0, float('nan'), float('inf')])).identical
     d = diff_runs(a, b)
     assert d.curves['loss'].first == 2 and d.curves['loss'].largest == math.inf and d.curves['loss'].final == 0
@@ -154,7 +156,8 @@ def test_lines():
 @pytest.mark.parametrize('missing', ['data', 'plan', 'env', 'metrics.jsonl', 'result'])
 def test_missing_files(make, missing):
     "A file that is missing leaves its part empty, and the rest is compared"
-    a, b = make(), make([2.0, 1.1, 0.5], learning_rate=1e-3)
+    a = make()
+    b = make([2.0, 1.1, 0.5], learning_rate=1e-3)
     (b.path / (missing if '.' in missing else f'{missing}.json')).unlink()
     for d in (diff_runs(a, b), diff_runs(b, a)):
         assert d.verdict.startswith('differ in learning_rate; ') and not d.identical
@@ -164,7 +167,8 @@ def test_missing_files(make, missing):
 @pytest.mark.parametrize('text', ['{"dtype": ', '[1, 2]'])
 def test_broken_file(make, text):
     "A file that is no JSON object is named with its run"
-    a, b = make(), make()
+    a = make()
+    b = make()
     (b.path / 'plan.json').write_text(text)
     with pytest.raises(RunError, match=f'{b.name}: plan.json .* cannot be compared'):
         diff_runs(a, b)
@@ -172,7 +176,8 @@ def test_broken_file(make, text):
 
 def test_torn_line(make):
     "A last line that was cut off by a crash is left out"
-    a, b = make(end=False), make()
+    a = make(end=False)
+    b = make()
     with (a.path / 'metrics.jsonl').open('a') as f:
         f.write('{"step": 4, "lo')
     assert diff_runs(a, b).curves['loss'].common == 3
@@ -200,7 +205,8 @@ def test_other_kinds(make):
 @pytest.mark.parametrize('value', HOSTILE)
 def test_hostile(make, value):
     "Values of users are text, in a table as in a terminal: no markup, no further column, no control character"
-    a, b = make(), make()
+    a = make()
+    b = make()
     job = json.loads((b.path / 'job.json').read_text())
     edit(b, 'job', parameters=job['parameters'] | {'dataset': value, f'x{value}': value})
     edit(b, 'result', metrics=dict(tuned={value: value}))
@@ -221,7 +227,8 @@ def test_hostile(make, value):
 
 def test_long_values(make):
     "Of two long values the part where they differ is shown, and none is lost in the data"
-    a, b = make(data=dict(fingerprint='0' * 90 + '1')), make(data=dict(fingerprint='0' * 90 + '2'))
+    a = make(data=dict(fingerprint='0' * 90 + '1'))
+    b = make(data=dict(fingerprint='0' * 90 + '2'))
     d = diff_runs(a, b)
     row = next(l for l in repr(d).splitlines() if l.startswith('fingerprint'))
     assert row.split()[1] != row.split()[2] and '…' in row and d.to_dict()['data'][0]['b'] == '0' * 90 + '2'
@@ -291,7 +298,8 @@ def test_damaged(make, file):
     from unsloth_nb.widgets.run_browser import RunBrowser
     from unsloth_nb.runs.run import list_runs, open_run
 
-    bad, good = make(), make()
+    bad = make()
+    good = make()
     (bad.path / file).write_text('{"x": ')
     home = good.path.parent
     assert {r.name: r.status for r in list_runs(home)} == {bad.name: 'damaged', good.name: good.status} and open_run(
@@ -303,7 +311,8 @@ def test_damaged(make, file):
 
 def test_cli(make, tmp_path):
     "The command line: table, JSON, filters, sorting, and refusals in words"
-    a, b = make(), make([2.0, 1.1, 0.5], learning_rate=1e-3)
+    a = make()
+    b = make([2.0, 1.1, 0.5], learning_rate=1e-3)
     out = cli('runs', 'diff', a.name, b.name[-4:], '--runs-dir', tmp_path)
     assert out.exit_code == 0 and 'differ in learning_rate; curves part at step 2' in out.output
     assert (

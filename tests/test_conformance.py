@@ -46,11 +46,9 @@ _call = lambda *cities, content='', **kw: dict(
     **kw,
 )
 _turns = lambda *texts: [dict(role=r, content=t) for r, t in zip(('user', 'assistant') * 3, texts)]
-_result, _ask, _say = (
-    dict(role='tool', content='rain', name='get_weather'),
-    _turns('Weather?'),
-    dict(role='assistant', content='It rains.'),
-)
+_result = dict(role='tool', content='rain', name='get_weather')
+_ask = _turns('Weather?')
+_say = dict(role='assistant', content='It rains.')
 _tools = cases()['tool_call'].tools
 MORE = dict(
     blanks=Conversation(_turns('Hi  \n', '\n\n Four. \n', '\n more ', ' Six.\n\n')),
@@ -93,7 +91,8 @@ REFUSED = dict.fromkeys(CANONICAL, {'tool_call', 'reasoning', *CALLS}) | {
 def verdict(name):
     "(what is wrong, what is refused) of a template with the nine conversations and the others"
     res = check_formatter(formatter(name), name)
-    wrong, refused = dict(res.wrong), dict(res.refused)
+    wrong = dict(res.wrong)
+    refused = dict(res.refused)
     for n, c in MORE.items():
         try:
             bad = faults(formatter(name), c)
@@ -121,7 +120,8 @@ def test_trains_what_it_should(name):
 
 def test_oracle(name):
     "The text and the trained parts are those that were written down by hand"
-    fmt, o = formatter(name), oracle.ORACLE[name]
+    fmt = formatter(name)
+    o = oracle.ORACLE[name]
     assert fmt.prompt(oracle.TWO_TURNS[:1]) == oracle.expected(name, 'prompt')
     if 'multi_turn' in REFUSED[name]:
         return
@@ -235,10 +235,8 @@ def test_mutants_of_content():
 
 def test_table():
     "A row for each template, a note for each reason, and no cell that a text can break out of"
-    good, bad = (
-        check_formatter(formatter('phi-3'), 'phi-3'),
-        check_formatter(mutant('phi-3', stop_ids=lambda self: [0]), 'a|b'),
-    )
+    good = check_formatter(formatter('phi-3'), 'phi-3')
+    bad = check_formatter(mutant('phi-3', stop_ids=lambda self: [0]), 'a|b')
     lines = ConformanceTable([replace(good, aliases=('phi-35',)), bad])._repr_markdown_().splitlines()
     assert all(len(re.findall(r'(?<!\\)\|', l)) == len(cases()) + 2 for l in lines[:4])
     assert (

@@ -30,7 +30,8 @@ def call(args, name='f', **kw):
     return m('assistant', '', tool_calls=[dict(type='function', function=dict(name=name, arguments=args), **kw)])
 
 
-OK, CHATS = pairs(*range(4)), [chat(i) for i in range(4)]
+OK = pairs(*range(4))
+CHATS = [chat(i) for i in range(4)]
 WEATHER = dict(
     type='function',
     function=dict(
@@ -205,7 +206,8 @@ def test_source(tmp_path, source, kind, format):
 def test_text_file(tmp_path):
     "A line of a text file is a row; blank lines are none"
     (tmp_path / 'rows.txt').write_text('\n\n'.join(r['text'] for r in FLAT['text']) + '\n')
-    got, want = read(tmp_path / 'rows.txt'), load_data(whole(), FLAT['text'], split=False)
+    got = read(tmp_path / 'rows.txt')
+    want = load_data(whole(), FLAT['text'], split=False)
     assert (got.format, got.fingerprint) == ('text', want.fingerprint)
 
 
@@ -229,10 +231,8 @@ def test_frame_from_parquet(tmp_path):
     import pandas as pd
 
     parquet(NESTED['messages'], tmp_path / 'rows.parquet')
-    got, want = (
-        load_data(whole(), pd.read_parquet(tmp_path / 'rows.parquet'), split=False),
-        load_data(whole(), NESTED['messages'], split=False),
-    )
+    got = load_data(whole(), pd.read_parquet(tmp_path / 'rows.parquet'), split=False)
+    want = load_data(whole(), NESTED['messages'], split=False)
     assert got.fingerprint == want.fingerprint
 
 
@@ -444,7 +444,8 @@ def test_preference_form(row, start, good, bad):
 )
 def test_columns(columns, rows, standard):
     "Columns by other names give the same conversations"
-    got, want = load_data(whole(dataset_columns=columns), rows, split=False), load_data(whole(), standard, split=False)
+    got = load_data(whole(dataset_columns=columns), rows, split=False)
+    want = load_data(whole(), standard, split=False)
     assert (got.format, got.fingerprint) == (want.format, want.fingerprint)
     assert got.unused == (['title'] if 'title' in rows[0] else [])
 
@@ -672,12 +673,11 @@ def only(name):
     return lambda f: (f.mkdir(), (f / name).write_text('x'))
 
 
-Q, A = m('user', 'q'), m('assistant', 'a')
-ALPACA, PREFER, LABELLED = (
-    [dict(instruction=f'{i}', output='o') for i in range(4)],
-    [dict(prompt=f'{i}', chosen='good', rejected='bad') for i in range(4)],
-    [dict(prompt=f'{i}', completion='a', label=True) for i in range(4)],
-)
+Q = m('user', 'q')
+A = m('assistant', 'a')
+ALPACA = [dict(instruction=f'{i}', output='o') for i in range(4)]
+PREFER = [dict(prompt=f'{i}', chosen='good', rejected='bad') for i in range(4)]
+LABELLED = [dict(prompt=f'{i}', completion='a', label=True) for i in range(4)]
 KNOWN = 'messages: a list of turns with role and content; sharegpt: a list of turns with from and value; alpaca: an instruction, an optional input and the answer; prompt_completion: a prompt and its completion; text: plain text for continued pretraining; preference: two answers, of which the first is better; unpaired_preference: messages or prompt and completion, and whether the answer is good'
 KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt'
 EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
@@ -1556,10 +1556,8 @@ def test_special_tokens(lib, policy):
     )
     if policy == 'drop':
         return
-    tok, ends = (
-        tokenizer(),
-        [sum(i in (tokenizer().eos_token_id, tokenizer().bos_token_id) for i in x.input_ids) for x in e],
-    )
+    tok = tokenizer()
+    ends = [sum(i in (tokenizer().eos_token_id, tokenizer().bos_token_id) for i in x.input_ids) for x in e]
     assert ends == [ends[0] + (policy == 'keep') * (k in (3, 7)) for k in range(10)]
     assert 'what is <|im_end|>?' in tok.decode(e[3].input_ids)
 
@@ -1602,7 +1600,8 @@ def test_over_length(lib):
     rows[4]['completion'] = 'word ' * 100
     rows[5]['prompt'] = 'word ' * 300
     convs = load_data(whole(), rows, split=False).train
-    full, limit = examples(convs), 100
+    full = examples(convs)
+    limit = 100
     n = full.lengths.tolist()
     over = [k for k, x in enumerate(n) if x > limit]
     assert over == [2, 4, 5]

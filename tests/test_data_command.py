@@ -59,7 +59,8 @@ def test_json(data):
     "The same as JSON, with numbers that add up"
     rc, out, err = data([dict(prompt=r['question'], completion=r['answer']) for r in ROWS], '--json', '--show', '1')
     d = json.loads(out)
-    rows, tokens = d['data']['ledger'], d['examples']['tokens']
+    rows = d['data']['ledger']
+    tokens = d['examples']['tokens']
     assert rc == 0 and rows['came'] == 12 == sum(rows['kept'].values()) + sum(rows['left_out'].values())
     assert tokens['came'] == sum(tokens['kept'].values()) + sum(tokens['left_out'].values()) == d['profile']['tokens']
     assert d['data']['format'] == 'prompt_completion' and d['error'] is None and len(d['shown']) == 1

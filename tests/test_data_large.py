@@ -10,10 +10,8 @@ from unsloth_nb.core.spec import FinetuneJob
 
 pytestmark = pytest.mark.slow
 MiB = 2**20
-LOAD_BOUND, EXAMPLES_BOUND = (
-    150 * MiB,
-    250 * MiB,
-)  # [bytes] of memory that loading a file may take at most, and tokenizing 2,000 rows of it
+LOAD_BOUND = 150 * MiB
+EXAMPLES_BOUND = 250 * MiB  # [bytes] of memory that loading a file may take at most, and tokenizing 2,000 rows of it
 FAULTS = {
     7: 'malformed',
     11: 'empty',
@@ -45,7 +43,9 @@ def row(i, part):
 
 def write(f, bytes):
     "The file; how many rows it has"
-    part, n, size = [paragraph(k) for k in range(61)], 0, 0
+    part = [paragraph(k) for k in range(61)]
+    n = 0
+    size = 0
     with f.open('wb') as h:
         while size < bytes:
             size += h.write(row(n, part))

@@ -30,7 +30,8 @@ class Slow:
     "A handle that gives at most a few characters at once"
 
     def __init__(self, h, n):
-        self.h, self.n = h, n
+        self.h = h
+        self.n = n
 
     def read(self, size):
         return self.h.read(min(size, self.n))
@@ -161,7 +162,8 @@ bad_rows = dict(
 def faulty(draw):
     "Rows with faults at random places: (rows, what each of them is)"
     kinds = draw(st.lists(st.sampled_from(['good', 'good', *bad_rows, 'duplicates']), max_size=25)) + ['good'] * 6
-    rows, good = [], []
+    rows = []
+    good = []
     for i, k in enumerate(kinds):
         if k == 'duplicates' and not good:
             kinds[i] = k = 'good'
@@ -334,7 +336,8 @@ def test_books_of_tokens(lib, rows, limit, policy):
         with pytest.raises(DataError):
             load()
         return
-    e, kept = load(), [x.input_ids if policy == 'keep' else x.input_ids[:limit] for x in fits]
+    e = load()
+    kept = [x.input_ids if policy == 'keep' else x.input_ids[:limit] for x in fits]
     assert [x.input_ids for x in e] == kept and (e.rows.came, e.rows.kept) == (len(rows), dict(kept=len(fits)))
     lost = len(full) - len(fits)
     assert e.rows.left_out == dict(
@@ -357,8 +360,10 @@ def test_split_text_is_whole(lib, texts, limit):
     "Plain text in pieces of any length is the same tokens"
     from unsloth_nb.tokens.examples import make_examples
 
-    f, convs = formatter(special_tokens='escape', text=True), [Conversation(text=t, row=i) for i, t in enumerate(texts)]
-    e, full = make_examples(convs, f, limit, 'split'), make_examples(convs, f, 2**20)
+    f = formatter(special_tokens='escape', text=True)
+    convs = [Conversation(text=t, row=i) for i, t in enumerate(texts)]
+    e = make_examples(convs, f, limit, 'split')
+    full = make_examples(convs, f, 2**20)
     assert (
         e.flat()[0].tolist() == full.flat()[0].tolist()
         and int(e.lengths.max()) <= limit

@@ -45,8 +45,10 @@ values = st.recursive(
 def test_mcnemar(pairs):
     "The p-value is the binomial sum over the rows that changed; exchanging the sides turns the signs and nothing else"
     a, b = ([float(p[i]) for p in pairs] for i in (0, 1))
-    d, back = difference(a, b), difference(b, a)
-    m, k = d.above + d.below, min(d.above, d.below)
+    d = difference(a, b)
+    back = difference(b, a)
+    m = d.above + d.below
+    k = min(d.above, d.below)
     assert d.p == pytest.approx(min(1, 2 * sum(math.comb(m, i) for i in range(k + 1)) / 2**m))
     assert d.test == "McNemar's exact test" and back.p == d.p and back.difference == -d.difference
     assert (back.low, back.high) == pytest.approx((-d.high, -d.low)) and d.low - 1e-12 <= d.difference <= d.high + 1e-12
@@ -75,11 +77,10 @@ def test_no_false_alarms():
 def test_wilson():
     "The interval by its formula, also at the ends"
     for k, n in ((0, 10), (10, 10), (7, 20)):
-        z, p = 1.959963985, k / n
-        mid, half = (
-            (p + z * z / 2 / n) / (1 + z * z / n),
-            z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n),
-        )
+        z = 1.959963985
+        p = k / n
+        mid = (p + z * z / 2 / n) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n) / (1 + z * z / n)
         e = estimate([1] * k + [0] * (n - k))
         assert (e.low, e.high) == pytest.approx((mid - half, mid + half), abs=1e-8) and e.n == n
 
@@ -177,7 +178,8 @@ def asked(lib):
     import torch
 
     job = FinetuneJob(max_rows=24, test_size=4, max_seq_length=256, gradient_checkpointing=False)
-    data, model = lib.load_data(job), lib.load_model(job)
+    data = lib.load_data(job)
+    model = lib.load_model(job)
     torch.manual_seed(0)
     with torch.no_grad():
         for n, p in model.model.named_parameters():
@@ -451,8 +453,11 @@ def scored(tmp_path):
 
 def test_compare_runs(scored, tmp_path):
     "By name, in order; other rows, other weights and missing scores are said; the first is compared with none"
-    a, b = scored(dict(exact_match=[1, 0, 0, 0, 0, 0, 0])), scored(dict(exact_match=[1] * 7))
-    c, d, e = scored(dict(exact_match=[1] * 7), rows='r2'), scored(dict(other=[1] * 7)), scored(None)
+    a = scored(dict(exact_match=[1, 0, 0, 0, 0, 0, 0]))
+    b = scored(dict(exact_match=[1] * 7))
+    c = scored(dict(exact_match=[1] * 7), rows='r2')
+    d = scored(dict(other=[1] * 7))
+    e = scored(None)
     board = compare_runs([a.name, b, c.path, d, e], tmp_path)
     rows = board.standings['exact_match']
     assert [r.difference and r.difference.p for r in rows] == [None, 2 / 2**6, None, None, None]
@@ -480,7 +485,8 @@ def test_compare_runs(scored, tmp_path):
 )
 def test_broken_statistics(scored, text):
     "A file that was edited badly is named"
-    good, bad = scored(dict(exact_match=[1, 0])), scored(None, text=text)
+    good = scored(dict(exact_match=[1, 0]))
+    bad = scored(None, text=text)
     with pytest.raises(RunError, match=f'{bad.name}: statistics.json'):
         compare_runs([good, bad])
 

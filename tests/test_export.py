@@ -117,7 +117,8 @@ def honest(tuned, tmp_path_factory):
     "Each kind written once, to be copied"
     from unsloth_nb.export import artifacts as export
 
-    write, made = dict(adapter=export.write_adapter, merged_16bit=export._write_merged), {}
+    write = dict(adapter=export.write_adapter, merged_16bit=export._write_merged)
+    made = {}
 
     def get(to):
         if to not in made:

@@ -3,11 +3,9 @@
 import copy
 import pytest
 
-U, A, S = (
-    (lambda role: lambda text, **kw: dict(role=role, content=text, **kw))('user'),
-    (lambda text, **kw: dict(role='assistant', content=text, **kw)),
-    (lambda text: dict(role='system', content=text)),
-)
+U = (lambda role: lambda text, **kw: dict(role=role, content=text, **kw))('user')
+A = lambda text, **kw: dict(role='assistant', content=text, **kw)
+S = lambda text: dict(role='system', content=text)
 
 
 @pytest.fixture(scope='module')

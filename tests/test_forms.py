@@ -106,7 +106,8 @@ def test_round_trip_odd(read_command, monkeypatch, dataset, revision, columns, m
         job = FinetuneJob(dataset=dataset, revision=revision, dataset_columns=columns, target_modules=modules)
     except SpecError:
         assume(False)
-    code, line = job_code(job), job_command(job)
+    code = job_code(job)
+    line = job_command(job)
     assert read_code(code) == job and read_command(line, monkeypatch) == job and JobForm(job, device='T4').job == job
     assert line.isprintable() and '\n' not in line
     from IPython.core.inputtransformer2 import TransformerManager
@@ -243,7 +244,8 @@ def test_many_runs(tmp_path):
     for i in range(30):
         fabricated(tmp_path, f'r{i:02}', 'x', seed=i)
     b = RunBrowser(tmp_path)
-    seen, _ = set(), b.widget
+    seen = set()
+    _ = b.widget
     for page in range(3):
         b._draw(page=page)
         seen |= {row.children[0].description for row in b.table.children[1:]}

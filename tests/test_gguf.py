@@ -59,7 +59,9 @@ def reference(lib):
         dict(messages=m, tools=None, ids=tok.apply_chat_template(m, add_generation_prompt=True, return_dict=False))
         for m in TALKS
     ]
-    examples, logprobs, greedy = [], [], []
+    examples = []
+    logprobs = []
+    greedy = []
     for p in prompts:
         with torch.no_grad():
             ids = net.generate(torch.tensor([p['ids']]), max_new_tokens=NEW, do_sample=False)[0].tolist()

@@ -129,7 +129,8 @@ def test_write(tmp_path, monkeypatch, capsys):
     assert golden.read('cpu')['traces']['lora']['loss'][0] == 1.0 and 'accepted' in capsys.readouterr().out
 
 
-OURS, NEW = dict(loss=[2.0, 1.7, 1.0]), dict(packages=dict(trl='1.1'), versions=dict(trl='1.1'))
+OURS = dict(loss=[2.0, 1.7, 1.0])
+NEW = dict(packages=dict(trl='1.1'), versions=dict(trl='1.1'))
 
 
 @pytest.mark.parametrize(

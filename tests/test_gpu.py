@@ -37,7 +37,8 @@ def test_job(tmp_path):
     start = time.time()
     run = run_job('finetune', 'smollm2-135m', runs_dir=tmp_path, save='merged_16bit')
     assert run.status == 'finished', run.result
-    m, plan = run.result['metrics'], read_json(run.path / 'plan.json')
+    m = run.result['metrics']
+    plan = read_json(run.path / 'plan.json')
     FIGURES['job'] = dict(
         seconds=round(time.time() - start, 1),
         stages=run.seconds(),
@@ -232,7 +233,8 @@ def test_resume(lib, tmp_path, four_bit):
 
     class StopAt:
         def __init__(self, run, step):
-            self.run, self.step = run, step
+            self.run = run
+            self.step = step
 
         def show(self, progress, final=False):
             if not final and progress.metrics[-1]['step'] == self.step:
@@ -359,7 +361,8 @@ def together(lib, tmp_path):
 )
 def test_two_gpus(together, parallel, four_bit):
     "Two GPUs train as one does, whichever way they share the work: each step's loss within 0.3% and gradient norm within 3%"
-    one, two = together(load_in_4bit=four_bit), together(load_in_4bit=four_bit, devices=2, parallel=parallel)
+    one = together(load_in_4bit=four_bit)
+    two = together(load_in_4bit=four_bit, devices=2, parallel=parallel)
     FIGURES[f"two_gpus_{parallel}{'_nf4' if four_bit else ''}"] = dict(one=steps(one), two=steps(two))
     same_steps(steps(one), steps(two), rel=0.03)
 
@@ -370,7 +373,8 @@ def test_two_gpus_killed(together):
     import threading
     from unsloth_nb.training.launching import RankLost
 
-    whole, hurt = together(devices=2), together.start(devices=2)
+    whole = together(devices=2)
+    hurt = together.start(devices=2)
 
     def kill():
         while len(hurt.metrics) < 5:

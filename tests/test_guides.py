@@ -46,7 +46,8 @@ def drawn(lib):
         fmt = Formatter(lib.use_template(family_tokens(tok, name), name), 'chat')
         (ex, *rest), *_ = fmt.examples([conv])
         assert not rest
-        text, last = '', False
+        text = ''
+        last = False
         for i, m in zip(ex.input_ids, ex.mask):
             text += ('[[' if m and not last else ']]' if last and not m else '') + fmt.tok.decode(
                 [i], clean_up_tokenization_spaces=False

@@ -246,7 +246,8 @@ def canary(tmp_path, monkeypatch):
 @pytest.mark.parametrize('way', ['command line', 'params file', 'python', 'preset'])
 def test_names(canary, tmp_path, monkeypatch, capsys, name, way):
     "A name that no parameter has is refused before a kernel starts, by every way in"
-    name, argv = name.replace('{c}', canary), ['unsloth-nb', 'run', 'finetune', '--runs-dir', str(tmp_path / 'runs')]
+    name = name.replace('{c}', canary)
+    argv = ['unsloth-nb', 'run', 'finetune', '--runs-dir', str(tmp_path / 'runs')]
     monkeypatch.setattr(jobs, 'execute', lambda *a: pytest.fail('a kernel was started'))
     if way == 'params file':
         Path('p.yaml').write_text(yaml.safe_dump({name: '1'}))
@@ -635,7 +636,8 @@ def in_child(f, seconds=30, memory=3 * 2**30):
     def work():
         limit = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        start, peak = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start = time.time()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             res = ('nothing raised', repr(f())[:200])
         except BaseException as e:
@@ -693,7 +695,8 @@ def test_runaway_everywhere(tok, lib):
     from unsloth_nb.tokens.formatting import Formatter
     from unsloth_nb.tokens.templates import TemplateLimit
 
-    bad, got = with_template(tok, RUNAWAY['nested loops']), []
+    bad = with_template(tok, RUNAWAY['nested loops'])
+    got = []
 
     def work():
         try:
@@ -792,7 +795,10 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.bad, self.text, self.cells, self.widths = [], '', 0, []
+        self.bad = []
+        self.text = ''
+        self.cells = 0
+        self.widths = []
         self.feed(html)
         self.close()
 
@@ -941,7 +947,8 @@ def objects(tmp_path, payload, lib, tok):
 @pytest.mark.parametrize('payload', [*SHOWN, HOSTILE], ids=[*ids(SHOWN), 'all'])
 def test_shown_as_text(tmp_path, lib, tok, payload):
     "No element, attribute or control character of the data is left in what objects show, and the text itself is there"
-    bad, told = {}, 0
+    bad = {}
+    told = 0
     for o in objects(tmp_path, payload, lib, tok):
         if f := list(faults(o)):
             bad.setdefault(type(o).__name__, f)
@@ -1028,7 +1035,8 @@ def test_report(tmp_path, lib, tok):
     "The executed notebook as a page: outputs, errors and prints of hostile data hold no element and no script of it"
     from IPython.core.interactiveshell import InteractiveShell
 
-    v4, fmt = nbformat.v4, InteractiveShell.instance().display_formatter
+    v4 = nbformat.v4
+    fmt = InteractiveShell.instance().display_formatter
     outs = [v4.new_output('display_data', data=fmt.format(o)[0]) for o in objects(tmp_path, HOSTILE, lib, tok)]
     outs += [
         v4.new_output('stream', name='stdout', text=HOSTILE),
@@ -1044,7 +1052,9 @@ def test_report(tmp_path, lib, tok):
     nbformat.write(nb, run.path / 'notebook.ipynb')
 
     class Report(HTMLParser):
-        bad, script, text = [], None, ''
+        bad = []
+        script = None
+        text = ''
 
         def handle_starttag(self, tag, attrs):
             self.script = tag if tag in ('script', 'style') else None

@@ -126,7 +126,8 @@ def test_versions(hub, tmp_path):
         and 'big.safetensors' in held(hub, 'us/model', one.commit)
         and 'big.safetensors' not in held(hub, 'us/model', two.commit)
     )
-    old, new = pull('us/model', one.commit), pull('us/model')
+    old = pull('us/model', one.commit)
+    new = pull('us/model')
     assert (old.name, new.name) == (one.commit, two.commit)
     assert ((old / 'small.safetensors').read_bytes(), (new / 'small.safetensors').read_bytes()) == (
         weights('small', 1),
@@ -369,7 +370,8 @@ def test_cards_of_runs_that_know_little(tmp_path, template):
 def test_another_commit_in_between(hub, tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 
-    run, real = make(tmp_path), HfApi.create_commit
+    run = make(tmp_path)
+    real = HfApi.create_commit
 
     def late(api, repo_id, *a, **kw):
         hub.repos[repo_id].commit('main', {}, 'theirs')

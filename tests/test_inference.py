@@ -101,7 +101,10 @@ def test_pieces_are_the_text(lib, model, text, stop):
     from unsloth_nb.evaluation.generation import _answer, _first, _held, _Text
 
     ids = model.tok.encode(text)
-    want, t, sent, cut = _answer(model.tok, ids, {model.tok.eos_token_id}, tuple(stop)), _Text(model.tok), '', None
+    want = _answer(model.tok, ids, {model.tok.eos_token_id}, tuple(stop))
+    t = _Text(model.tok)
+    sent = ''
+    cut = None
     for i in ids:
         new = t.add(i)
         cut = _first(new, stop, len(sent))
@@ -169,12 +172,15 @@ def test_samples_have_the_probabilities(inf):
 
 def test_model_files_decide_nothing(inf, model):
     "A generation_config that came with the weights does not change an answer"
-    config, s = model.model.generation_config, inf.Sampling(max_new_tokens=10)
+    config = model.model.generation_config
+    s = inf.Sampling(max_new_tokens=10)
     want = inf.generate(model, FRANCE, s)
     kept = dict(
         do_sample=config.do_sample, temperature=config.temperature, repetition_penalty=config.repetition_penalty
     )
-    config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 3.0
+    config.do_sample = True
+    config.temperature = 5.0
+    config.repetition_penalty = 3.0
     try:
         assert inf.generate(model, FRANCE, s) == want
     finally:
@@ -224,7 +230,8 @@ def test_sampling_refusals(inf, kw, message):
 def test_room_for_long_prompts(inf, model):
     "Unsloth's own limit is lifted while a prompt is longer than it, and put back"
     inner = model.model.get_base_model().model
-    inner.max_seq_length, seen = 512, []
+    inner.max_seq_length = 512
+    seen = []
     hook = inner.register_forward_pre_hook(lambda mod, args, kw: seen.append(mod.max_seq_length), with_kwargs=True)
     try:
         inf.generate(model, 'word ' * 600, inf.Sampling(max_new_tokens=1))
@@ -505,6 +512,7 @@ def test_questions_from_a_pipe():
     import io
     from unsloth_nb.cli import talk
 
-    asked, out = [], io.StringIO()
+    asked = []
+    out = io.StringIO()
     talk(lambda q: asked.append(q) or 'an answer', ['one\n', ' \n', 'two\n', 'exit\n', 'three\n'], out)
     assert asked == ['one', 'two']

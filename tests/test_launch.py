@@ -31,7 +31,8 @@ SMALL = dict(
     save_steps=2,
     max_new_tokens=4,
 )
-LOSSES, NORMS = 1e-5, 1e-4  # What several processes may differ by from one: sums in another order
+LOSSES = 1e-5
+NORMS = 1e-4  # What several processes may differ by from one: sums in another order
 
 
 def curve(run, key='loss'):
@@ -128,10 +129,8 @@ def test_order_is_the_trainers(alone):
     import torch
     from accelerate.data_loader import SeedableRandomSampler
 
-    theirs, ours = (
-        SeedableRandomSampler(range(26), data_seed=3407, generator=torch.Generator()),
-        PassOrder([5] * 26, 3407),
-    )
+    theirs = SeedableRandomSampler(range(26), data_seed=3407, generator=torch.Generator())
+    ours = PassOrder([5] * 26, 3407)
     for epoch in (0, 1, 2):
         theirs.set_epoch(epoch)
         ours.set_epoch(epoch)
@@ -198,7 +197,8 @@ def test_nobody_is_left_behind(small, tmp_path):
     "The process that asked is killed with its kernel: torchrun and all ranks end by themselves"
     p, run = launch(tmp_path / 'runs', small | dict(max_steps=500), '--devices', 2)
     wait(lambda: run.metrics and len(pids(run)) == 2)
-    kernel, ranks = read_json(run.path / 'heartbeat.json')['pid'], pids(run)
+    kernel = read_json(run.path / 'heartbeat.json')['pid']
+    ranks = pids(run)
     for pid in (p.pid, kernel):
         os.kill(pid, signal.SIGKILL)
     wait(lambda: not any(map(alive, ranks.values())), 15)
@@ -252,7 +252,8 @@ def test_broken_training_is_said_once(lib, tmp_path):
 
     job = FinetuneJob(**SMALL | dict(learning_rate=1.0, save_steps='auto', max_steps=20, devices=2))
     data = lib.load_data(job)
-    run, model = start_run(job, tmp_path), lib.load_model(job, make_plan(job, data))
+    run = start_run(job, tmp_path)
+    model = lib.load_model(job, make_plan(job, data))
     examples = lib.make_examples(data.train, model.formatter, 256)
     with pytest.raises(TrainingError, match='exploded'):
         lib.train(model, examples, job, run)
@@ -397,7 +398,8 @@ def test_a_request_to_stop_forbids_a_retry(lib, monkeypatch, tmp_path):
     with pytest.raises(RankLost):
         lib.train(model, None, run.job, run)
     assert run.stop_asked() == 'a test'
-    sup, ends = Supervisor(run), (PapermillExecutionError(1, 1, '', 'RankLost', '', []), DeadKernelError())
+    sup = Supervisor(run)
+    ends = (PapermillExecutionError(1, 1, '', 'RankLost', '', []), DeadKernelError())
     assert [reason(e, sup)[2] for e in ends] == [True, True]
     sup.why = 'stopped by SIGINT'
     assert [reason(e, sup)[2] for e in ends] == [False, False]

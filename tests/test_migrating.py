@@ -513,7 +513,9 @@ def test_no_value_of_any_setting_breaks_it_or_is_lost(tmp_path, table, base, rea
         10**30,
         '2e-4',
     ]
-    crashes, tried, lost = [], 0, []
+    crashes = []
+    tried = 0
+    lost = []
     for name in sorted(table):
         for v in odd:
             tried += 1
@@ -632,7 +634,8 @@ def test_what_is_saved_is_the_job(tmp_path):
 def test_the_command(tmp_path):
     from typer.testing import CliRunner
 
-    f, out = yaml_file(tmp_path / 'a.yaml', **AXO), tmp_path / 'p.yaml'
+    f = yaml_file(tmp_path / 'a.yaml', **AXO)
+    out = tmp_path / 'p.yaml'
     r = CliRunner().invoke(app, ['import', str(f), '-o', str(out), '-p', 'max_steps=7'])
     assert r.exit_code == 0 and 'Taken over' in r.output and read_params(out)['max_steps'] == 7
     r = CliRunner().invoke(app, ['import', str(f), '-o', str(out)])

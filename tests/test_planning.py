@@ -118,7 +118,8 @@ def test_peak_is_the_process_s_own():
 
 def test_larger_cards_are_never_worse():
     "A card with more memory of the same rate is planned at least as fast"
-    job, a100 = FinetuneJob(model='llama-3.1-8b'), find_device('A100 40GB')
+    job = FinetuneJob(model='llama-3.1-8b')
+    a100 = find_device('A100 40GB')
     speeds = [
         make_plan(job, None, replace(a100, memory_free=g * 2**30)).tokens_per_second for g in (16, 24, 40, 80, 160)
     ]

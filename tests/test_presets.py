@@ -7,12 +7,14 @@ from unsloth_nb.core.spec import FinetuneJob, Preset, jobs_dir, presets
 
 ALL = list(presets().values())
 each = lambda ps: pytest.mark.parametrize('p', ps, ids=[p.name for p in ps])
-STR, BOOL = 'name family about hub license chat_template'.split(), 'gated remote_code embedded'.split()
+STR = 'name family about hub license chat_template'.split()
+BOOL = 'gated remote_code embedded'.split()
 
 
 def vision(v, hidden):
     "Parameters of an image encoder and the projection into the language model"
-    h, i = v['hidden_size'], v['intermediate_size']
+    h = v['hidden_size']
+    i = v['intermediate_size']
     layer = 4 * h * (h + 1) + 2 * h * i + i + h + 4 * h
     return (
         v['num_hidden_layers'] * layer
@@ -24,7 +26,9 @@ def vision(v, hidden):
 
 def count(s):
     "Parameters that a shape amounts to, biases and query/key norms left out"
-    h, hd, n = s['hidden_size'], s['head_dim'], s.get('num_local_experts', 1)
+    h = s['hidden_size']
+    hd = s['head_dim']
+    n = s.get('num_local_experts', 1)
     attn = 2 * h * hd * (s['num_attention_heads'] + s['num_key_value_heads'])
     mlp = n * 3 * h * s.get('moe_intermediate_size', s['intermediate_size']) + (n * h if n > 1 else 0)
     embed = s['vocab_size'] * h * (1 if s['tie_word_embeddings'] else 2)

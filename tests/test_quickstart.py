@@ -35,7 +35,10 @@ def test_quickstart(notebook, bare, record_property):
     "A form filled in wrongly and mended, a monitor that moves, answers side by side, and a conversation; the time to the first tuned answer is kept"
     cells = fresh()
     at = lambda text: next(i for i, c in enumerate(cells) if c.cell_type == 'code' and text in c.source)
-    form, train, answers, panel = at('JobForm('), at('finetune('), at("talk('"), at('ChatPanel(')
+    form = at('JobForm(')
+    train = at('finetune(')
+    answers = at("talk('")
+    panel = at('ChatPanel(')
     nb = notebook(*cells)
     install = at('setup_env.py')
     nb.run(*range(install + 1), seconds=600)
@@ -56,7 +59,8 @@ def test_quickstart(notebook, bare, record_property):
     nb.run(*range(form + 1, train))
     nb.cells.nth(train).locator('.jp-InputArea-prompt').first.click()
     nb.page.keyboard.press('Control+Enter')
-    steps, monitor = set(), nb.output(train)
+    steps = set()
+    monitor = nb.output(train)
     monitor.get_by_text('time left').wait_for(timeout=60000)
     while (
         'finished' not in (said := monitor.inner_text())

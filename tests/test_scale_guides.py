@@ -43,7 +43,9 @@ def many():
 
 def lost_time(rng, interval, save, mtbf, restart, work=2_000_000):
     "Share of the time that is not work: failures at random, work since the last checkpoint is done again"
-    done, clock, fails = 0.0, 0.0, rng.exponential(mtbf)
+    done = 0.0
+    clock = 0.0
+    fails = rng.exponential(mtbf)
     while done < work:
         if clock + interval + save <= fails:
             clock += interval + save
@@ -56,7 +58,8 @@ def lost_time(rng, interval, save, mtbf, restart, work=2_000_000):
 
 @pytest.mark.parametrize('save, mtbf, restart', [(5, 7200, 60), (20, 40_000, 600)])
 def test_lost_time_is_what_a_simulation_loses(scale, save, mtbf, restart):
-    rng, best = np.random.default_rng(0), scale['checkpoint_interval'](save, mtbf)
+    rng = np.random.default_rng(0)
+    best = scale['checkpoint_interval'](save, mtbf)
     for interval in (best / 4, best, 4 * best):
         simulated = np.mean([lost_time(rng, interval, save, mtbf, restart) for _ in range(20)])
         assert scale['lost'](interval, save, mtbf, restart) == pytest.approx(simulated, rel=0.15)
@@ -69,7 +72,8 @@ def test_no_interval_loses_less(scale):
     for save, mtbf in ((5, 7200), (20, 40_000), (2.5, 2.8e6)):
         least = minimize_scalar(scale['lost'], args=(save, mtbf, 60), bounds=(1, mtbf), method='bounded').x
         assert scale['checkpoint_interval'](save, mtbf) == pytest.approx(least, rel=0.01)
-    rng, best = np.random.default_rng(1), scale['checkpoint_interval'](5, 7200)
+    rng = np.random.default_rng(1)
+    best = scale['checkpoint_interval'](5, 7200)
     loss = [np.mean([lost_time(rng, f * best, 5, 7200, 60) for _ in range(40)]) for f in (1, 1 / 4, 4)]
     assert loss[0] < 0.8 * min(loss[1:])
 
@@ -78,7 +82,9 @@ def waits(rng, gpus, arrivals, service, n=200_000):
     "Seconds that each of `n` jobs waits for one of the GPUs, first come first served"
     import heapq
 
-    free, t, out = [0.0] * gpus, 0.0, np.empty(n)
+    free = [0.0] * gpus
+    t = 0.0
+    out = np.empty(n)
     for i, (gap, s) in enumerate(zip(rng.exponential(1 / arrivals, n), rng.exponential(service, n))):
         t += gap
         start = max(t, heapq.heappop(free))
@@ -89,7 +95,8 @@ def waits(rng, gpus, arrivals, service, n=200_000):
 
 @pytest.mark.parametrize('gpus, busy', [(3, 0.6), (12, 0.85)])
 def test_erlang_c_is_what_a_simulation_waits(many, gpus, busy):
-    service, load = 700.0, gpus * busy
+    service = 700.0
+    load = gpus * busy
     w = waits(np.random.default_rng(0), gpus, load / service, service)
     assert (w > 0).mean() == pytest.approx(many['erlang_c'](gpus, load), rel=0.05)
     assert w.mean() == pytest.approx(many['queue_wait'](gpus, load, service), rel=0.1)
@@ -121,7 +128,8 @@ def test_memory_of_one_rank_is_the_planner_s(scale, bits, checkpointing):
 
 def test_sharded_weights_add_up(scale):
     "All ranks of a node together hold the model once, and each of them what it gathers"
-    one, each = scale['per_rank'](2048), scale['per_rank'](2048, ranks=8)
+    one = scale['per_rank'](2048)
+    each = scale['per_rank'](2048, ranks=8)
     for k in ('weights', 'adapter', 'optimizer'):
         assert 8 * each[k] == pytest.approx(one[k], rel=1e-6)
     layers = (each['gathered'] - 2 * scale['c']['embedding']) / 2 * scale['s']['num_hidden_layers']
@@ -132,7 +140,8 @@ def ring(ranks):
     "Pieces that each rank sends while a ring sums one vector of `ranks` pieces; checked to be the sum"
     rng = np.random.default_rng(0)
     have = rng.integers(0, 100, (ranks, ranks))
-    want, sent = have.sum(0), np.zeros(ranks)
+    want = have.sum(0)
+    sent = np.zeros(ranks)
     for phase in (0, 1):  # Reduce, then gather
         for t in range(ranks - 1):
             moves = [(r, (r - t + phase) % ranks) for r in range(ranks)]
@@ -154,8 +163,11 @@ def test_all_reduce_sends_what_a_ring_sends(which, scale, ranks):
 
 def test_rings_over_nodes_use_every_port(scale):
     "One ring leaves each node at one GPU; with a ring for each GPU, every port carries an eighth of what a rank sends"
-    nodes, gpus = scale['NODES'], scale['GPUS']
-    ranks, port, nvlink = nodes * gpus, np.zeros((nodes, gpus)), np.zeros((nodes, gpus))
+    nodes = scale['NODES']
+    gpus = scale['GPUS']
+    ranks = nodes * gpus
+    port = np.zeros((nodes, gpus))
+    nvlink = np.zeros((nodes, gpus))
     for k in range(gpus):
         order = [(n, (k + 1 + i) % gpus) for n in range(nodes) for i in range(gpus)]  # The last of a node is its GPU k
         have = np.eye(ranks, dtype=bool)
@@ -210,7 +222,8 @@ def test_commands_exist(command):
     from typer.main import get_command
     from unsloth_nb.cli import app
 
-    words, cmd = shlex.split(command)[1:], get_command(app)
+    words = shlex.split(command)[1:]
+    cmd = get_command(app)
     while hasattr(cmd, 'commands') and words:
         assert words[0] in cmd.commands, f'there is no command {words[0]!r}'
         cmd = cmd.commands[words.pop(0)]

@@ -28,7 +28,8 @@ class Proxy(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.socket, self.calls = socket.create_server(('127.0.0.1', 0)), []
+        self.socket = socket.create_server(('127.0.0.1', 0))
+        self.calls = []
         self.start()
 
     @property
@@ -44,7 +45,8 @@ class Proxy(threading.Thread):
 
 @pytest.fixture(scope='module')
 def proxy():
-    p, patch = Proxy(), pytest.MonkeyPatch()
+    p = Proxy()
+    patch = pytest.MonkeyPatch()
     for k in ('HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY'):
         patch.setenv(k, p.url)
         patch.setenv(k.lower(), p.url)

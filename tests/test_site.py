@@ -172,7 +172,9 @@ class Reader:
     "A tab on the served site; `wrong` collects what a reader would call broken"
 
     def __init__(self, browser, base, width, dark=False):
-        self.base, self.wrong, self.width = base, [], width
+        self.base = base
+        self.wrong = []
+        self.width = width
         self.context = browser.new_context(
             viewport=dict(zip(('width', 'height'), WIDTHS[width])),
             color_scheme='dark' if dark else 'light',
@@ -240,7 +242,8 @@ STUCK = '''() => [...document.querySelectorAll('main pre, main table')].filter(e
 @pytest.mark.parametrize('width', WIDTHS)
 def test_every_page(width, reader, pages):
     "No error, no request that fails or leaves, no page wider than its window, no picture missing, and what is wider scrolls by keyboard"
-    r, shots = reader(width), os.environ.get('UNSLOTH_NB_SCREENSHOTS')
+    r = reader(width)
+    shots = os.environ.get('UNSLOTH_NB_SCREENSHOTS')
     for p in pages:
         tab = r.open(p)
         if (over := tab.evaluate(WIDER)) > 0:

@@ -38,7 +38,8 @@ class Still:
     "A view that shows nothing, and can act on a step"
 
     def __init__(self, at=None, act=None):
-        self.at, self.act = at, act
+        self.at = at
+        self.act = act
 
     def show(self, progress, final=False):
         if not final and progress.metrics[-1]['step'] == self.at:
@@ -49,11 +50,14 @@ class Lab:
     "Trains the small model in runs of one folder"
 
     def __init__(self, lib, model, home):
-        self.lib, self.model, self.home = lib, model, home
+        self.lib = lib
+        self.model = model
+        self.home = home
 
     def train(self, run=None, stop_at=None, rows=None, watch=None, **kw):
         "Train, or go on; (model, run, metrics)"
-        lib, job = self.lib, self.lib.FinetuneJob(**dict(model=str(self.model), **SMALL) | kw)
+        lib = self.lib
+        job = self.lib.FinetuneJob(**dict(model=str(self.model), **SMALL) | kw)
         data = lib.load_data(job)
         model = lib.load_model(job, lib.make_plan(job, data, runs_dir=self.home / 'none'))
         run = run or lib.start_run(job, self.home)
@@ -172,7 +176,8 @@ CHANGES = dict(
 @pytest.mark.parametrize('change', CHANGES)
 def test_changes_refused(lab, change):
     "What would make it another run is refused, with the difference; a model of the same shape by its hash"
-    run, kw = lab.stopped(2), dict(CHANGES[change])
+    run = lab.stopped(2)
+    kw = dict(CHANGES[change])
     before = trace(run)
     if change == 'model':
         kw['model'] = f'{lab.model}-other'
@@ -191,7 +196,8 @@ def test_hub_weights(lib, tmp_path, monkeypatch):
     import huggingface_hub.constants as c
     from unsloth_nb.training.loading import base_fingerprint
 
-    home, sha = tmp_path / 'models--a--b', 'ab' * 32
+    home = tmp_path / 'models--a--b'
+    sha = 'ab' * 32
     for p, text in (
         (home / 'refs' / 'main', 'c0ffee'),
         (home / 'blobs' / sha, 'weights'),
@@ -208,7 +214,8 @@ def test_code_refused(lab, monkeypatch):
     "Another version of a package is a difference as well"
     from unsloth_nb.training import resuming
 
-    run, honest = lab.stopped(2), resuming.code_hashes
+    run = lab.stopped(2)
+    honest = resuming.code_hashes
     monkeypatch.setattr(resuming, 'code_hashes', lambda: honest() | dict(torch='0.1'))
     with pytest.raises(lab.lib.CheckpointError, match='code: torch: .* then, 0.1 now'):
         lab.train(run)
@@ -267,7 +274,8 @@ def test_nan_stops(lab):
     "A gradient that is not a number at step 4: the step is not taken, and the checkpoint of step 2 stays"
 
     def spoil(model):
-        p, calls = next(p for p in model.model.parameters() if p.requires_grad), []
+        p = next(p for p in model.model.parameters() if p.requires_grad)
+        calls = []
 
         def hook(g):
             calls.append(1)
@@ -478,7 +486,8 @@ def test_request_that_was_not_heard_is_made_again(tmp_path):
     deaf = "import signal,time; signal.signal(signal.SIGINT, lambda *a: print('asked', flush=True)); print('ready', flush=True)\nwhile True: time.sleep(1)"
     with subprocess.Popen([sys.executable, '-c', deaf], stdout=subprocess.PIPE, text=True) as kernel:
         assert kernel.stdout.readline() == 'ready\n'
-        sup, calls = Supervisor(Run(tmp_path), timeout=1), []
+        sup = Supervisor(Run(tmp_path), timeout=1)
+        calls = []
         for at, step in ((2, 10), (5, 90), (12, 200), (13, 202), (14, 203), (15, 204)):
             write_json(
                 tmp_path / 'heartbeat.json',

@@ -36,7 +36,8 @@ def quick(path, pause=0.05):
     if run.result or (run.path / 'heartbeat.json').exists():
         run.reopen()
     run.start_heart()
-    job, done = run.job, len(run.metrics)
+    job = run.job
+    done = len(run.metrics)
     if job.r == 666:
         run.fail('TrainingError: the loss has exploded')
         return
@@ -187,9 +188,11 @@ def test_hyperband_replayed():
     for i in range(5):
         search.end(Trial(i, dict(learning_rate=1e-4 * (i + 1)), '', 'finished', 1 + i / 10), losses(1 + i / 10))
     for i in range(5, 15):
-        t, told = Trial(i, search.point(i), ''), losses(0.9 - i / 100)
+        t = Trial(i, search.point(i), '')
+        told = losses(0.9 - i / 100)
         assert not [why for n in range(1, 31) if (why := search.behind(t, told[:n]))]
-        t.state, t.value = 'finished', told[-1]['loss']
+        t.state = 'finished'
+        t.value = told[-1]['loss']
         search.end(t)
 
 
@@ -489,14 +492,13 @@ def test_stopped_and_killed(tmp_path):
 
 def test_perplexity(tmp_path):
     "Its interval is one of perplexities, though the losses of the rows are compared; a seed has no edge to go beyond"
-    s, res = (
-        Sweep(grid=dict(seed=[1, 2]), objective='tuned.perplexity'),
-        SweepResult(tmp_path / 'sweeps' / 'perplexity'),
-    )
+    s = Sweep(grid=dict(seed=[1, 2]), objective='tuned.perplexity')
+    res = SweepResult(tmp_path / 'sweeps' / 'perplexity')
     res.path.mkdir(parents=True)
     write_json(res.path / 'sweep.json', dict(sweep=s.to_dict()))
     for i, p in enumerate(s.points()):
-        run, losses = start_run(FinetuneJob(**p), tmp_path), [2 + i + (j + i) % 7 / 10 for j in range(35)]
+        run = start_run(FinetuneJob(**p), tmp_path)
+        losses = [2 + i + (j + i) % 7 / 10 for j in range(35)]
         run.save('statistics', dict(rows_sha256='57c7', values=dict(tuned=dict(loss=losses)), weights={}))
         append_line(res.path / 'trials.jsonl', Trial(i, p, run.name, 'finished', math.exp(sum(losses) / 35)).to_dict())
         run.finish(tuned=dict(perplexity=math.exp(sum(losses) / 35)))

@@ -58,7 +58,8 @@ def test_stream_error(lib, monkeypatch):
 
 def test_stream_stops(lib):
     "Who stops reading stops the generation: no thread is left"
-    model, before = lib.load_model(lib.FinetuneJob(max_seq_length=128)), threading.active_count()
+    model = lib.load_model(lib.FinetuneJob(max_seq_length=128))
+    before = threading.active_count()
     pieces = lib.stream(model, 'Tell me a long story.')
     next(pieces)
     pieces.close()
@@ -107,7 +108,8 @@ def test_group_by_length(lib, tiny, tmp_path):
         gradient_checkpointing=False,
     )
     rows = [dict(prompt=f'Repeat {i}.', completion='word ' * (1 + 30 * (i % 2))) for i in range(26)]
-    data, computed = lib.load_data(job, rows), {}
+    data = lib.load_data(job, rows)
+    computed = {}
     for grouped in (False, True):
         j = job.replace(group_by_length=grouped)
         model = lib.load_model(j, lib.make_plan(j, data))

@@ -129,7 +129,8 @@ def test_resume_that_is_refused(tmp_path):
 def test_case_is_a_held_out_row(lib, tmp_path):
     "What was saved from a chat is read as a conversation, and scored as the evaluate job scores its rows"
     model = lib.load_model(FinetuneJob())
-    talk, file = lib.Chat(model, 'Be brief.', lib.Sampling(max_new_tokens=4)), str(tmp_path / 'cases.jsonl')
+    talk = lib.Chat(model, 'Be brief.', lib.Sampling(max_new_tokens=4))
+    file = str(tmp_path / 'cases.jsonl')
     talk('Say yes.')
     turn = talk('And again?')
     rows = [save_case(talk, file, 'yes'), save_case(talk, file)]

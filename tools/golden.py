@@ -83,7 +83,8 @@ def trace(params, bands, folder, kind):
     job = FinetuneJob(**params)
     data = load_data(job)
     model = load_model(job, make_plan(job, data, runs_dir=folder))
-    run, live = start_run(job, folder), Live()
+    run = start_run(job, folder)
+    live = Live()
     live.out = sys.stderr
     train(model, make_examples(data.train, model.formatter, job.max_seq_length), job, run, live)
     return dict(
@@ -159,7 +160,8 @@ def first_outside(want, got, bands):
     "The first step at which a curve leaves its band, in words"
     for i, _ in enumerate(want['loss']):
         for k in ('loss', 'grad_norm'):
-            x, y = want[k][i], got[k][i] if i < len(got[k]) else math.nan
+            x = want[k][i]
+            y = got[k][i] if i < len(got[k]) else math.nan
             if apart(x, y) > bands[k]:
                 return f'{k} parts at step {i + 1}: {x:.6g} on record, {y:.6g} now, {100 * apart(x, y):.3g}% apart, {100 * bands[k]:.3g}% allowed'
 

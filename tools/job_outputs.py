@@ -18,12 +18,14 @@ def copy_outputs(ref):
     if run.status != 'finished':
         sys.exit(f'{run.name} is {run.status}, not finished')
     page = jobs_dir() / f'{run.kind}.ipynb'
-    nb, ran = nbformat.read(page, as_version=4), nbformat.read(run.path / 'notebook.ipynb', as_version=4)
+    nb = nbformat.read(page, as_version=4)
+    ran = nbformat.read(run.path / 'notebook.ipynb', as_version=4)
     if [c.source for c in nb.cells] != [c.source for c in ran.cells]:
         sys.exit(f'{run.name} was made by another version of {page.name}, or with other parameters')
     for to, c in zip(nb.cells, ran.cells):
         if c.cell_type == 'code':
-            to.outputs, to.execution_count = c.outputs, None
+            to.outputs = c.outputs
+            to.execution_count = None
     nbformat.write(nb, page)
     print(f'{page.name}: outputs of {run.name}')
 

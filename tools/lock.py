@@ -60,7 +60,8 @@ def installed(uv):
 
 def write():
     "One resolver call; the file that is there when uv starts holds the versions it prefers"
-    uv, tmp = find_uv(), LOCK.with_name('.requirements.lock')
+    uv = find_uv()
+    tmp = LOCK.with_name('.requirements.lock')
     tmp.write_text('\n'.join(installed(uv)) + '\n')
     env = {
         k: v for k, v in os.environ.items() if k not in ('UV_FIND_LINKS', 'UV_TORCH_BACKEND')
@@ -94,7 +95,9 @@ def problems():
     "What is wrong with the lock, one line each"
     from packaging.requirements import Requirement
 
-    proj, locked, bad = pyproject(), {}, []
+    proj = pyproject()
+    locked = {}
+    bad = []
     for l in pins():
         if not re.fullmatch(r'[A-Za-z0-9][\w.-]*==[\w.!]+( ; .+)?', l):
             bad.append(f'not a plain pin: {l}')

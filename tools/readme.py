@@ -13,7 +13,8 @@ from urllib.parse import urljoin
 from fastcore.nbio import read_nb
 
 ROOT = Path(__file__).resolve().parent.parent
-INDEX, README = ROOT / 'nbs' / 'index.ipynb', ROOT / 'README.md'
+INDEX = ROOT / 'nbs' / 'index.ipynb'
+README = ROOT / 'README.md'
 
 
 def site():
@@ -22,7 +23,8 @@ def site():
 
 
 def link(m):
-    text, url = m[1], m[2]
+    text = m[1]
+    url = m[2]
     page, _, anchor = url.partition('#')
     if ':' in url or not page.endswith(('.html', '.ipynb')):
         return m[0]

@@ -44,7 +44,8 @@ class Reference(ShowDocRenderer):
 
     def __init__(self, sym, *args, **kw):
         super().__init__(sym, *args, **kw)
-        self.is_class, self.is_property = inspect.isclass(sym), isinstance(sym, property)
+        self.is_class = inspect.isclass(sym)
+        self.is_property = isinstance(sym, property)
         self.model = self.is_class and hasattr(sym, 'model_fields')  # A pydantic model
 
     def rows(self):

@@ -53,7 +53,8 @@ app.add_typer(runs_app, name='runs')
 
 def param_help(cls) -> str:
     "The parameters of a job, for its `--help`"
-    out, group = ['\b', 'Parameters (-p name=value):'], None
+    out = ['\b', 'Parameters (-p name=value):']
+    group = None
     for f in fields(cls):
         if f['group'] != group:
             out += ['\n\b', f"{(group := f['group'])}:"]
@@ -251,10 +252,8 @@ def launch_command(
     "Fine-tune on several devices; each machine after the first takes part in what that one does."
     from unsloth_nb.training.launching import check_rendezvous, find_launch
 
-    params, given = (
-        read_pairs(FinetuneJob, param),
-        {k: v for k, v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None},
-    )
+    params = read_pairs(FinetuneJob, param)
+    given = {k: v for k, v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None}
     if twice := next((k for k in given if k in params), None):
         raise SpecError(f'{twice}: given by --{twice} and by -p {twice}; leave one of them out')
     params |= given

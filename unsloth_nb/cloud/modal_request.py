@@ -60,11 +60,10 @@ def modal_client():
         raise CloudError(f"Modal: {type(e).__name__}: {e}") from None
 
 # %% ../../nbs/cloud/modal_request.ipynb #dbf8f158
-ROOT, HOME = '/vol', '/root'  # Where the disk that is kept is in a container, and where Modal looks for code
-UV, SERVERS = (
-    '0.13.9',
-    ('fastapi>=0.110', 'uvicorn>=0.30', 'openai>=1.98'),
-)  # What installs; what the [serve] extra brings
+ROOT = '/vol'
+HOME = '/root'  # Where the disk that is kept is in a container, and where Modal looks for code
+UV = '0.13.9'
+SERVERS = ('fastapi>=0.110', 'uvicorn>=0.30', 'openai>=1.98')  # What installs; what the [serve] extra brings
 
 
 def lock_file() -> Path:
@@ -111,15 +110,14 @@ def image(packages=()):  # -> modal.Image
         return res
 
 # %% ../../nbs/cloud/modal_request.ipynb #74acba8a
-DAY, GRACE = (
-    24 * 3600,
-    300,
-)  # [s] longest time for an attempt on Modal; [s] before its end that an attempt stops by itself
+DAY = 24 * 3600
+GRACE = 300  # [s] longest time for an attempt on Modal; [s] before its end that an attempt stops by itself
 
 
 def app_name() -> str:
     "The app's name, with a hash of the lock, the code and the job notebooks"
-    here, h = Path(importlib.util.find_spec('unsloth_nb').origin).parent, hashlib.sha256()
+    here = Path(importlib.util.find_spec('unsloth_nb').origin).parent
+    h = hashlib.sha256()
     files = [
         lock_file(),
         *sorted(here.rglob('*.py')),
@@ -263,10 +261,8 @@ def _machine(job, kind, data, gpu):
         return gpu_string(name, n or 1), CORES, 32, job, None
     asked = getattr(job, 'devices', 1)
     counts = (n,) if n else (1, 2, 4, 8) if asked == 'auto' else (asked,)
-    card, most = (
-        None if gpu == 'auto' else gpu_string(name, counts[0]).partition(':')[0],
-        max(p.most for p in PRICES.values()),
-    )
+    card = None if gpu == 'auto' else gpu_string(name, counts[0]).partition(':')[0]
+    most = max(p.most for p in PRICES.values())
     if counts[0] > most:
         raise SpecError(
             f"devices: {counts[0]}; one machine has {most} GPUs at most: set devices to {most} or fewer, or use Slurm for several machines (deploy/finetune.slurm)"

@@ -30,7 +30,8 @@ def keeping(
     beat: float = 10.0,  # [s] after which a sign of life is committed, where no checkpoint is new
 ):
     "Commit whenever a new checkpoint stands in a run, now and then without one, and at the end, whatever happened"
-    over, kept = threading.Event(), {p.name for p in checkpoint_dirs(run)}
+    over = threading.Event()
+    kept = {p.name for p in checkpoint_dirs(run)}
 
     def look():
         last = time.time()
@@ -126,10 +127,8 @@ def run_remote(
     )
 
 # %% ../../nbs/cloud/remote.ipynb #4be5490e
-KEPT, VOLUME = (
-    'UNSLOTH_NB_VOLUME',
-    'unsloth-nb',
-)  # Environment variable that says where the disk is that is kept; its name at Modal
+KEPT = 'UNSLOTH_NB_VOLUME'
+VOLUME = 'unsloth-nb'  # Environment variable that says where the disk is that is kept; its name at Modal
 
 
 def signature_of(kind: str) -> inspect.Signature:
@@ -166,7 +165,8 @@ def _function(kind):
         return run_remote(kind, params, run_name, os.environ[KEPT], volume.commit, seconds, reload=volume.reload)
 
     body.__name__ = body.__qualname__ = kind
-    body.__doc__, body.__signature__ = JOBS[kind].__doc__, signature_of(kind)
+    body.__doc__ = JOBS[kind].__doc__
+    body.__signature__ = signature_of(kind)
     return body
 
 
@@ -175,7 +175,8 @@ evaluate = _function('evaluate')
 export = _function('export')
 
 # %% ../../nbs/cloud/remote.ipynb #2008ddce
-SERVED, PORT = 'UNSLOTH_NB_SERVED', 8000
+SERVED = 'UNSLOTH_NB_SERVED'
+PORT = 8000
 
 
 def serve():

@@ -323,7 +323,8 @@ def _within(path, home):
 def _bring(volume, home, stage):
     "Every file below a folder of the disk"
     for e in volume.listdir(home, recursive=True):
-        rel, kind = _within(e.path, home), e.type.name
+        rel = _within(e.path, home)
+        kind = e.type.name
         if any(p.startswith(('.saving-', '.old-')) for p in rel.parts) or rel.name == '.lock' or kind == 'DIRECTORY':
             continue
         if kind != 'FILE':
@@ -373,7 +374,8 @@ def gather(
     timeout: float = 7 * 24 * 3600,  # [s] for all of them
 ) -> dict:  # Run name to Run, or to the error that says why there is none
     "Wait for several jobs and fetch their runs"
-    end, found = time.time() + timeout, {}
+    end = time.time() + timeout
+    found = {}
     for s in subs:
         try:
             status(s.run_name, runs_dir, max(0, end - time.time()))

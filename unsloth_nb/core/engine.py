@@ -74,7 +74,8 @@ def device_info() -> Device:
     import psutil
     import torch
 
-    mem, cores = psutil.virtual_memory(), torch.get_num_threads()
+    mem = psutil.virtual_memory()
+    cores = torch.get_num_threads()
     if torch.cuda.is_available():
         p, (free, total) = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info(0)
         return Device(

@@ -97,7 +97,9 @@ class Pace:
     "Says when it is time to draw again"
 
     def __init__(self, every=2.0):
-        self.every, self.due, self.first = every, 0.0, True  # [s] between two pictures, at least
+        self.every = every
+        self.due = 0.0
+        self.first = True  # [s] between two pictures, at least
 
     def draw(self, f, now=False):  # Draw in any case?
         "Call `f` if it is time"
@@ -106,14 +108,16 @@ class Pace:
             return
         f()
         took = 0 if self.first else time.perf_counter() - start
-        self.first, self.due = False, time.perf_counter() + max(self.every, 50 * took)
+        self.first = False
+        self.due = time.perf_counter() + max(self.every, 50 * took)
 
 # %% ../../nbs/core/panels.ipynb #562691d1
 class Command:
     "A command of ours in a process of its own"
 
     def __init__(self, *args):
-        self.args, self.log = [str(a) for a in args], Path(tempfile.mkdtemp(prefix='unsloth_nb_')) / 'output.txt'
+        self.args = [str(a) for a in args]
+        self.log = Path(tempfile.mkdtemp(prefix='unsloth_nb_')) / 'output.txt'
         with self.log.open('w') as out:
             self.process = subprocess.Popen(
                 [sys.executable, '-c', 'from unsloth_nb.cli import main; main()', *self.args],

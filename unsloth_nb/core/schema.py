@@ -36,7 +36,8 @@ def nearest(
     options,  # The names that exist
 ) -> str:  # `"; did you mean …?"`, or a list of what exists
     "The end of an error message about an unknown name"
-    options, plain = sorted(options), lambda s: re.sub(r'[-._ ]', '', s.lower())
+    options = sorted(options)
+    plain = lambda s: re.sub(r'[-._ ]', '', s.lower())
     m = difflib.get_close_matches(name, options, n=1, cutoff=0.55)
     m = [o for o in options if len(name) > 3 and plain(o).startswith(plain(name))][:1] or m
     return f"; did you mean {m[0]!r}?" if m else f"; known: {', '.join(options)}"
@@ -115,7 +116,9 @@ def _mismatch(cls, data):
 # %% ../../nbs/core/schema.ipynb #aa5516e6
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
-_short.maxlevel, _short.maxlist, _short.maxdict = 3, 20, 20
+_short.maxlevel = 3
+_short.maxlist = 20
+_short.maxdict = 20
 
 _LOGIN = re.compile(r'://[^/\s@]+@')
 
@@ -195,10 +198,8 @@ def _cell(v):
 
 @patch
 def _repr_markdown_(self: Job):
-    vals, out = (
-        self.to_dict(),
-        [f'**{type(self).__name__}**', '', '| parameter | value | unit | meaning |', '|---|---|---|---|'],
-    )
+    vals = self.to_dict()
+    out = [f'**{type(self).__name__}**', '', '| parameter | value | unit | meaning |', '|---|---|---|---|']
     for r in fields(type(self)):
         v = markdown_code(vals[r['name']])
         out.append(
@@ -242,7 +243,8 @@ def _parameter_line(cls, row):
 
 def parameters_cell(cls) -> str:  # Source of the notebook cell tagged `parameters`
     "The parameters of a job class as a notebook cell"
-    out, group = [], None
+    out = []
+    group = None
     for r in fields(cls):
         if r['group'] != group:
             out.append(f"# {(group := r['group'])}")
@@ -265,7 +267,8 @@ def _notebook_names(cls, sources):
     "Names assigned in the last parameters cell and in the last injected one"
     last = {}
     for src in sources:
-        names, inj = _assigned(src), src.lstrip().startswith('# Parameters')
+        names = _assigned(src)
+        inj = src.lstrip().startswith('# Parameters')
         if inj or len(set(names) & set(cls.model_fields)) > 1:
             last[inj] = names
         if not inj and inj in last and last[inj] is names:
@@ -280,7 +283,8 @@ def from_notebook(cls: Job, ns: dict | None = None, sources: list[str] | None = 
         from IPython import get_ipython
 
         ip = get_ipython()
-        ns, sources = ip.user_ns, ip.user_ns['In'][:-1]
+        ns = ip.user_ns
+        sources = ip.user_ns['In'][:-1]
     names = _notebook_names(cls, sources)
     return cls(**{n: ns[n] for n in {**dict.fromkeys(names), **dict.fromkeys(k for k in cls.model_fields if k in ns)}})
 

@@ -48,10 +48,12 @@ def json_paths(v, path=()) -> dict:  # Path of keys and positions to leaf
 
 def json_fields(expected: str, answer: str) -> float:  # From 0 to 1
     "Share of the expected fields that the answer has, each under its path and with an equal value"
-    want, got = _parsed(expected), _parsed(answer)
+    want = _parsed(expected)
+    got = _parsed(answer)
     if want == ():
         raise ScorerError(f"the expected answer is not JSON: {expected[:60]!r}")
-    want, got = json_paths(want), json_paths(got) if got != () else {}
+    want = json_paths(want)
+    got = json_paths(got) if got != () else {}
     same = lambda a, b: a == b and isinstance(a, bool) == isinstance(b, bool)  # In Python, True == 1
     return sum(p in got and same(v, got[p]) for p, v in want.items()) / len(want)
 
@@ -96,7 +98,8 @@ def numeric(
     abs_tol: float = 0.0,  # In the numbers' own unit
 ) -> bool:
     "Is the last number of the answer the expected one?"
-    want, got = last_number(expected), last_number(answer)
+    want = last_number(expected)
+    got = last_number(answer)
     if want is None:
         raise ScorerError(f"the expected answer holds no number: {expected[:60]!r}")
     return got is not None and math.isclose(want, got, rel_tol=rel_tol, abs_tol=abs_tol)

@@ -106,16 +106,14 @@ def resolve_model(
 # %% ../../nbs/core/spec.ipynb #a7fe4762
 _classic = "Unsloth's LoRA recipe"
 _auto = Literal['auto']
-_MODEL, _DATA, _ROWS, _LORA, _TRAIN, _DEVICES, _EVAL, _BENCH = (
-    'Model',
-    'Data',
-    'Rows that need a decision',
-    'LoRA',
-    'Training',
-    'Devices',
-    'Evaluation and output',
-    'Benchmark',
-)
+_MODEL = 'Model'
+_DATA = 'Data'
+_ROWS = 'Rows that need a decision'
+_LORA = 'LoRA'
+_TRAIN = 'Training'
+_DEVICES = 'Devices'
+_EVAL = 'Evaluation and output'
+_BENCH = 'Benchmark'
 TEMPLATES = (
     'auto',
     'chat',

@@ -25,7 +25,9 @@ class _Left(threading.local):
     "What is left of the budget, for each thread its own"
 
     def reset(self):
-        self.steps, self.made, self.until = STEPS, MADE, time.thread_time() + SECONDS
+        self.steps = STEPS
+        self.made = MADE
+        self.until = time.thread_time() + SECONDS
 
 
 _left = _Left()
@@ -77,7 +79,8 @@ def _added(a, b):
 # %% ../../nbs/core/template_sandbox.ipynb #063ef62b
 def _held(v):
     "The same list or dict, when it does not hold too much"
-    n, todo = 0, [v]
+    n = 0
+    todo = [v]
     while todo:
         x = todo.pop()
         if not isinstance(x, (list, tuple, dict)):
@@ -233,7 +236,9 @@ def bounded_environment():  # A subclass of `ImmutableSandboxedEnvironment`
             return '<Namespace>'
 
     class Bounded(ImmutableSandboxedEnvironment):
-        code_generator_class, template_class, intercepted_binops = Code, Rendering, frozenset(('*', '**', '%'))
+        code_generator_class = Code
+        template_class = Rendering
+        intercepted_binops = frozenset(('*', '**', '%'))
         concat, strung, added, held = map(
             staticmethod, (_joined, lambda parts: _joined(map(str, parts)), _added, _held)
         )

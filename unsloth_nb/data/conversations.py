@@ -237,7 +237,9 @@ _part_text = lambda p: next(
 
 def _parts(v, where):
     "(content, reasoning, tool calls) of a content that is a list of parts"
-    text, reasoning, calls = [], [], []
+    text = []
+    reasoning = []
+    calls = []
     for n, p in enumerate(v, 1):
         kind = p.get('type') if isinstance(p, dict) else None
         if kind == 'tool_call':
@@ -287,7 +289,8 @@ def _message(t, where, names):
         raise DataError(
             f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}"
         )
-    role, v = t[role_key], t.get(text_key)
+    role = t[role_key]
+    v = t.get(text_key)
     if not isinstance(role, str) or role not in roles:
         raise DataError(
             f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}"
@@ -352,7 +355,8 @@ def check_turns(
     keep_empty: bool = False,  # Accept empty questions and answers?
 ):
     "Raise `DataError` for a conversation that cannot be trained on"
-    skip, state = int(messages[0]['role'] == 'system'), 'start'
+    skip = int(messages[0]['role'] == 'system')
+    state = 'start'
     for n, m in enumerate(messages[skip:], skip + 1):
         if m['role'] not in _after[state]:
             want = ' or '.join(sorted(_after[state]))
@@ -417,23 +421,25 @@ def _start(self: Reading, row, i):
 
 # %% ../../nbs/data/conversations.ipynb #2fcdba01
 def _instruction(row, i, keep_empty=False):
-    ins, inp = _text(row, 'instruction', i, keep_empty), _text(row, 'input', i, optional=True)
+    ins = _text(row, 'instruction', i, keep_empty)
+    inp = _text(row, 'input', i, optional=True)
     return f'{ins}\n\n{inp}' if inp.strip() else ins
 
 
 @patch
 def _preference(self: Reading, row, i):
     "Conversation and rejected messages"
-    start, good, bad = (
-        self._start(row, i),
-        self._side(row, 'chosen', i, 'assistant'),
-        self._side(row, 'rejected', i, 'assistant'),
-    )
+    start = self._start(row, i)
+    good = self._side(row, 'chosen', i, 'assistant')
+    bad = self._side(row, 'rejected', i, 'assistant')
     same = next((n for n, (a, b) in enumerate(zip(good, bad)) if a != b), min(len(good), len(bad)))
     if start is None:
-        start, good, bad = good[:same], good[same:], bad[same:]
+        start = good[:same]
+        good = good[same:]
+        bad = bad[same:]
     elif good[: len(start)] == start == bad[: len(start)]:
-        good, bad = good[len(start) :], bad[len(start) :]
+        good = good[len(start) :]
+        bad = bad[len(start) :]
     if good == bad:
         raise DataError(f"row {i}: chosen and rejected are the same; one of them must be another answer")
     if not start:
@@ -467,11 +473,9 @@ def _unpaired(self: Reading, row, i):
 # %% ../../nbs/data/conversations.ipynb #fad7d1a5
 @patch
 def _alpaca(self: Reading, row, i):
-    ins, inp, out = (
-        _text(row, 'instruction', i, self.keep_empty),
-        _text(row, 'input', i, optional=True),
-        _text(row, 'output', i, self.keep_empty),
-    )
+    ins = _text(row, 'instruction', i, self.keep_empty)
+    inp = _text(row, 'input', i, optional=True)
+    out = _text(row, 'output', i, self.keep_empty)
     past = row.get('history') or []
     if not isinstance(past, (list, tuple)) or not all(
         isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(s, str) for s in p) for p in past
@@ -495,7 +499,8 @@ def conversation(self: Reading, row: dict, i: int = 0) -> Conversation:
         row = {k: v for k, v in row.items() if k not in self.columns.values()} | {
             k: row.get(v) for k, v in self.columns.items()
         }
-    f, label = self.format, None
+    f = self.format
+    label = None
     if f == 'text':
         return Conversation(text=_text(row, 'text', i, self.keep_empty), row=i)
     if f == 'alpaca':
@@ -522,7 +527,8 @@ def to_conversation(
     return Reading(format).conversation(row, i)
 
 # %% ../../nbs/data/conversations.ipynb #8e70ada0
-_control, _surrogate = re.compile('[\x00-\x08\x0e-\x1f\x7f]'), re.compile('[\ud800-\udfff]')
+_control = re.compile('[\x00-\x08\x0e-\x1f\x7f]')
+_surrogate = re.compile('[\ud800-\udfff]')
 
 
 def strings(v):

@@ -138,26 +138,31 @@ _months = _w('January February March April May June July August September Octobe
 # %% ../../nbs/data/events.ipynb #8ffabc0d
 def _who(r, split):
     "A person: first name, full name, or title and last name"
-    f, l = r.choice(_first[split]), r.choice(_last[split])
+    f = r.choice(_first[split])
+    l = r.choice(_last[split])
     return r.choice([f, f'{f} {l}', f'{f} {l}', f'Dr {l}', f'Professor {l}'])
 
 
 def _where(r, split):
     "A place: named, a numbered room in one, or an address"
-    p, k = r.choice(_place[split]), r.choice(_kinds)
+    p = r.choice(_place[split])
+    k = r.choice(_kinds)
     room = f'{r.choice(_rooms)} {r.randint(1, 499)}, {p} {k}'
     return r.choice([f'{p} {k}', f'{p} {k}', f'{p} {k}', room, room, f'{r.randint(1, 199)} {p} Street', f'Café {p}'])
 
 
 def _date(r):
     "A date in one of five forms"
-    d, m, w = r.randint(1, 28), r.choice(_months), r.choice(_days)
+    d = r.randint(1, 28)
+    m = r.choice(_months)
+    w = r.choice(_days)
     return r.choice([w, f'{d} {m}', f'{m} {d}', f'{w} {d} {m}', f'2027-{_months.index(m) + 1:02}-{d:02}'])
 
 
 def _time(r):
     "A time in one of three forms"
-    h, m = r.randint(7, 21), r.choice([0, 5, 10, 15, 20, 30, 40, 45, 50])
+    h = r.randint(7, 21)
+    m = r.choice([0, 5, 10, 15, 20, 30, 40, 45, 50])
     half = f'{(h - 1) % 12 + 1}'
     return r.choice(
         [
@@ -252,7 +257,9 @@ def make_events(
     "Notes about appointments, and their JSON"
     if split not in _phrasings:
         raise ValueError(f"split: got {split!r}; expected 'train' or 'test'")
-    r, rows, seen = random.Random(f'events-{split}-{seed}'), [], set()
+    r = random.Random(f'events-{split}-{seed}')
+    rows = []
+    seen = set()
     while len(rows) < n:
         text, event = _draw(r, split)
         if text in seen or not _once(text, event.values()):

@@ -58,7 +58,8 @@ def _repr_markdown_(self: Ledger):
 @patch
 def __str__(self: Ledger):
     rows = [(k, f'{v:,}') for k, v in self.lines()]
-    w, n = max(len(k) for k, _ in rows), max(len(v) for _, v in rows)
+    w = max(len(k) for k, _ in rows)
+    n = max(len(v) for _, v in rows)
     return '\n'.join(f'{k:{w}}  {v:>{n}}' for k, v in rows)
 
 # %% ../../nbs/data/ledger.ipynb #b3753bef
@@ -70,7 +71,10 @@ class Faults:
     "Rows that were not as they should be: counted by reason, the first ones with their message"
 
     def __init__(self, limit=5):
-        self.limit, self.counts, self.messages, self.rows = limit, Counter(), {}, {}
+        self.limit = limit
+        self.counts = Counter()
+        self.messages = {}
+        self.rows = {}
 
     def add(self, e: DataError, i):
         self.counts[e.reason] += 1
@@ -90,7 +94,8 @@ class Faults:
 @patch
 def line(self: Faults, reason):
     "The first fault of a kind, and which other rows have it"
-    n, rows = self.counts[reason], self.rows[reason][1:]
+    n = self.counts[reason]
+    rows = self.rows[reason][1:]
     more = (
         ''
         if n == 1

@@ -63,11 +63,9 @@ class Store:
     "Conversations in a spool, with hashes to compare them by"
 
     def __init__(self):
-        self.spool, self.ends, self.columns = (
-            Spool(),
-            array('Q', [0]),
-            {k: array('Q') for k in ('key', 'question', 'system', 'characters')},
-        )
+        self.spool = Spool()
+        self.ends = array('Q', [0])
+        self.columns = {k: array('Q') for k in ('key', 'question', 'system', 'characters')}
 
     def add(self, conv):
         key = _key(conv)
@@ -93,7 +91,8 @@ class Conversations(Sequence):
     "Conversations by position, each made when it is asked for"
 
     def __init__(self, store, index):
-        self.store, self.index = store, np.asarray(index, np.int64)
+        self.store = store
+        self.index = np.asarray(index, np.int64)
 
     def __len__(self):
         return len(self.index)
@@ -133,7 +132,8 @@ def _peek(rows, n=1000):
 
 def _reading(job, cols, name):
     "How to read rows with these columns, why, and which columns stay unused"
-    own, std = set(job.dataset_columns.values()), set(job.dataset_columns)
+    own = set(job.dataset_columns.values())
+    std = set(job.dataset_columns)
     missing = sorted(own - set(cols))
     if missing:
         raise DataError(f"dataset_columns: {name} has no column {missing[0]!r}{nearest(missing[0], map(str, cols))}")
@@ -178,9 +178,13 @@ def collect(
     cols, some, rows = _peek(src.rows())
     if not some:
         raise DataError(f"dataset: {src.name} holds no rows")
-    faults, left, noted, first = Faults(), Counter(), Counter(), len(store)
+    faults = Faults()
+    left = Counter()
+    noted = Counter()
+    first = len(store)
     reading, why, unused = _reading(job, cols, src.name) if cols else (Reading('text'), 'no row could be read', [])
-    n, seen = -1, set(cols)
+    n = -1
+    seen = set(cols)
     for n, (row, f, at) in enumerate(rows):
         if isinstance(row, dict) and not row.keys() <= seen:
             unused += sorted(map(str, row.keys() - seen))
@@ -233,7 +237,8 @@ def near_duplicate_rows(convs, threshold: float) -> np.ndarray:  # True where a 
         raise DataError(
             "near_duplicates needs the package datasketch; install it with: pip install 'unsloth_nb[dedup]'"
         ) from None
-    lsh, res = MinHashLSH(threshold=threshold, num_perm=128), np.zeros(len(convs), bool)
+    lsh = MinHashLSH(threshold=threshold, num_perm=128)
+    res = np.zeros(len(convs), bool)
     for i, c in enumerate(convs):
         words = ' '.join(strings(c.to_dict().get('messages') or c.text)).split()
         m = MinHash(num_perm=128, seed=1)
@@ -279,7 +284,8 @@ def read_mix(path, job) -> list[tuple]:  # (job for one source, weight or None)
         )
     res = []
     for n, e in enumerate(entries, 1):
-        bad, w = next((k for k in e if k not in (*_own, 'weight')), None), e.get('weight')
+        bad = next((k for k in e if k not in (*_own, 'weight')), None)
+        w = e.get('weight')
         if bad:
             raise DataError(
                 f"dataset: the mix {path}, entry {n}: unknown name {bad!r}{nearest(str(bad), (*_own, 'weight'))}"
@@ -313,7 +319,8 @@ def mix_rows(
     weights = [len(p) for p in parts] if weights[0] is None else weights
     share = np.asarray(weights, float) / max(sum(weights), 1e-9)
     total = min([len(p) / s for p, s in zip(parts, share) if s], default=0)
-    total, rng = min(total, limit or total), random.Random(seed)
+    total = min(total, limit or total)
+    rng = random.Random(seed)
     return [np.sort(rng.sample(p.tolist(), min(len(p), int(total * s + 1e-9)))) for p, s in zip(parts, share)]
 
 # %% ../../nbs/data/load.ipynb #17a2f6ff
@@ -382,7 +389,8 @@ def check_supervised(self: Data):
 @patch
 def facts(self: Data) -> list[str]:
     "Lines about the data beside the ledger"
-    p, s = self.profile(), self.storage()
+    p = self.profile()
+    s = self.storage()
     where = f"{s['in_memory'] / 2**20:.1f} MiB in memory" + (
         f", {s['on_disk'] / 2**20:.0f} MiB on disk" if s['on_disk'] else ''
     )
@@ -461,7 +469,8 @@ def _test_rows(job, rows, where):
     name = job.test_dataset or ('events' if rows is None and job.dataset == 'events' else None)
     if name is None:
         return None
-    j, store = job.replace(dataset=name), Store()
+    j = job.replace(dataset=name)
+    store = Store()
     got = collect(_source(j, test=True), j, store, where)
     return Conversations(store, got['index'][: job.test_size]), got
 
@@ -523,7 +532,8 @@ def _without_overlap(train, test, job, books):
 # %% ../../nbs/data/load.ipynb #259bc824
 def _read_parts(job, rows, where, wanted, books):
     "All sources of a job, mixed: conversations and the books of each"
-    store, parts = Store(), _parts(job, rows)
+    store = Store()
+    parts = _parts(job, rows)
     got = [collect(s, j, store, where) for s, j, _ in parts]
     formats = list(dict.fromkeys(g['format'] for g in got))
     kinds = {f if f == 'text' or ('preference' in f and not job.train_on_preferred) else 'messages' for f in formats}

@@ -78,14 +78,19 @@ def _read_jsonl(f):
 class _Json:
     "JSON values out of a text that is read in blocks"
 
-    parse, blanks = json.JSONDecoder().raw_decode, re.compile(r'[ \t\r\n]*')
+    parse = json.JSONDecoder().raw_decode
+    blanks = re.compile(r'[ \t\r\n]*')
 
     def __init__(self, h, size=2**20):
-        self.h, self.size, self.buf, self.at = h, size, '', 0  # Characters in a block
+        self.h = h
+        self.size = size
+        self.buf = ''
+        self.at = 0  # Characters in a block
 
     def more(self, size):
         block = self.h.read(size)
-        self.buf, self.at = self.buf[self.at :] + block, 0
+        self.buf = self.buf[self.at :] + block
+        self.at = 0
         return bool(block)
 
     def peek(self) -> str:  # '' at the end
@@ -104,7 +109,8 @@ class _Json:
 @patch
 def value(self: _Json):
     "The next value; raises `JSONDecodeError`"
-    size, self.at = self.size, self.blanks.match(self.buf, self.at).end()
+    size = self.size
+    self.at = self.blanks.match(self.buf, self.at).end()
     while True:
         try:
             v, end = self.parse(self.buf, self.at)
@@ -148,14 +154,16 @@ def _read_json(f):
                 f"dataset: {f} must hold a JSON list of rows, got a {'dict' if first == '{' else 'single value' if first else 'file that is empty'}; put the rows into a list at the top"
             )
         j.at += 1
-        n, more = 0, j.peek() != ']'
+        n = 0
+        more = j.peek() != ']'
         try:
             while more:
                 j.peek()
                 yield j.value()
                 if j.peek() not in (',', ']') or not j.buf:
                     j.fail("Expecting ',' or ']'")
-                more, n = j.buf[j.at] == ',', n + 1
+                more = j.buf[j.at] == ','
+                n = n + 1
                 if more:
                     j.at += 1
             if j.peek() != ']':
@@ -403,7 +411,10 @@ class Spool:
     "Bytes that are appended and read back, in memory up to a limit and on disk beyond"
 
     def __init__(self, limit: int = 64 * 2**20):  # [bytes] kept in memory
-        self.limit, self.size, self.buf, self.file = limit, 0, bytearray(), None
+        self.limit = limit
+        self.size = 0
+        self.buf = bytearray()
+        self.file = None
 
     def write(self, b):
         if self.file is None and self.size + len(b) > self.limit:

@@ -50,24 +50,21 @@ class Chat:
         sampling: Sampling | None = None,  # Default: greedy
         compare: bool = True,  # Ask the base model as well
     ):
-        self.model, self.system, self.sampling, self.sides = (
-            model,
-            system,
-            sampling or Sampling(),
-            ('base', 'tuned') if compare else ('tuned',),
-        )
+        self.model = model
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.sides = ('base', 'tuned') if compare else ('tuned',)
         self.reset()
 
     def reset(self):
         "Forget all turns"
-        self.turns, self.histories = (
-            [],
-            {k: [dict(role='system', content=self.system)] if self.system else [] for k in self.sides},
-        )
+        self.turns = []
+        self.histories = {k: [dict(role='system', content=self.system)] if self.system else [] for k in self.sides}
 
     def stream(self, question: str):
         "Yield (side, piece) as the answers are written; returns the Turn"
-        answers, asked = {}, self._asked(question)
+        answers = {}
+        asked = self._asked(question)
         for k, msgs in asked.items():
             answers[k] = yield from _tagged(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
         return self._told(question, asked, answers)

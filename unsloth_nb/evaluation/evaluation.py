@@ -59,7 +59,8 @@ def row_losses(
     import torch
     from transformers import DataCollatorForSeq2Seq
 
-    collate, out = DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100), {}
+    collate = DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100)
+    out = {}
     with answering(model, tuned) as net, quiet():
         model.tok.padding_side = 'right'
         for part in _passes([len(e) for e in examples], batch_size, len(model.tok)):
@@ -143,7 +144,8 @@ def choose(
     if len(options) < 2 or not all(ids):
         raise SpecError(f"options: got {options!r}; at least two are needed, none of them empty")
     asked = [model.formatter.prompt_ids([dict(role='user', content=p)] if isinstance(p, str) else p) for p in prompts]
-    pairs, out = [(p, o) for p in asked for o in ids], {}
+    pairs = [(p, o) for p in asked for o in ids]
+    out = {}
     with answering(model, tuned) as net, quiet():
         for part in _passes([len(p) + len(o) for p, o in pairs], batch_size, 1):
             out |= dict(zip(part, _option_logprobs(model, net, [pairs[i] for i in part])))
@@ -156,11 +158,11 @@ class Evaluation(tuple):
 
     def __new__(cls, metrics: dict, answers: list = (), scores: dict | None = None, weights: dict | None = None):
         self = super().__new__(cls, (metrics, answers))
-        self.metrics, self.answers, self.scores, self.weights = (
-            metrics,
-            answers,
-            scores or {},
-            weights or {},
+        self.metrics = metrics
+        self.answers = answers
+        self.scores = scores or {}
+        self.weights = (
+            weights or {}
         )  # `scores`: name to a number for each row; `weights`: of the rows, where they are not all the same
         return self
 
@@ -221,7 +223,8 @@ def evaluate(
         loss_rows_cut=exs.rows.noted.get('examples_truncated', 0) + exs.rows.left_out['nothing_trained'],
         rows=len(convs),
     )
-    per_row, weights = dict(loss=[s / max(1, n) for s, n in losses]), dict(loss=[n for _, n in losses])
+    per_row = dict(loss=[s / max(1, n) for s, n in losses])
+    weights = dict(loss=[n for _, n in losses])
     if fmt.template == 'raw':
         return Evaluation(metrics, [], per_row, weights)
     answers = generate(model, convs, Sampling(max_new_tokens=max_new_tokens), tuned, batch_size) if found else []
@@ -272,10 +275,8 @@ def contrast(
     seed: int = 0,
 ) -> dict:  # confidence, bootstrap_samples, seed, scores, values, weights
     "Intervals of each side's scores, and of their difference with the p-value of a paired test"
-    how, names = (
-        dict(confidence=confidence, samples=bootstrap_samples, seed=seed),
-        list(dict.fromkeys(n for e in sides.values() for n in e.scores)),
-    )
+    how = dict(confidence=confidence, samples=bootstrap_samples, seed=seed)
+    names = list(dict.fromkeys(n for e in sides.values() for n in e.scores))
     res = {
         n: {s: asdict(estimate(e.scores[n], e.weights.get(n), **how)) for s, e in sides.items() if n in e.scores}
         for n in names

@@ -30,10 +30,8 @@ from ..core.schema import SpecError, nearest
 from ..tokens.tool_calls import as_tools, parse_calls
 
 # %% ../../nbs/evaluation/generation.ipynb #43ae27a1
-_whole, _positive = (
-    (lambda v: isinstance(v, int) and not isinstance(v, bool)),
-    (lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf),
-)
+_whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+_positive = lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf
 _bounds = dict(
     max_new_tokens=(lambda v: _whole(v) and v >= 1, 'a whole number from 1'),
     temperature=(lambda v: _positive(v) and v >= 0, 'a number from 0'),
@@ -137,7 +135,10 @@ class _StopStrings:
     "Ends the rows whose newest text completes a stop string"
 
     def __init__(self, tok, stop, start):
-        self.tok, self.stop, self.start, self.reach = tok, stop, start, max(len(s.encode()) for s in stop) + 4
+        self.tok = tok
+        self.stop = stop
+        self.start = start
+        self.reach = max(len(s.encode()) for s in stop) + 4
 
     def __call__(self, ids, scores, **kw):
         import torch
@@ -255,7 +256,8 @@ def _answer(tok, ids, ends, stop=(), tools=None, prompt=()) -> Answer:
     text = decode(kept)
     if _first(text, stop) is not None:  # Only what was there when the first one was complete counts, as in a stream
         kept = tokens = bisect.bisect_left(range(kept + 1), True, key=lambda n: _first(decode(n), stop) is not None)
-        text, finish = decode(kept), 'stop_string'
+        text = decode(kept)
+        finish = 'stop_string'
         text = text[: _first(text, stop)]
     if not tools:
         return Answer(text, tokens, finish != 'length', finish)
@@ -270,11 +272,9 @@ class Answers(list):
 
     def __init__(self, answers, seconds: float, peak_bytes: int | None = None, sampling: Sampling | None = None):
         super().__init__(answers)
-        self.seconds, self.peak_bytes, self.sampling = (
-            seconds,
-            peak_bytes,
-            sampling,
-        )  # [s], [bytes], as used, the seed included
+        self.seconds = seconds
+        self.peak_bytes = peak_bytes
+        self.sampling = sampling  # [s], [bytes], as used, the seed included
 
     @property
     def tokens(self) -> int:
@@ -398,12 +398,12 @@ def generate(
     if isinstance(prompts, (str, Conversation)):
         return generate(model, [prompts], sampling, tuned, batch_size, system, tools)[0]
     _check_list(prompts)
-    s, kind, start = _drawn(sampling), model.model.device.type, time.perf_counter()
-    asked, ends, out = (
-        _asked(model.formatter, prompts, s, context_length(model.model.config), system, tools),
-        set(model.formatter.stop_ids()),
-        {},
-    )
+    s = _drawn(sampling)
+    kind = model.model.device.type
+    start = time.perf_counter()
+    asked = _asked(model.formatter, prompts, s, context_length(model.model.config), system, tools)
+    ends = set(model.formatter.stop_ids())
+    out = {}
     order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
     reset_peak(kind)
     with answering(model, tuned, len(asked[order[-1]][0]) + s.max_new_tokens) as net, quiet():
@@ -420,7 +420,8 @@ class _Ids:
     "A streamer that hands on the generated ids"
 
     def __init__(self):
-        self.queue, self.prompt = queue.SimpleQueue(), True
+        self.queue = queue.SimpleQueue()
+        self.prompt = True
 
     def put(self, ids):
         if self.prompt:
@@ -437,14 +438,19 @@ class _Text:
     "Text of ids that come one by one; a character that is not whole yet waits"
 
     def __init__(self, tok):
-        self.tok, self.ids, self.read, self.told, self.text = tok, [], 0, 0, ''
+        self.tok = tok
+        self.ids = []
+        self.read = 0
+        self.told = 0
+        self.text = ''
 
     def add(self, i):
         self.ids.append(i)
         old, new = (self.tok.decode(self.ids[self.read : end], skip_special_tokens=True) for end in (self.told, None))
         if not new.endswith('\ufffd'):
             self.text += new[len(old) :]
-            self.read, self.told = self.told, len(self.ids)
+            self.read = self.told
+            self.told = len(self.ids)
         return self.text
 
 
@@ -455,7 +461,8 @@ def _held(text, stop):
 # %% ../../nbs/evaluation/generation.ipynb #47cca96c
 def _in_thread(model, ids, s, tuned, over):
     "Generate in a thread; returns it, the queue of ids, which ends with None, and a list that receives an error"
-    out, failed = _Ids(), []
+    out = _Ids()
+    failed = []
 
     def work():
         try:
@@ -484,9 +491,13 @@ def stream(
     tools: list | None = None,  # Functions that the model may call
 ):
     "Yield the answer in pieces of text, as they are generated; returns the Answer"
-    s, over, ends = _drawn(sampling), threading.Event(), set(model.formatter.stop_ids())
+    s = _drawn(sampling)
+    over = threading.Event()
+    ends = set(model.formatter.stop_ids())
     ((ids, tools),) = _asked(model.formatter, [prompt], s, context_length(model.model.config), system, tools)
-    text, sent, cut = _Text(model.tok), 0, None
+    text = _Text(model.tok)
+    sent = 0
+    cut = None
     thread, tokens, failed = _in_thread(model, ids, s, tuned, over)
     try:
         for t in iter(tokens.get, None):
@@ -517,7 +528,8 @@ def _notebook_writer():
         'text/plain': plain_text(text),
         'text/html': f'<div style="white-space:pre-wrap">{html_text(text)}</div>',
     }
-    handle, last = display(data(''), raw=True, display_id=True), [0.0]
+    handle = display(data(''), raw=True, display_id=True)
+    last = [0.0]
 
     def write(text, piece, final=False):
         if final or time.monotonic() - last[0] > 0.1:
@@ -537,10 +549,8 @@ def show_pieces(pieces):
     "Show pieces of text as they come; returns what the generator returns"
     from IPython import get_ipython
 
-    write, text = (
-        _notebook_writer() if type(get_ipython()).__name__ == 'ZMQInteractiveShell' else _terminal_writer(),
-        '',
-    )
+    write = _notebook_writer() if type(get_ipython()).__name__ == 'ZMQInteractiveShell' else _terminal_writer()
+    text = ''
     try:
         while True:
             try:

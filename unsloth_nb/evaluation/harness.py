@@ -89,7 +89,8 @@ def own_tasks(
     task_dir,  # Folder with `*.yaml` and data
 ) -> dict[str, dict]:  # Name to configuration
     "The tasks of a folder, read as data"
-    folder, res = Path(task_dir).resolve(), {}
+    folder = Path(task_dir).resolve()
+    res = {}
     if not folder.is_dir():
         raise SpecError(f"task_dir: there is no folder {str(task_dir)!r}")
     for f in sorted([*folder.rglob('*.yaml'), *folder.rglob('*.yml')]):
@@ -213,7 +214,8 @@ def _row_scores(samples, metric, filt, mean):
 
 def _evaluation(found):
     "The harness's result as an Evaluation"
-    metrics, scores = {}, {}
+    metrics = {}
+    scores = {}
     for task, values in found['results'].items():
         for key, v in values.items():
             metric, _, filt = key.partition(',')

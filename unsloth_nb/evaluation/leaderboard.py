@@ -127,7 +127,8 @@ def _cells(board, rows):
     pct = f'{100 * board.confidence:g}% interval'
     yield ['run', 'model', 'dataset', 'rows', board.side, pct, 'to the first', pct, 'p', 'higher / lower', '']
     for s in rows:
-        e, d = s.estimate, s.difference
+        e = s.estimate
+        d = s.difference
         of = [str(e.n), number(e.mean), interval(e)] if e else [''] * 3
         yield [
             s.run,
@@ -182,7 +183,8 @@ def write_comparison(
     **kw,  # As in `compare_runs`
 ) -> Path:
     "Write a page that compares several runs"
-    path, board = Path(path), runs if isinstance(runs, Leaderboard) else compare_runs(runs, **kw)
+    path = Path(path)
+    board = runs if isinstance(runs, Leaderboard) else compare_runs(runs, **kw)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
     tmp.write_text(_page(board, title))
     os.replace(tmp, path)

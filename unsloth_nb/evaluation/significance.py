@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass
 
 # %% ../../nbs/evaluation/significance.ipynb #ec210d24
-CONFIDENCE, SAMPLES = 0.95, 9999
+CONFIDENCE = 0.95
+SAMPLES = 9999
 
 
 def _weighted(v, w, axis=-1):
@@ -81,7 +82,8 @@ def estimate(
         from scipy.stats import binomtest
 
         ci = binomtest(int(v.sum()), len(v)).proportion_ci(confidence, 'wilson')
-        low, high = float(ci.low), float(ci.high)
+        low = float(ci.low)
+        high = float(ci.high)
     else:
         low, high = _bootstrap(v, w, confidence, samples, seed) or (None, None)
     return Estimate(float(_weighted(v, w)), low, high, len(v))
@@ -91,7 +93,8 @@ def _mcnemar(a, b):
     "Two-sided exact p-value from the rows that changed"
     from scipy.stats import binomtest
 
-    better, worse = int((b > a).sum()), int((b < a).sum())
+    better = int((b > a).sum())
+    worse = int((b < a).sum())
     return binomtest(better, better + worse).pvalue if better + worse else 1.0
 
 
@@ -118,13 +121,16 @@ def _newcombe(a, b, confidence):
     "Interval of the paired difference b - a of 0/1 scores"
     from scipy.stats import binomtest
 
-    n, both, only_a, only_b = len(a), int((a * b).sum()), int((a > b).sum()), int((b > a).sum())
-    neither, p, q = n - both - only_a - only_b, (both + only_b) / n, (both + only_a) / n
+    n = len(a)
+    both = int((a * b).sum())
+    only_a = int((a > b).sum())
+    only_b = int((b > a).sum())
+    neither = n - both - only_a - only_b
+    p = (both + only_b) / n
+    q = (both + only_a) / n
     x, y = (binomtest(k, n).proportion_ci(confidence, 'wilson') for k in (both + only_b, both + only_a))
-    margins, cross = (
-        (both + only_b) * (neither + only_a) * (both + only_a) * (neither + only_b),
-        both * neither - only_a * only_b,
-    )
+    margins = (both + only_b) * (neither + only_a) * (both + only_a) * (neither + only_b)
+    cross = both * neither - only_a * only_b
     phi = (
         (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
     )  # With the paper's correction for continuity

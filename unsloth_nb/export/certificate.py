@@ -27,10 +27,8 @@ def make_request(
     tok=None,  # Tokenizer that the export carries; default: the model's
 ) -> dict:  # As in the witness page; candidates are added by `expect`
     "The request that both the model in memory and its export answer"
-    fmt, exs = (
-        model.formatter_for(convs),
-        make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate'),
-    )
+    fmt = model.formatter_for(convs)
+    exs = make_examples(convs, model.formatter_for(convs), model.plan.max_seq_length, 'truncate')
     if not any(e.trained for e in exs):
         raise SpecError('check_rows: none of these rows has a token to compare; take other rows, or more of them')
     if fmt.template == 'raw':
@@ -60,7 +58,8 @@ def expect(
     tok=None,  # Tokenizer that the export carries; default: the model's
 ) -> dict:  # An answer, as a witness gives it
     "What the model in memory answers"
-    tok, config = tok or model.tok, model.generation_config()
+    tok = tok or model.tok
+    config = model.generation_config()
     with answering(model) as net:
         seen = log_probabilities(net, request['examples'])
         said = greedy_answers(
@@ -98,7 +97,8 @@ def token_differences(
         for c, i, p, q, r, s in zip(cs, ids, P, Q, R, S, strict=True)
     ]
     as_good = lambda c, i, p: c in i and p[i.index(c)] >= max(p) - TIE
-    n, nll = len(rows), lambda k: -sum(float(x[k]) for x in rows) / len(rows)
+    n = len(rows)
+    nll = lambda k: -sum(float(x[k]) for x in rows) / len(rows)
     return dict(
         tokens=n,
         agreement=sum(as_good(c, i, p) for c, i, p, *_ in rows) / n,
@@ -131,7 +131,8 @@ def answer_differences(
     model, request, want, got, tie
 ) -> dict:  # greedy_agreement [fraction of prompts], runs_on [prompts]
     "Do greedy answers agree, and do they end with the end token?"
-    agree, ends = 0, set(want['eos'])
+    agree = 0
+    ends = set(want['eos'])
     with answering(model) as net:
         for p, w, g in zip(request['prompts'], want['greedy'], got['greedy'], strict=True):
             agree += (
@@ -177,7 +178,10 @@ def merge_error(
     "How far what a merged model adds to its base is from what was learned, and how far it is from the exact sum"
     import torch
 
-    base, files, share, noise = _tensors(weights_folder(model.source)), _tensors(folder), 0.0, 0.0
+    base = _tensors(weights_folder(model.source))
+    files = _tensors(folder)
+    share = 0.0
+    noise = 0.0
     for name, layer in model.model.named_modules():
         if 'default' not in getattr(layer, 'lora_A', {}):
             continue
@@ -207,11 +211,9 @@ def adapter_error(
     import torch
     from peft import get_peft_model_state_dict
 
-    here, files, config = (
-        get_peft_model_state_dict(model.model),
-        _tensors(folder),
-        read_json(Path(folder) / 'adapter_config.json'),
-    )
+    here = get_peft_model_state_dict(model.model)
+    files = _tensors(folder)
+    config = read_json(Path(folder) / 'adapter_config.json')
     differ = sum(
         not torch.equal(t.cpu(), r) if (r := _read({n: files[n]}, n) if n in files else None) is not None else True
         for n, t in here.items()

@@ -110,7 +110,8 @@ def _pre_tokenizers(spec):
 
 def exact_pre_tokenizer(spec: dict) -> str | None:  # llama.cpp's name for it
     "How llama.cpp must cut text, where a tokenizer.json says exactly that; None: the converter's own test decides"
-    steps, norm = _pre_tokenizers(spec), spec.get('normalizer') or {}
+    steps = _pre_tokenizers(spec)
+    norm = spec.get('normalizer') or {}
     plain = not norm or norm.get('normalizers') == []
     gpt2 = (
         len(steps) == 1
@@ -176,7 +177,8 @@ def _convert(home, view, file, outtype, name):
 
     for c in (AutoConfig, AutoTokenizer):
         c.from_pretrained = _declining(c.from_pretrained)
-    exact, by_test = exact_pre_tokenizer(read_json(Path(view) / 'tokenizer.json') or {}), TextModel.get_vocab_base_pre
+    exact = exact_pre_tokenizer(read_json(Path(view) / 'tokenizer.json') or {})
+    by_test = TextModel.get_vocab_base_pre
     TextModel.get_vocab_base_pre = lambda self, tok: exact or by_test(self, tok)
     sys.argv = ['convert_hf_to_gguf', '--outtype', outtype, '--outfile', file, '--model-name', name, view]
     convert_hf_to_gguf.main()
@@ -221,12 +223,14 @@ def write_gguf(
     name: str = 'model',  # What the file calls the model
 ) -> 'GgufInfo':  # What the file says of itself
     "Make a GGUF file from a merged model, by llama.cpp's converter and quantizer"
-    folder, file = Path(folder), Path(file)
+    folder = Path(folder)
+    file = Path(file)
     check_gguf_kind(kind, folder)
     if file.exists():
         raise FileExistsError(f"{file} exists already; nothing is overwritten")
     with tempfile.TemporaryDirectory(prefix='.gguf-', dir=file.parent) as stage:
-        view, made = Path(stage) / 'view', Path(stage) / 'made.gguf'
+        view = Path(stage) / 'view'
+        made = Path(stage) / 'made.gguf'
         view.mkdir()
         _view(folder, view)
         _child('_convert', find_converter(), view, made, KINDS[kind], name)
@@ -273,7 +277,8 @@ def gguf_info(file) -> GgufInfo:
             f"GGUF: {file.name} is cut or damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); export it again"
         ) from None
     get = lambda k, default=None: f.contents() if (f := r.fields.get(k)) is not None else default
-    arch, ids = get('general.architecture', '?'), [get(f'tokenizer.ggml.{k}_token_id') for k in ('eos', 'eot')]
+    arch = get('general.architecture', '?')
+    ids = [get(f'tokenizer.ggml.{k}_token_id') for k in ('eos', 'eot')]
     tokens = r.fields.get('tokenizer.ggml.tokens')
     return GgufInfo(
         get('general.name', ''),
@@ -307,7 +312,8 @@ class _Bound:
     def __init__(self, file, info, n_ctx):
         import llama_cpp
 
-        self.lib, self.ids = llama_cpp, None
+        self.lib = llama_cpp
+        self.ids = None
         self.llama = llama_cpp.Llama(str(file), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, verbose=False)
 
     def close(self):
@@ -334,7 +340,8 @@ class _Bound:
         return [float(row[i] - norm) for i in wanted], int(row.argmax())
 
     def greedy(self, ids, n):
-        out, self.ids = [], None
+        out = []
+        self.ids = None
         for t in self.llama.generate(ids, temp=0, repeat_penalty=1):
             if self.lib.llama_vocab_is_eog(self.llama._model.vocab, t):
                 return out, True
@@ -368,7 +375,8 @@ class _Served:
             False,
             0,
         )
-        self.server, self.tokens = xllamacpp.Server(p), info.tokens
+        self.server = xllamacpp.Server(p)
+        self.tokens = info.tokens
         self.place = self.server.listening_address.removeprefix('http://')
 
     def close(self):
@@ -496,7 +504,8 @@ def message_pieces(
     )
     piece = lambda roles: draw(roles).removeprefix(draw(roles[:-1])).replace(f'¤{roles[-1]}{len(roles) - 1}¤', '¤')
     try:
-        assistant, user = piece(['user', 'assistant']), piece(['user', 'assistant', 'user'])
+        assistant = piece(['user', 'assistant'])
+        user = piece(['user', 'assistant', 'user'])
         head = draw(['user']).removesuffix(user.replace('¤', '¤user0¤'))
         system = draw(['system', 'user']).removesuffix(user.replace('¤', '¤user1¤')).replace('¤system0¤', '¤')
         res = dict(
@@ -526,7 +535,8 @@ def go_template(tok) -> str | None:  # None: more than text around each message
     ):
         return None
     bos = tok.bos_token if tok.bos_token and tok('a').input_ids[:1] == [tok.bos_token_id] else ''
-    head, system = p['head'].removeprefix(bos), p['system'].removeprefix(bos)
+    head = p['head'].removeprefix(bos)
+    system = p['system'].removeprefix(bos)
     turns = ''.join(
         f'{{{{ {"else " if i else ""}if eq .Role "{r}" }}}}{t.replace("¤", "{{ .Content }}")}'
         for i, (r, t) in enumerate(dict(system=system, user=p['user'], assistant=p['assistant']).items())
@@ -540,7 +550,8 @@ def modelfile(
     system: str | None = None,  # For conversations that bring none
 ) -> str:
     "The Ollama Modelfile of a `model.gguf` beside it"
-    go, stops = go_template(tok), [tok.decode([i]) for i in stop_ids]
+    go = go_template(tok)
+    stops = [tok.decode([i]) for i in stop_ids]
     said = (
         []
         if not system

@@ -38,7 +38,8 @@ LOGIN = 'log in with `hf auth login`, or set HF_TOKEN'
 
 def _refusal(repo_id, e) -> str:
     "What an answer of the Hub means"
-    status, code = e.response.status_code, e.response.headers.get('X-Error-Code')
+    status = e.response.status_code
+    code = e.response.headers.get('X-Error-Code')
     said = f" (the Hub says: {e.server_message or e.response.headers.get('X-Error-Message') or status})"
     if code == 'RevisionNotFound':
         return f'{repo_id} has no such revision; give a branch, a tag or a commit that it has' + said
@@ -120,10 +121,8 @@ def check_repo_id(repo_id: str):
         raise SpecError(f"repo: got {repo_id!r}; expected owner/name, with your user name or an organization as owner")
 
 # %% ../../nbs/export/hub.ipynb #8fd677b3
-SUFFIXES, NAMES = (
-    ('.safetensors', '.gguf', '.json', '.txt', '.md', '.jinja'),
-    ('Modelfile', 'tokenizer.model', MANIFEST_SUM),
-)
+SUFFIXES = ('.safetensors', '.gguf', '.json', '.txt', '.md', '.jinja')
+NAMES = ('Modelfile', 'tokenizer.model', MANIFEST_SUM)
 
 
 def _check_files(folder, names):
@@ -143,7 +142,8 @@ def _check_files(folder, names):
 # %% ../../nbs/export/hub.ipynb #b8889516
 def _portable(folder, name):
     "A configuration without paths of this machine"
-    d, base = read_json(folder / name), read_json(folder / BASE_FILE) or {}
+    d = read_json(folder / name)
+    base = read_json(folder / BASE_FILE) or {}
     model = base.get('model') or d.get('base_model_name_or_path') or d.get('_name_or_path') or ''
     local = lambda s: isinstance(s, str) and (s.startswith(('/', '~', '.')) or os.path.isdir(s))
     keys = [k for k in ('base_model_name_or_path', '_name_or_path', 'name_or_path', 'model') if local(d.get(k))]
@@ -382,7 +382,8 @@ def push(
     if revision and re.fullmatch('[0-9a-f]{40}', revision):
         raise SpecError(f'revision: {revision} is a commit, and a commit is never changed; give a branch')
     folder, run = find_export(what, to)
-    pub, branch = publication(folder, run, repo_id), revision or 'main'
+    pub = publication(folder, run, repo_id)
+    branch = revision or 'main'
     with _client(repo_id, token) as api, nullcontext() if sys.stderr.isatty() else quiet():
         _check_token(api, repo_id)
         head, have, is_private = _make_ready(api, repo_id, branch, private, create, overwrite)

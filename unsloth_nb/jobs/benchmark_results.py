@@ -104,7 +104,9 @@ def _cells(self: Benchmark):
 @patch
 def facts(self: Benchmark) -> list[str]:
     "Device, data, and every measurement that failed or was left out"
-    d, j, e = self.device, self.job, self.examples
+    d = self.device
+    j = self.job
+    e = self.examples
     why = [
         f"{m['name']}{', round ' + str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}"
         for m in self.measurements
@@ -162,7 +164,8 @@ def losses(self: Benchmark):
     "Losses and gradient norms side by side, warm-up included"
     from IPython.display import Markdown
 
-    rows, diff = [r for r in self.rows if r['status'] == 'ok'], self.differences() if self.reference else {}
+    rows = [r for r in self.rows if r['status'] == 'ok']
+    diff = self.differences() if self.reference else {}
     cell = lambda r, i: f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
     out = [
         ['step', *(r['name'] for r in rows)],

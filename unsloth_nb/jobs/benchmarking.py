@@ -189,7 +189,9 @@ class Clock:
     "When each optimizer step has ended; stands in for `monitor.Live`, which is told of every step"
 
     def __init__(self, cuda=False):
-        self.cuda, self.ends, self.metrics = cuda, [], []
+        self.cuda = cuda
+        self.ends = []
+        self.metrics = []
 
     def show(self, progress, final=False):
         if not final:
@@ -233,7 +235,8 @@ def _plain_model(job, plan, device):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
-    src, dtype = locate(job), getattr(torch, plan.dtype)
+    src = locate(job)
+    dtype = getattr(torch, plan.dtype)
     nf4 = (
         BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -305,7 +308,9 @@ def _plain_trainer(engine, model, tok, examples, asked):
     "The trainer of transformers or TRL; packed rows hold no padding, so all of their tokens count"
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
-    cls, config, kw = Trainer, TrainingArguments, {}
+    cls = Trainer
+    config = TrainingArguments
+    kw = {}
     if engine == 'trl':
         from trl import SFTConfig as config, SFTTrainer as cls
     if asked['packing']:
@@ -392,7 +397,9 @@ def failure(e: BaseException) -> dict:  # status and reason
 
 def _measure(r, run, res):
     "Load, wait, train; `res` is filled as things become known"
-    start, ours, cuda = time.perf_counter(), r['engine'] == 'unsloth', r['device']['kind'] == 'cuda'
+    start = time.perf_counter()
+    ours = r['engine'] == 'unsloth'
+    cuda = r['device']['kind'] == 'cuda'
     job = FinetuneJob(**r['job'])
     with run.stage('loading'):
         if ours:
@@ -426,7 +433,9 @@ def measure(
     request,  # JSON file, as `benchmark` writes it
 ):
     "What a child process does with its request; writes `measured.json` beside it"
-    r, run, res = read_json(request), Run(Path(request).parent), dict(status='running')
+    r = read_json(request)
+    run = Run(Path(request).parent)
+    res = dict(status='running')
     try:
         _measure(r, run, res)
         res['status'] = 'ok'
@@ -515,14 +524,10 @@ def benchmark(
     configurations: dict[str, Configuration] | None = None,  # Others than `CONFIGURATIONS`; all of them are measured
 ) -> Benchmark:
     "Measure configurations side by side; what fails is a row of the result"
-    device, table = (
-        device_info(),
-        configurations or {n: CONFIGURATIONS[n] for n in job.configurations or CONFIGURATIONS},
-    )
-    home, why = (
-        run.path / 'measurements',
-        {n: obstacle(c, device, bool(configurations or job.configurations)) for n, c in table.items()},
-    )
+    device = device_info()
+    table = configurations or {n: CONFIGURATIONS[n] for n in job.configurations or CONFIGURATIONS}
+    home = run.path / 'measurements'
+    why = {n: obstacle(c, device, bool(configurations or job.configurations)) for n, c in table.items()}
     home.mkdir()
     examples = _make_examples(finetune_job(job))
     write_examples(examples, home / 'examples.parquet')
@@ -566,7 +571,8 @@ def benchmark(
 # %% ../../nbs/jobs/benchmarking.ipynb #b3729741
 def _request(job, name, c, device, home):
     "What a child is told; the text has been formatted, so the template is of no concern to it"
-    src, ft = locate(finetune_job(job)), finetune_job(job, **c.settings)
+    src = locate(finetune_job(job))
+    ft = finetune_job(job, **c.settings)
     if src.ref.kind != 'hub':
         ft = ft.replace(model=src.path)
     return dict(
@@ -623,7 +629,8 @@ def random_model(
     tokenizer=None,  # Folder with a tokenizer; default: the embedded model's
 ) -> Path:
     "A model of a true shape with random weights, in bfloat16, as safetensors; made on the GPU where there is one"
-    entries, source = _shape(shape), tokenizer or embedded_model()
+    entries = _shape(shape)
+    source = tokenizer or embedded_model()
     import torch
 
     with quiet():

@@ -53,7 +53,9 @@ def _attempts(run, name, show, retries, **watch):
     for home in run.path.glob('attempts/*/launch'):
         tidy(home)  # Nobody has concluded an attempt whose runner was killed
     for left in range(retries, -1, -1):
-        watcher, sup, error = Watcher(run), Supervisor(run, **watch), None
+        watcher = Watcher(run)
+        sup = Supervisor(run, **watch)
+        error = None
         sup.start()
         if show:
             watcher.say(f'{run.path}: starting a kernel …')
@@ -96,7 +98,8 @@ def run_job(
     **params,  # Parameters by name
 ) -> Run:
     "Run a job notebook: check, execute, conclude; returns the run, finished, failed or interrupted"
-    job, other = make_job(name, preset, params_file, **params), reuse and open_run(reuse, runs_dir, kind=name)
+    job = make_job(name, preset, params_file, **params)
+    other = reuse and open_run(reuse, runs_dir, kind=name)
     _check_retries(job, retries)
     preflight(job, runs_dir)
     run = Run(new_run_dir(name, runs_dir))

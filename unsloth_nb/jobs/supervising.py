@@ -29,20 +29,16 @@ class Watcher(threading.Thread):
 
     def __init__(self, run: Run, every: float = 5.0, out=None):  # seconds between two lines of training
         super().__init__(daemon=True)
-        self.run_dir, self.every, self.out, self.start_time, self.over = (
-            run,
-            every,
-            out or sys.stdout,
-            time.time(),
-            threading.Event(),
-        )
-        self.seen, self.step, self.last, self.stage, self.total = (
-            0,
-            0,
-            time.time(),
-            None,
-            getattr(run.job, 'max_steps', None),
-        )
+        self.run_dir = run
+        self.every = every
+        self.out = out or sys.stdout
+        self.start_time = time.time()
+        self.over = threading.Event()
+        self.seen = 0
+        self.step = 0
+        self.last = time.time()
+        self.stage = None
+        self.total = getattr(run.job, 'max_steps', None)
 
     def say(self, text):
         self.last = time.time()
@@ -92,7 +88,8 @@ def look(self: Watcher, final=False):
         self.say(_stage_line(l))
         if 'stage' in l:
             self.stage = (l['stage'], l['time']) if l['state'] == 'started' else None
-    self.seen, quiet = len(lines), time.time() - self.last
+    self.seen = len(lines)
+    quiet = time.time() - self.last
     if (final or quiet >= self.every) and self.say_step():
         return
     if quiet >= 15 and self.stage:
@@ -156,19 +153,19 @@ class Supervisor(threading.Thread):
         grace: float = 120,  # [s] that a checkpoint may take after a request to stop
     ):
         super().__init__(daemon=True)
-        self.run_dir, self.hang_after, self.timeout, self.grace, self.over = (
-            run,
-            hang_after,
-            timeout,
-            grace,
-            threading.Event(),
-        )
-        self.nb, self.why, self.started, self.longest, self.last_step = None, '', time.time(), 0.0, None
-        self.asked, self.called, self.from_step = (
-            None,
-            None,
-            None,
-        )  # When first and when last, and the first step that ended long after
+        self.run_dir = run
+        self.hang_after = hang_after
+        self.timeout = timeout
+        self.grace = grace
+        self.over = threading.Event()
+        self.nb = None
+        self.why = ''
+        self.started = time.time()
+        self.longest = 0.0
+        self.last_step = None
+        self.asked = None
+        self.called = None
+        self.from_step = None  # When first and when last, and the first step that ended long after
 
     @property
     def beat(self) -> dict:  # Empty before the kernel has said anything
@@ -186,7 +183,8 @@ class Supervisor(threading.Thread):
 @patch
 def look(self: Supervisor, now: float):
     "End what is silent, stuck or late"
-    b, over_time = self.beat, self.timeout and now - self.started > self.timeout
+    b = self.beat
+    over_time = self.timeout and now - self.started > self.timeout
     if b.get('step_time'):
         if self.last_step and b['step'] != self.last_step[0]:
             self.longest = max(self.longest, (b['step_time'] - self.last_step[1]) / (b['step'] - self.last_step[0]))
@@ -218,7 +216,8 @@ def ask(self: Supervisor) -> bool:  # Is there a process to ask?
     "Ask the kernel to stop, as its stop button would"
     if not (pid := self.beat.get('pid')):
         return False
-    self.called, self.from_step = time.time(), None
+    self.called = time.time()
+    self.from_step = None
     self.asked = self.asked or self.called
     os.kill(pid, signal.SIGINT)
     return True
@@ -227,10 +226,8 @@ def ask(self: Supervisor) -> bool:  # Is there a process to ask?
 @patch
 def _unheard(self: Supervisor, beat: dict) -> bool:
     "Has the kernel gone on, ten seconds after it was asked last: with a new stage, or with three steps?"
-    late, began = (
-        self.called + 10,
-        [l['time'] for l in read_lines(self.run_dir.path / 'progress.jsonl') if l.get('state') == 'started'][-1:],
-    )
+    late = self.called + 10
+    began = [l['time'] for l in read_lines(self.run_dir.path / 'progress.jsonl') if l.get('state') == 'started'][-1:]
     if self.from_step is None and (beat.get('step_time') or 0) > late:
         self.from_step = beat['step']
     return bool(began and began[0] > late) or (
@@ -332,7 +329,8 @@ def reason(
     e, sup: Supervisor
 ) -> tuple[str, str, bool]:  # (interrupted or failed, why, would another attempt be worth it?)
     "How and why an execution ended"
-    kind, told = type(e).__name__ if e is not None else '', sup.why.startswith('stopped by')
+    kind = type(e).__name__ if e is not None else ''
+    told = sup.why.startswith('stopped by')
     if e is None:
         return 'failed', 'the notebook ended without finishing its run', False
     if kind == 'PapermillExecutionError':

@@ -140,7 +140,8 @@ def open_sweep(
     return SweepResult(found[hits[0]])
 
 # %% ../../nbs/jobs/sweep_report.ipynb #73e67f3c
-TOGETHER, SHOWN = 0.95, 10  # Confidence of all comparisons together; how many trials are compared
+TOGETHER = 0.95
+SHOWN = 10  # Confidence of all comparisons together; how many trials are compared
 
 
 @patch
@@ -185,10 +186,12 @@ def ties(self: SweepResult) -> list[Trial]:
 @patch
 def importances(self: SweepResult) -> dict[str, float]:  # Share of each parameter; empty with too few trials
     "How much each parameter decides whether a trial is among the good ones"
-    done, names = self.ranking, self.sweep.names
+    done = self.ranking
+    names = self.sweep.names
     if len(done) < max(8, 4 * len(names)) or len({t.value for t in done}) < 2:
         return {}
-    optuna, d = need('optuna'), distributions(self.sweep)
+    optuna = need('optuna')
+    d = distributions(self.sweep)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction='maximize' if self.sweep.larger else 'minimize')
     for t in done:
@@ -217,10 +220,8 @@ def next_steps(self: SweepResult) -> list[str]:
 @patch
 def _unfinished(self: SweepResult):
     states = [t.state for t in self.trials]
-    failed, left = (
-        [t for t in self.trials if t.state == 'failed'],
-        sum(s in ('interrupted', 'running') for s in states) + self.sweep.count() - len(states),
-    )
+    failed = [t for t in self.trials if t.state == 'failed']
+    left = sum(s in ('interrupted', 'running') for s in states) + self.sweep.count() - len(states)
     if failed:
         common = {
             n: v
@@ -307,7 +308,8 @@ def _falling(self: SweepResult):
     q = len(loss) // 4
     if q < 3:
         return
-    before, last = sum(loss[-2 * q : -q]) / q, sum(loss[-q:]) / q
+    before = sum(loss[-2 * q : -q]) / q
+    last = sum(loss[-q:]) / q
     if last < 0.95 * before:
         yield f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): try more steps (max_steps)"
 
@@ -368,7 +370,8 @@ def _rows(self: SweepResult):
         'run',
     ]
     for t in [*self.ranking, *rest][:TABLE]:
-        s, run = standings.get(t.number), self.run_of(t)
+        s = standings.get(t.number)
+        run = self.run_of(t)
         e, d = (self._estimate(s), s.difference) if s else (None, None)
         yield [
             str(t.number),
@@ -416,7 +419,8 @@ def _scale(values, log):
     "Where values stand on an axis from 0 to 1, and its ticks"
     if all(map(_is_number, values)) and len(set(values)) > 1:
         f = math.log if log else float
-        low, high = f(min(values)), f(max(values))
+        low = f(min(values))
+        high = f(max(values))
         ticks = sorted(set(values)) if len(set(values)) <= 6 else [min(values), max(values)]
         at = lambda v: (f(v) - low) / (high - low)
     else:
@@ -437,7 +441,8 @@ def plot(self: SweepResult, ax=None):
     "Parallel coordinates of all trials with their objective; returns the axes"
     import matplotlib.pyplot as plt
 
-    names, shown = self.sweep.names, [t for t in self.trials if t.state in ('finished', 'pruned')]
+    names = self.sweep.names
+    shown = [t for t in self.trials if t.state in ('finished', 'pruned')]
     ax = ax or plt.figure(figsize=(1.6 * len(names) + 2.4, 3.2), layout='tight').gca()
     axes = [_scale(vals, _logarithmic(self.sweep, n, vals)) for n in names if (vals := [t.params[n] for t in shown])]
     if self.best:

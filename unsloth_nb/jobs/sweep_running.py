@@ -76,7 +76,8 @@ def end_leftovers(
     "Kill what an attempt before has left here; raises `RunError` when another machine still works on the run"
     import psutil
 
-    left, until = processes_of(run), time.time() + wait
+    left = processes_of(run)
+    until = time.time() + wait
     for p in left:
         try:
             p.kill()
@@ -111,7 +112,8 @@ def carry_out(
 # %% ../../nbs/jobs/sweep_running.ipynb #3d5c5075
 def _work(execute, path):
     "Carry out a trial in a worker; a run that was begun in this process ends with it"
-    run, why = Run(path), 'its task ended without a result'
+    run = Run(path)
+    why = 'its task ended without a result'
     try:
         return execute(path)
     except Exception as e:
@@ -156,7 +158,11 @@ class Search:
             if sweep.how == 'tpe'
             else optuna.samplers.RandomSampler(sweep.seed)
         )
-        self.sweep, self.known, self.space, self.live, self.said = sweep, sweep.points(), distributions(sweep), {}, {}
+        self.sweep = sweep
+        self.known = sweep.points()
+        self.space = distributions(sweep)
+        self.live = {}
+        self.said = {}
         self.study = optuna.create_study(
             study_name=name, direction='maximize' if sweep.larger else 'minimize', sampler=sampler, pruner=pruner
         )
@@ -183,9 +189,12 @@ def begin(self: Search, t: Trial):
 @patch
 def behind(self: Search, t: Trial, metrics: list) -> str:  # Why it should be pruned; empty: go on
     "Report what is new in a run's metrics, and ask the pruner at each step"
-    mine, sign, late = self.live[t.number], -1 if self.sweep.larger else 1, []
+    mine = self.live[t.number]
+    sign = -1 if self.sweep.larger else 1
+    late = []
     for m in metrics:
-        loss, step = m.get('loss'), m['step']
+        loss = m.get('loss')
+        step = m['step']
         if step <= self.said.get(t.number, 0) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
             continue
         mine.report(sign * loss, step)
@@ -202,7 +211,8 @@ def end(self: Search, t: Trial, metrics: list = ()):
         self.begin(t)
     if self.sweep.pruner != 'none':
         self.behind(t, metrics)
-    states, mine = self.optuna.trial.TrialState, self.live.pop(t.number)
+    states = self.optuna.trial.TrialState
+    mine = self.live.pop(t.number)
     if t.state == 'finished':
         self.study.tell(mine, t.value)
     else:
@@ -232,8 +242,11 @@ def local_workers(
     deaths: int = 1,  # How many workers a trial may outlive
 ):
     "A Dask client with worker processes on this machine"
-    dask, d, _ = need('dask'), need('distributed'), need('cryptography')
-    tls, http = d.Security.temporary(), dict(dashboard=False, dashboard_address='127.0.0.1:0')
+    dask = need('dask')
+    d = need('distributed')
+    _ = need('cryptography')
+    tls = d.Security.temporary()
+    http = dict(dashboard=False, dashboard_address='127.0.0.1:0')
     same = dict(
         nthreads=1,
         memory_limit=0,
@@ -298,13 +311,19 @@ class Conductor:
     "Carries out a sweep, from whatever state it is in"
 
     def __init__(self, res: SweepResult, client, room, execute, show=True, retry_failed=False):
-        self.res, self.client, self.room, self.execute, self.show = res, client, room, execute, show
-        self.start, self.live, self.asked, self.in_a_row, self.halted = time.time(), {}, set(), 0, ''
+        self.res = res
+        self.client = client
+        self.room = room
+        self.execute = execute
+        self.show = show
+        self.start = time.time()
+        self.live = {}
+        self.asked = set()
+        self.in_a_row = 0
+        self.halted = ''
         self.queue = left_over(res, retry_failed)
-        self.search, self.trials = (
-            Search(res.sweep, res.name, len(res.trials)),
-            {t.number: t for t in res.trials} | {t.number: t for t in self.queue},
-        )
+        self.search = Search(res.sweep, res.name, len(res.trials))
+        self.trials = {t.number: t for t in res.trials} | {t.number: t for t in self.queue}
         for t in self.trials.values():
             if t not in self.queue:
                 self.search.end(t, res.run_of(t).metrics)
@@ -373,7 +392,9 @@ def submit(self: Conductor, t: Trial):
     self.say(
         f"trial {t.number}: {show_params(t.params)}{'; goes on' if t.state != 'running' or (run.path / 'heartbeat.json').exists() else ''} ({t.run})"
     )
-    t.state, t.reason, t.asked = 'running', '', ''
+    t.state = 'running'
+    t.reason = ''
+    t.asked = ''
     (run.path / 'stop.json').unlink(missing_ok=True)  # What was asked of it before is over
     self.write(t)
     self.search.begin(t)
@@ -406,7 +427,8 @@ def watch(self: Conductor, t: Trial, stop):
 # %% ../../nbs/jobs/sweep_running.ipynb #1769def6
 def value_of(run: Run, objective: str) -> float:
     "The objective of a finished run; raises `RunError` with the names that are there"
-    v, at = run.result['metrics'], []
+    v = run.result['metrics']
+    at = []
     for part in objective.split('.'):
         if not isinstance(v, dict) or part not in v:
             raise RunError(
@@ -423,17 +445,21 @@ def conclude(self: Conductor, t: Trial, task):
     "Write down how a trial ended"
     if task.status not in ('finished', 'error'):
         return self.lose(t)
-    run, error = self.res.run_of(t), task.exception()
+    run = self.res.run_of(t)
+    error = task.exception()
     if run.result is None:
         run.fail(f'its task ended: {type(error).__name__}: {error}' if error else 'its task ended without a result')
-    t.state, t.reason = run.status, (run.result or {}).get('reason', '')
+    t.state = run.status
+    t.reason = (run.result or {}).get('reason', '')
     if t.state == 'interrupted' and t.asked:
-        t.state, t.reason = 'pruned', t.asked
+        t.state = 'pruned'
+        t.reason = t.asked
     if t.state == 'finished':
         try:
             t.value = value_of(run, self.res.sweep.objective)
         except RunError as e:
-            t.state, t.reason = 'failed', str(e)
+            t.state = 'failed'
+            t.reason = str(e)
     self.write(t)
     if t.state != 'interrupted':
         self.search.end(t, run.metrics)
@@ -459,7 +485,8 @@ def conclude(self: Conductor, t: Trial, task):
 @patch
 def lose(self: Conductor, t: Trial):
     "The scheduler is gone, and with it all word of its trials; their runs can go on"
-    t.state, t.reason = 'interrupted', 'its scheduler was lost'
+    t.state = 'interrupted'
+    t.reason = 'its scheduler was lost'
     self.write(t)
     del self.live[t.number]
     self.halted = _LOST
@@ -549,7 +576,8 @@ def _conduct(res, parallel, scheduler, execute, show, retry_failed):
         if scheduler
         else local_workers(places, res.sweep.retries)
     )
-    execute, start = execute or partial(carry_out, retries=res.sweep.retries, cwd=str(Path.cwd())), time.time()
+    execute = execute or partial(carry_out, retries=res.sweep.retries, cwd=str(Path.cwd()))
+    start = time.time()
     with only_writer(Run(res.path)), stop_requests() as stop, workers as client:
         (res.path / 'result.json').unlink(missing_ok=True)
         c = Conductor(

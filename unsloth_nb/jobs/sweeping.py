@@ -311,7 +311,8 @@ def key_of(v):
 
 def distributions(s: Sweep) -> dict:
     "What varies, as Optuna's distributions"
-    d, res = need('optuna').distributions, {}
+    d = need('optuna').distributions
+    res = {}
     for n, v in (s.grid or s.search).items():
         v = _varied('grid' if s.grid else 'search', n, v)
         if isinstance(v, list):
@@ -376,7 +377,8 @@ def draw(
     "Parameters drawn at random from the ranges of a sweep, as the job has them; what it refuses is drawn again"
     optuna = need('optuna')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study, d = optuna.create_study(sampler=optuna.samplers.RandomSampler(s.seed)), distributions(s)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(s.seed))
+    d = distributions(s)
     return [s.accepted(lambda: study.ask(d))[1] for _ in range(n)]
 
 # %% ../../nbs/jobs/sweeping.ipynb #783e3c3d
@@ -410,7 +412,8 @@ def _duration(s):
 @patch
 def warnings(self: Sweep) -> list[str]:
     "What would make the outcome hard to read"
-    job, res = JOBS[self.job](**self.parameters(next(_combinations(self)))), []
+    job = JOBS[self.job](**self.parameters(next(_combinations(self))))
+    res = []
     other = [
         n
         for n in self.names
@@ -443,7 +446,10 @@ def forecast(
     from unsloth_nb.core.engine import device_info
 
     points = s.points() or draw(s, min(8, s.count()))
-    dev, seen, rows, jobs = device_info(), {}, [], [JOBS[s.job](**s.parameters(p)) for p in points]
+    dev = device_info()
+    seen = {}
+    rows = []
+    jobs = [JOBS[s.job](**s.parameters(p)) for p in points]
     for p, job in zip(points, jobs):
         key = json.dumps(
             {k: v for k, v in job.to_dict().items() if s.job != 'finetune' or k not in _HOW}, sort_keys=True
@@ -490,7 +496,8 @@ def slots(
     "The places in which trials run, one at a time in each"
     from unsloth_nb.core.engine import device_info
 
-    dev, parallel = dev or device_info(), read_parallel(parallel)
+    dev = dev or device_info()
+    parallel = read_parallel(parallel)
     if dev.kind == 'cuda':
         each = max(_gpus(j, dev) for j in jobs)
         ids = (
@@ -526,7 +533,8 @@ def _gpus(job, dev):
 @patch
 def _lines(self: Forecast):
     "What stands below the table"
-    n, s = self.sweep.count(), self.seconds
+    n = self.sweep.count()
+    s = self.seconds
     at_once = f"{n} trial{'s' * (n != 1)} on {self.device}, {self.parallel} at once"
     yield at_once + (
         f'; training takes about {_duration(s)} in all, which is {s * (1 if self.shared else self.parallel) / 3600:.2g} device hours; loading, answering and saving come on top'

@@ -43,7 +43,10 @@ class RuleTable(dict):
         )
 
 # %% ../../nbs/lint/advice.ipynb #6aeb9244
-_TF, _TRL, _UN, _QL = 'transformers 5.17', 'TRL 1.15', 'Unsloth 2026.10.9', 'QLoRA, arXiv:2305.14314'
+_TF = 'transformers 5.17'
+_TRL = 'TRL 1.15'
+_UN = 'Unsloth 2026.10.9'
+_QL = 'QLoRA, arXiv:2305.14314'
 RULES = RuleTable(
     {
         k: Rule(*r)
@@ -385,7 +388,9 @@ def is_number(v):
 
 def lora_advice(v, tokens=False):
     "(rule, parameter, what, severity) for LoRA values; `tokens`: embeddings must be trained"
-    r, alpha, targets = v.get('r'), v.get('lora_alpha'), v.get('target_modules')
+    r = v.get('r')
+    alpha = v.get('lora_alpha')
+    targets = v.get('target_modules')
     for k in ('target_modules', 'modules_to_save'):
         big = [t for t in (v.get(k) or []) if t in ('embed_tokens', 'lm_head')] if isinstance(v.get(k), list) else []
         if big and not tokens:
@@ -422,14 +427,16 @@ def length_advice(limit, profile, name, over=None, decided=False):
 
 def packing_saves(profile):
     "What packing would save, or nothing"
-    packed, padded = profile.batching.packed['tokens'], profile.batching.random['tokens']
+    packed = profile.batching.packed['tokens']
+    padded = profile.batching.random['tokens']
     return f'packed, an epoch computes {packed:,} tokens instead of {padded:,}' if packed < 0.7 * padded else ''
 
 # %% ../../nbs/lint/advice.ipynb #69b07bfd
 def _plan_rules(job, plan):
     "What a plan that does not fit tells about a job"
     what = f'{plan.peak / 2**30:.1f} GiB on {plan.device.name}, which has {plan.device.memory_free / 2**30:.1f} free'
-    off, lost = plan.gradient_checkpointing is False, plan.mend.startswith('no setting')
+    off = plan.gradient_checkpointing is False
+    lost = plan.mend.startswith('no setting')
     if off:
         yield 'no-checkpointing', 'gradient_checkpointing', what, '', "gradient_checkpointing='auto'"
     if lost or not off:
@@ -457,7 +464,8 @@ def _batch_rules(job, plan):
 def _padding_rules(job, plan, profile, device):
     "Padding where it was asked for, or where the device has nothing but packing against it"
     packing = plan.packing if plan else job.packing is True or job.packing == 'auto' and job.batch_size == 'fastest'
-    padded, can = not plan.padding_free if plan else job.padding_free is False, device is None or device.kind == 'cuda'
+    padded = not plan.padding_free if plan else job.padding_free is False
+    can = device is None or device.kind == 'cuda'
     if not profile or packing or not padded or not can or not (what := packing_saves(profile)):
         return
     if job.padding_free is False:
@@ -468,7 +476,8 @@ def _padding_rules(job, plan, profile, device):
 
 def _precision_rules(job, plan, device):
     "Weights wider than they need be"
-    size, narrow = model_size(job.model) or 0, plan.load_in_4bit if plan else job.load_in_4bit is True
+    size = model_size(job.model) or 0
+    narrow = plan.load_in_4bit if plan else job.load_in_4bit is True
     if job.dtype == 'float32' and not narrow and not job.load_in_8bit and size > BIG:
         yield (
             'full-precision',

@@ -31,7 +31,9 @@ class MigrationError(SpecError):
 SECRET = re.compile(r'(?i)(?:^|_)(?:hf|hub|auth|access|api)_?(?:\w+_)?token$|^token$|api_?key|secret|password')
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 2000
-_repr.maxlevel, _repr.maxlist, _repr.maxdict = 3, 20, 20
+_repr.maxlevel = 3
+_repr.maxlist = 20
+_repr.maxdict = 20
 
 
 def shown(
@@ -61,16 +63,21 @@ class Draft:
     "A job in the making"
 
     def __init__(self, path, source, where=None):  # where: name to the place where a setting stands
-        self.path, self.source, self.places = str(path), source, where or {}
-        self.params, self.exports, self.data = {}, [], []  # data: entries of a mix, one a dataset
-        self.mapped, self.defaults, self.unneeded, self.left = [], [], [], []
+        self.path = str(path)
+        self.source = source
+        self.places = where or {}
+        self.params = {}
+        self.exports = []
+        self.data = []  # data: entries of a mix, one a dataset
+        self.mapped = []
+        self.defaults = []
+        self.unneeded = []
+        self.left = []
         self.told = set()  # Parameters that the file speaks of, though they could not be taken over
-        self.ratio, self.epochs, self.rslora, self.quantized = (
-            None,
-            None,
-            False,
-            False,
-        )  # What can be settled only when all has been read
+        self.ratio = None
+        self.epochs = None
+        self.rslora = False
+        self.quantized = False  # What can be settled only when all has been read
 
     def _line(self, name, v, to, why):
         return Line(str(name), shown(name, v), self.places.get(name, ''), to, why)

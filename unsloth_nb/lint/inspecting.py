@@ -28,7 +28,8 @@ def inspect_data(
     engine: bool = True,  # False: without Unsloth, in seconds; only for a process that loads no model afterwards
 ) -> tuple:  # (Data, Examples, Profile, the FormatError of rows that are too long or None)
     "A dataset as a job would see it, all rows, none held out"
-    data, problem = load_data(job, split=False), None
+    data = load_data(job, split=False)
+    problem = None
     if not data.supervised:
         data = load_data(job.replace(train_on_preferred=True), split=False)
     formatter = Formatter.for_job(
@@ -42,7 +43,8 @@ def inspect_data(
     except FormatError as e:
         if e.reason not in ('too_long', 'over_filtered'):
             raise
-        examples, problem = make('keep'), e
+        examples = make('keep')
+        problem = e
     return data, examples, profile_examples(examples, data.train, job.rows_at_once(), job.seed), problem
 
 # %% ../../nbs/lint/inspecting.ipynb #19ee7b43
@@ -85,7 +87,8 @@ def check_files(
     profile=None,  # Of the data they train on; None: not known
 ) -> tuple:  # (Findings, file to why it cannot be read)
     "Check several files; one that cannot be read does not stop the others"
-    found, bad = Findings(), {}
+    found = Findings()
+    bad = {}
     for f in files:
         try:
             found += check_file(f, device, profile)

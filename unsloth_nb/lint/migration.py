@@ -142,7 +142,8 @@ _TRAINER = dict(
 )
 _OBJECTS = ('model', 'tokenizer', 'processing_class', 'train_dataset', 'args')  # What a call works on, and no setting
 
-_SFT, _PLAIN = ('SFTTrainer', 'UnslothTrainer'), ('Trainer', 'Seq2SeqTrainer')
+_SFT = ('SFTTrainer', 'UnslothTrainer')
+_PLAIN = ('Trainer', 'Seq2SeqTrainer')
 _CONFIGS = ('SFTConfig', 'TrainingArguments', 'UnslothTrainingArguments', 'Seq2SeqTrainingArguments')
 _OTHERS = {
     **{
@@ -279,7 +280,8 @@ def _rows(d, src, before):
     "Where rows come from, and what code does to them"
     loads = [c for c in src.named('load_dataset') if not before or src.calls.index(c) < before]
     for n, c in enumerate(loads):
-        path, files = c.get('path', default=c.args[0] if c.args else UNKNOWN), c.get('data_files')
+        path = c.get('path', default=c.args[0] if c.args else UNKNOWN)
+        files = c.get('data_files')
         if isinstance(files, dict):
             files = files.get('train', UNKNOWN)
         d.places = dict.fromkeys(('load_dataset', 'load_dataset split'), _at(c))
@@ -544,7 +546,8 @@ def _lines(self: Imported):
 # %% ../../nbs/lint/migration.ipynb #0b47f1cc
 def _rows_of(ls):
     "Lines as a table in markdown"
-    to, here = lambda l: ', '.join(markdown_code(f'{k}={v}') for k, v in l.to.items()), any(l.to for l in ls)
+    to = lambda l: ', '.join(markdown_code(f'{k}={v}') for k, v in l.to.items())
+    here = any(l.to for l in ls)
     cells = lambda a, b, c, d: f"| {' | '.join([a, b, *([c] if here else []), d])} |"
     return '\n'.join(
         [

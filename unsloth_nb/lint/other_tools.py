@@ -42,7 +42,8 @@ def read_yaml(path) -> tuple:  # (dict, name to 'line n', names that stand twice
     "The settings of a YAML or JSON file"
     text = read_text(path)
     try:
-        d, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        d = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise MigrationError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(d, dict):
@@ -192,14 +193,10 @@ def add_rows(d: Draft, name, path, files=None, split=None, subset=None, revision
 # %% ../../nbs/lint/other_tools.ipynb #0fa182fb
 def _named(e, d):
     "How an Axolotl entry names columns and turns: (format, columns, roles)"
-    usual, names = (
-        ('from', 'value') if e.get('type') == 'sharegpt' else ('role', 'content'),
-        e.get('message_property_mappings') or {},
-    )
-    field, names = (
-        e.get('field_messages') or ('conversations' if e.get('type') == 'sharegpt' else 'messages'),
-        names if isinstance(names, dict) else {},
-    )
+    usual = ('from', 'value') if e.get('type') == 'sharegpt' else ('role', 'content')
+    names = e.get('message_property_mappings') or {}
+    field = e.get('field_messages') or ('conversations' if e.get('type') == 'sharegpt' else 'messages')
+    names = names if isinstance(names, dict) else {}
     role, text = (names.get(k) or e.get(f'message_field_{k}') or u for k, u in zip(('role', 'content'), usual))
     fmt = 'sharegpt' if (role, text) == ('from', 'value') else 'messages'
     if fmt == 'messages' and (role, text) != ('role', 'content'):
@@ -250,7 +247,8 @@ def _axolotl_rows(d, name, entries):
         if not isinstance(e, dict) or not e.get('path'):
             d.leave(name, e, 'an entry without a path; name the rows: dataset=…')
             continue
-        kind, more = str(e.get('type') or ('completion' if name == 'pretraining_dataset' else 'chat_template')), {}
+        kind = str(e.get('type') or ('completion' if name == 'pretraining_dataset' else 'chat_template'))
+        more = {}
         if isinstance(e.get('type'), dict):
             kind = 'alpaca'
             d.leave(
@@ -278,7 +276,8 @@ def _axolotl_rows(d, name, entries):
                 dataset_format='text',
                 dataset_columns={'text': c} if (c := e.get('field') or e.get('text_column')) and c != 'text' else {},
             )
-            d.template, d.loss_on = 'raw', 'everything'
+            d.template = 'raw'
+            d.loss_on = 'everything'
         else:
             d.leave(name, kind, 'rows that Axolotl reads by code of its own; write them as messages and name the file')
         files = e.get('data_files') or (e['path'] if e.get('ds_type') and '/' not in str(e['path']) else None)
@@ -532,11 +531,14 @@ def _lf_entry(d, name, e, folder):
     ours = {o: cols[k] for k, o in _columns[fmt].items() if k in cols}
     openai = fmt == 'sharegpt' and tags.get('role_tag') == 'role'
     if openai:
-        fmt, ours = 'messages', {('messages' if k == 'conversations' else k): v for k, v in ours.items()}
+        fmt = 'messages'
+        ours = {('messages' if k == 'conversations' else k): v for k, v in ours.items()}
     if set(ours) == {'instruction'} and d.stage == 'pt':
-        fmt, ours = 'text', {'text': ours['instruction']}
+        fmt = 'text'
+        ours = {'text': ours['instruction']}
     if e.get('ranking') or 'kto_tag' in cols:
-        fmt, ours = 'auto', {}
+        fmt = 'auto'
+        ours = {}
         d.leave('dataset', name, 'preference data; a finetune job refuses it unless train_on_preferred=true')
     roles = {
         v: k.removesuffix('_tag')
@@ -688,7 +690,8 @@ LLAMA_FACTORY_DEFAULTS = dict(
 def read_llama_factory(path, values, places, data_dir=None) -> tuple:  # (Draft, defaults, epochs)
     "A LLaMA-Factory file as a draft"
     d = Draft(path, 'LLaMA-Factory', places)
-    d.folder, d.stage = data_dir or str(values.get('dataset_dir') or 'data'), values.get('stage', 'sft')
+    d.folder = data_dir or str(values.get('dataset_dir') or 'data')
+    d.stage = values.get('stage', 'sft')
     if 'export_dir' in values:
         raise MigrationError(
             f"{path} merges an adapter and trains nothing; here: unsloth-nb export RUN --to merged_16bit"

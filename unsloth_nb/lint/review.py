@@ -126,11 +126,10 @@ def unpinned(command: str) -> list[str]:  # Names
     return res
 
 # %% ../../nbs/lint/review.ipynb #2b556135
-_SFT, _PREF = (
-    ('SFTTrainer', 'UnslothTrainer'),
-    ('DPOTrainer', 'KTOTrainer', 'ORPOTrainer', 'CPOTrainer', 'RewardTrainer'),
-)
-_RL, _PLAIN = ('GRPOTrainer', 'RLOOTrainer', 'PPOTrainer'), ('Trainer', 'Seq2SeqTrainer')
+_SFT = ('SFTTrainer', 'UnslothTrainer')
+_PREF = ('DPOTrainer', 'KTOTrainer', 'ORPOTrainer', 'CPOTrainer', 'RewardTrainer')
+_RL = ('GRPOTrainer', 'RLOOTrainer', 'PPOTrainer')
+_PLAIN = ('Trainer', 'Seq2SeqTrainer')
 _CONFIGS = (
     'SFTConfig',
     'TrainingArguments',
@@ -235,8 +234,10 @@ def _model_rules(f, device, profile):
         if not c.dead and c.get('trust_remote_code') is True:
             yield 'remote-code', _at(c, 'trust_remote_code'), '', 'trust_remote_code'
     for c in (*f.loads, *f.direct) if f.trainers else ():
-        size, dtype = model_size(_model_name(c)), _float(c.get('dtype', 'torch_dtype'))
-        wide, full = dtype in ('float32', 'float') and c.get('load_in_4bit') is not True, _full(f, c)
+        size = model_size(_model_name(c))
+        dtype = _float(c.get('dtype', 'torch_dtype'))
+        wide = dtype in ('float32', 'float') and c.get('load_in_4bit') is not True
+        full = _full(f, c)
         if (size or 0) > BIG and (wide or full):
             yield (
                 'full-precision',
@@ -350,7 +351,8 @@ def _train_rules(f, device, profile):
     packing = [t.get('packing') for t in (*f.sft, *f.configs) if 'packing' in t.keywords]
     for c in f.configs:
         default = UNKNOWN if c.open else 2 if f.unsloth and c.last != 'TrainingArguments' else 1
-        b, a = c.get('per_device_train_batch_size'), c.get('gradient_accumulation_steps', default=default)
+        b = c.get('per_device_train_batch_size')
+        a = c.get('gradient_accumulation_steps', default=default)
         if (
             is_number(b)
             and b in (1, 2)
@@ -622,7 +624,8 @@ def check_params(path, device=None, profile=None) -> Findings:
     "What to mend in a params file"
     text = read_text(path)
     try:
-        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
         raise ScanError(mask_secrets(f"{path} is not YAML: {' '.join(str(e).split())}")) from None
     if values is not None and not isinstance(values, dict):

@@ -134,9 +134,11 @@ def _command(lines):
 
 def _blank(lines, i, found):
     "Take the magic at line `i` out of `lines`"
-    end, l = _joined(lines, i), lines[i]
+    end = _joined(lines, i)
+    l = lines[i]
     found.append((i + 1, _command(lines[i:end])))
-    pad, name = l[: len(l) - len(l.lstrip())], re.match(r'\s*([\w, ]+=)\s*[!%]', l)
+    pad = l[: len(l) - len(l.lstrip())]
+    name = re.match(r'\s*([\w, ]+=)\s*[!%]', l)
     lines[i:end] = [f'{pad}{name[1]}_' if name else f'{pad}pass', *[''] * (end - i - 1)]
 
 # %% ../../nbs/lint/scanning.ipynb #1c2850ab
@@ -165,7 +167,8 @@ def _cell_magic(lines):
 def split_cell(text: str) -> tuple:  # (Python tree or None, [(line, command)], (line, message) of an error or None)
     "Python and shell of a cell, apart"
     pad = re.match(r'\s*?([ \t]*)(?=\S)', text)  # IPython takes off what the first line is indented by
-    lines, found = [l.removeprefix(pad[1] if pad else '') for l in text.split('\n')], []
+    lines = [l.removeprefix(pad[1] if pad else '') for l in text.split('\n')]
+    found = []
     i, name = _cell_magic(lines)
     if name in _SHELL_MAGICS:
         while (i := i + 1) < len(lines):
@@ -284,7 +287,8 @@ def known_value(n, names: dict):  # A Python value, `Dotted` or `UNKNOWN`
         parts = [ev(p.value) if isinstance(p, ast.FormattedValue) else p.value for p in n.values]
         return ''.join(map(str, parts)) if UNKNOWN not in parts else UNKNOWN
     if isinstance(n, ast.Subscript):
-        d, k = ev(n.value), ev(n.slice)
+        d = ev(n.value)
+        k = ev(n.slice)
         return d.get(k, UNKNOWN) if isinstance(d, dict) and isinstance(k, str) else UNKNOWN
     return UNKNOWN
 
@@ -383,7 +387,11 @@ class _Reader(ast.NodeVisitor):
     "Collects what one cell holds into a Source"
 
     def __init__(self, src, cell):
-        self.src, self.cell, self.dead, self.nested, self.dead_lines = src, cell, False, False, set()
+        self.src = src
+        self.cell = cell
+        self.dead = False
+        self.nested = False
+        self.dead_lines = set()
 
     def add(self, kind, name, node, **kw):
         getattr(self.src, kind).append(Found(name, self.cell, node.lineno, self.dead, self.nested, **kw))
@@ -436,7 +444,9 @@ class _Reader(ast.NodeVisitor):
             self.add('strings', n.value, n)
 
     def visit_Call(self, n):
-        kw, lines, more = {}, {}, any(isinstance(a, ast.Starred) for a in n.args)
+        kw = {}
+        lines = {}
+        more = any(isinstance(a, ast.Starred) for a in n.args)
         for k in n.keywords:
             v = known_value(k.value, self.src.names)
             if k.arg:
@@ -474,7 +484,8 @@ def _read_cell(src, cell, parts):
 
 def scan_cells(cells: list[Cell], path: str = '', kind: str = 'notebook') -> Source:
     "What cells say; nothing is run"
-    src, parts = Source(str(path), kind, cells), []
+    src = Source(str(path), kind, cells)
+    parts = []
     for c in cells:
         tree, shell, error = split_cell(c.text) if c.kind == 'code' else (None, [], None)
         parts.append((([tree] if tree else list(_pieces(c.text)) if error else []), shell, error))

@@ -98,7 +98,8 @@ def model_shape(
 # %% ../../nbs/planning/architecture.ipynb #128ee8f9
 def _attention(s):
     "The projections of attention; compressed ones where the configuration has them"
-    h, n = s['hidden_size'], s['num_attention_heads']
+    h = s['hidden_size']
+    n = s['num_attention_heads']
     if not s.get('kv_lora_rank'):
         return dict(
             q_proj=(h, n * s['head_dim'], 1),
@@ -121,7 +122,8 @@ def _attention(s):
 
 def linear_shapes(s: dict) -> dict[str, tuple[int, int, int]]:  # Name to (inputs, outputs, copies per layer)
     "The linear layers of one transformer layer"
-    h, n = s['hidden_size'], s.get('num_local_experts', 1)
+    h = s['hidden_size']
+    n = s.get('num_local_experts', 1)
     i = s.get('moe_intermediate_size') or s['intermediate_size'] if n > 1 else s['intermediate_size']
     lin = _attention(s) | dict(gate_proj=(h, i, n), up_proj=(h, i, n), down_proj=(i, h, n))
     if n > 1:
@@ -157,7 +159,9 @@ def parameter_counts(
     targets=(),  # Layers that get one
 ) -> dict[str, int]:  # [parameters] linear, embedding, adapter, active
     "Parameters of the linear layers, the embeddings and a LoRA adapter, and those that one token passes"
-    lin, layers, head = linear_shapes(s), s['num_hidden_layers'], s['vocab_size'] * s['hidden_size']
+    lin = linear_shapes(s)
+    layers = s['num_hidden_layers']
+    head = s['vocab_size'] * s['hidden_size']
     experts = s.get('num_local_experts', 1)
     active = head + layers * sum(
         a * b * (s['num_experts_per_tok'] if n > 1 and n == experts else n) for a, b, n in lin.values()

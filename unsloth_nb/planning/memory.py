@@ -55,7 +55,8 @@ def activation_memory(
 # %% ../../nbs/planning/memory.ipynb #151e6b8b
 def logit_memory(s: dict, tokens: int) -> int:  # [bytes]
     "Logits and their gradients, for one chunk of the fused loss"
-    v, floor = s['vocab_size'], lambda x: 1 << max(int(x).bit_length() - 1, 0)
+    v = s['vocab_size']
+    floor = lambda x: 1 << max(int(x).bit_length() - 1, 0)
     rows = min(max(floor(tokens * s['hidden_size'] / v), floor(512 * 151936 / v), 512), 4096)
     return 6 * v * min(rows, tokens)
 
@@ -77,7 +78,8 @@ def memory_estimate(
         activation_memory(s, tokens, checkpointing, layout, 4 if bits == 32 else 2),
     )
     if not cuda:
-        fwd, bwd = 2 * fwd, 2 * bwd
+        fwd = 2 * fwd
+        bwd = 2 * bwd
     unpacked = 2 * max(a * b for a, b, n in linear_shapes(s).values()) * (2 if bits == 4 else 1 if bits == 8 else 0)
     ends = (
         dict(gradients=grads if passes > 1 else 0, activations=fwd, logits=logit_memory(s, tokens)),

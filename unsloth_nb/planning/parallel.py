@@ -53,10 +53,8 @@ def traffic(
     return grads if parallel == 'ddp' else grads + 2 * passes * memory['weights'] * (ranks - 1) // ranks
 
 # %% ../../nbs/planning/parallel.ipynb #1275ddd7
-_HOOKS, _GATHER = (
-    0.035,
-    4.5e-3,
-)  # [s] of the processor: a step of DDP, with a hook for each adapter tensor; a layer that FSDP gathers, forwards and backwards
+_HOOKS = 0.035
+_GATHER = 4.5e-3  # [s] of the processor: a step of DDP, with a hook for each adapter tensor; a layer that FSDP gathers, forwards and backwards
 
 
 def rank_speed(

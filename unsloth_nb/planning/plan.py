@@ -114,12 +114,10 @@ def _versus(ways, w, part, dev, asked):
         )
     if not w.memory:
         return 'the model’s size is not known beforehand; this is the safe choice'
-    fit, name = (
-        [x for x in other if x.fits],
-        lambda x: (
-            _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')
-            + ('' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once')
-        ),
+    fit = [x for x in other if x.fits]
+    name = lambda x: (
+        _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')
+        + ('' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once')
     )
     if not fit:
         x = min(other, key=lambda x: x.peak)
@@ -180,8 +178,10 @@ def past_runs(model: str, dev: Device, runs_dir=None) -> dict:  # memory, speed:
     "What finished runs on this device say about the predictions"
     found = []
     for d in run_dirs(runs_dir)[-200:]:
-        p, job = _read(d / 'plan.json'), _read(d / 'job.json')
-        m, c = p.get('measured') or {}, p.get('calibration') or {}
+        p = _read(d / 'plan.json')
+        job = _read(d / 'job.json')
+        m = p.get('measured') or {}
+        c = p.get('calibration') or {}
         if (
             m.get('steady_tokens_per_second')
             and p.get('tokens_per_second')
@@ -234,11 +234,10 @@ def _mend(job, rows, dev, s):
 # %% ../../nbs/planning/plan.ipynb #47836754
 def _plan(job, rows, dev, s, factors=None):
     "The plan without its mend"
-    ref, n = resolve_model(job.model, job.allow_remote_code), example_lengths(rows, job.max_seq_length)
-    counts, f = (
-        parameter_counts(s, job.r, job.target_modules) if s else None,
-        factors or dict(memory=1.0, speed=1.0, runs=0),
-    )
+    ref = resolve_model(job.model, job.allow_remote_code)
+    n = example_lengths(rows, job.max_seq_length)
+    counts = parameter_counts(s, job.r, job.target_modules) if s else None
+    f = factors or dict(memory=1.0, speed=1.0, runs=0)
     n = np.minimum(n, job.max_seq_length)
     ways = find_ways(job, dev, s, n, ref.preset.family if ref.preset else '', f)
     w = fastest(ways, job.batch_size == 'fastest') if s else safest(ways)
@@ -322,7 +321,8 @@ def _disk(counts):
     "What a run leaves on disk, and RAM for merging at most"
     if counts is None:
         return {}
-    adapter, merged = 4 * counts['adapter'], 2 * (counts['linear'] + counts['embedding'])
+    adapter = 4 * counts['adapter']
+    merged = 2 * (counts['linear'] + counts['embedding'])
     weights = counts['linear'] + counts['embedding']
     others = dict(
         merged_4bit=0.56 * counts['linear'] + 2 * counts['embedding'],
@@ -387,7 +387,8 @@ def _as_before(job, rows, device, dev, runs_dir, like):
         like.get('devices', 1),
         like.get('nodes', 1),
     ) or job.parallel not in ('auto', like.get('parallel') or 'auto')
-    free, before = all(getattr(job, k) == 'auto' for k in _SPLIT), _rows_per_step(like)
+    free = all(getattr(job, k) == 'auto' for k in _SPLIT)
+    before = _rows_per_step(like)
     if moved and free and job.batch_size in ('auto', 'fastest'):
         job = job.replace(batch_size=before)  # Other devices share the same rows of a step
     if moved or not free or job.batch_size not in ('auto', 'fastest', before):
@@ -513,7 +514,8 @@ def check_free(
         raise SpecError(
             f"runs_dir: {folder} cannot be written: {e.strerror}; choose another one with --runs-dir"
         ) from None
-    free, ram_free = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    free = shutil.disk_usage(folder).free
+    ram_free = psutil.virtual_memory().available
     if free < disk:
         raise SpecError(
             f"runs_dir: {folder} has {free / 1e9:.2f} GB free, and up to {disk / 1e9:.2f} GB will be written; make room, choose another place with --runs-dir, or keep less: save_total_limit, save=adapter"
@@ -652,7 +654,8 @@ def plot(self: Plan, ax=None):
     "Predicted memory by part, against what is free; returns the axes"
     from matplotlib.figure import Figure
 
-    ax, left = ax or Figure(figsize=(6, 1.3), layout='tight').gca(), 0
+    ax = ax or Figure(figsize=(6, 1.3), layout='tight').gca()
+    left = 0
     for k, v in self.memory.items():
         if v:
             ax.barh(0, v / _GIB, left=left, label=f'{k} {v / _GIB:.2f}')

@@ -21,7 +21,8 @@ from ..core.spec import FinetuneJob, resolve_model
 from .ways import usable
 
 # %% ../../nbs/planning/prices.ipynb #09c07a5f
-PRICES_DATE, PRICES_SOURCE = '2026-09-01', 'https://modal.com/pricing'
+PRICES_DATE = '2026-09-01'
+PRICES_SOURCE = 'https://modal.com/pricing'
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ PRICES = {
     'H200': Price('H200', 0.001261),
     'B200': Price('B200', 0.001736),
 }
-CORE_SECOND, GIB_SECOND = 0.0000131, 0.00000222  # [USD] a physical core, a GiB of RAM; billed beside the GPU
+CORE_SECOND = 0.0000131
+GIB_SECOND = 0.00000222  # [USD] a physical core, a GiB of RAM; billed beside the GPU
 
 # %% ../../nbs/planning/prices.ipynb #a3466f35
 def gpu_string(
@@ -66,14 +68,12 @@ def gpu_string(
     return PRICES[key].gpu + (f':{count}' if count > 1 else '')
 
 # %% ../../nbs/planning/prices.ipynb #b477cab5
-START, COMPILE, DOWNLOAD_RATE, LOAD_RATE, TOKEN_LAYER, CORES = (
-    90,
-    13,
-    0.2e9,
-    0.45e9,
-    1.5e-3,
-    4,
-)  # [s], [s], [bytes/s], [bytes/s], [s], physical cores
+START = 90
+COMPILE = 13
+DOWNLOAD_RATE = 0.2e9
+LOAD_RATE = 0.45e9
+TOKEN_LAYER = 1.5e-3
+CORES = 4  # [s], [s], [bytes/s], [bytes/s], [s], physical cores
 
 
 def billed_seconds(

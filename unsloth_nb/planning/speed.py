@@ -20,7 +20,8 @@ def training_flops(
     checkpointing=False,  # Run the layers again?
 ) -> float:  # [FLOP]
     "Arithmetic of a forward and backward pass with LoRA"
-    head, window = s['vocab_size'] * s['hidden_size'], s.get('sliding_window')
+    head = s['vocab_size'] * s['hidden_size']
+    window = s.get('sliding_window')
     seen = min(length, window) / 2 if window else length / 2
     attention = 4 * s['num_hidden_layers'] * s['num_attention_heads'] * s['head_dim'] * seen
     again = 1 if checkpointing else 0
@@ -29,7 +30,10 @@ def training_flops(
     )
 
 # %% ../../nbs/planning/speed.ipynb #50dbba4d
-EFFICIENCY, LAUNCH, LAUNCH_NF4, LAUNCH_AGAIN = 0.49, 4.4e-3, 1.7, 1.45
+EFFICIENCY = 0.49
+LAUNCH = 4.4e-3
+LAUNCH_NF4 = 1.7
+LAUNCH_AGAIN = 1.45
 LAUNCH_CPU = 16e-3  # [s] a layer, not hidden behind the arithmetic
 
 

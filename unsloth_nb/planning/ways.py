@@ -68,7 +68,8 @@ class Way:
 # %% ../../nbs/planning/ways.ipynb #0dea2e4f
 def _pass_tokens(w, n, limit):
     "Tokens of a forward pass: (largest, computed on average, real on average)"
-    rows, top = min(w.rows, len(n)) if len(n) > 1 else w.rows, np.sort(n)[::-1]
+    rows = min(w.rows, len(n)) if len(n) > 1 else w.rows
+    top = np.sort(n)[::-1]
     if w.packing:
         return w.rows * limit, w.rows * limit * (0.98 if w.layout == 'padding_free' else 1), 0.98 * w.rows * limit
     real = w.rows * n.mean()
@@ -132,11 +133,10 @@ FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')  # Padding-free batches are me
 def runs_padding_free(s: dict | None, family: str, dev: Device) -> bool:
     "May rows be put end to end? Needs an Ampere card or newer, a family whose attention was checked, and heads that flash attention takes"
     s = s or {}
-    kind, head = (
-        s.get('model_type')
-        or {'llama2': 'llama', 'llama3': 'llama', 'tinyllama': 'llama', 'smollm2': 'llama'}.get(family, family),
-        s.get('head_dim', 64),
+    kind = s.get('model_type') or {'llama2': 'llama', 'llama3': 'llama', 'tinyllama': 'llama', 'smollm2': 'llama'}.get(
+        family, family
     )
+    head = s.get('head_dim', 64)
     return (
         dev.kind == 'cuda'
         and dev.bf16
@@ -202,7 +202,8 @@ def _splits(job, n, limit, ranks):
 # %% ../../nbs/planning/ways.ipynb #e978c74a
 def _open(job, dev, s, family, n):
     "Every way that the job leaves open, the preferred ones first"
-    cuda, limit = dev.kind == 'cuda', job.max_seq_length
+    cuda = dev.kind == 'cuda'
+    limit = job.max_seq_length
     wide = 16 if compute_dtype(job, dev)[0] != 'float32' else 32
     flat = job.padding_free is not False and wide == 16 and runs_padding_free(s, family, dev)
     packing = cuda and (job.batch_size == 'fastest' if job.packing == 'auto' else job.packing)
@@ -246,7 +247,8 @@ def find_ways(
     factors: dict | None = None,  # memory, speed: measured / predicted by past runs
 ) -> list[Way]:  # The preferred ones first
     "Every way that the job leaves open, with its memory and speed; raises `SpecError` where there is none"
-    counts, f = parameter_counts(s, job.r, job.target_modules) if s else None, factors or dict(memory=1.0, speed=1.0)
+    counts = parameter_counts(s, job.r, job.target_modules) if s else None
+    f = factors or dict(memory=1.0, speed=1.0)
     ways = [_measure(w, s, counts, n, job.max_seq_length, dev, f, job.nodes) for w in _open(job, dev, s, family, n)]
     if not ways:
         raise SpecError('parallel: fsdp takes weights in 16 or 4 bits; leave load_in_8bit out, or use ddp')

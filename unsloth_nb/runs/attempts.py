@@ -130,7 +130,8 @@ def keep(
     reuse: Run | None = None,  # Another run to look in; default: the one that this run was told to reuse
 ):  # The value, as JSON has it
     "What `make` gives, or what was kept of it for the same inputs"
-    key, reuse = hash_of(inputs), reuse or self.reused
+    key = hash_of(inputs)
+    reuse = reuse or self.reused
     for home in filter(None, (self, reuse)):
         kept = read_json(home.path / 'stages' / f'{name}.json')
         if (

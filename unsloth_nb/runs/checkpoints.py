@@ -18,7 +18,8 @@ from pathlib import Path
 from .run import Run, RunError, fingerprint, read_json, write_json
 
 # %% ../../nbs/runs/checkpoints.ipynb #74ec636a
-MANIFEST, MANIFEST_SUM = 'manifest.json', 'manifest.sha256'
+MANIFEST = 'manifest.json'
+MANIFEST_SUM = 'manifest.sha256'
 
 
 class CheckpointError(RunError):
@@ -72,11 +73,12 @@ def check_whole(folder) -> dict:  # The manifest
     if (folder / MANIFEST_SUM).read_bytes() != _sum(folder).encode():
         raise CheckpointError(f"{folder.name}: {MANIFEST} and {MANIFEST_SUM} do not agree; one of them has changed")
     manifest = read_json(folder / MANIFEST)
-    want, have = (
-        manifest['files'],
-        {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
-        - {MANIFEST, MANIFEST_SUM, '.gitattributes'},
-    )  # The last one is the Hub's own
+    want = manifest['files']
+    have = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} - {
+        MANIFEST,
+        MANIFEST_SUM,
+        '.gitattributes',
+    }  # The last one is the Hub's own
     bad = [f'{n} is missing' for n in want if n not in have] + [
         f'{n} is not in the manifest' for n in sorted(have - set(want))
     ]

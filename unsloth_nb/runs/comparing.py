@@ -18,7 +18,8 @@ from ..core.spec import JOBS
 
 # %% ../../nbs/runs/comparing.ipynb #e7c8fa60
 _PLAN = 'dtype load_in_4bit load_in_8bit per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim packing padding_free attention max_seq_length'.split()
-_DATA, _EXAMPLES = 'source revision format fingerprint system ledger'.split(), 'template loss_on rows tokens'.split()
+_DATA = 'source revision format fingerprint system ledger'.split()
+_EXAMPLES = 'template loss_on rows tokens'.split()
 _PASSING = ('started', 'device.memory_free')
 
 
@@ -64,7 +65,8 @@ def _decided(run):
 
 
 def _environment(run):
-    env, device = _read(run, 'env'), _read(run, 'plan').get('device')
+    env = _read(run, 'env')
+    device = _read(run, 'plan').get('device')
     flat = _flat(env | (dict(device=device) if device else {}))
     return {k: v for k, v in flat.items() if k not in _PASSING}
 
@@ -74,15 +76,14 @@ def _data(run):
     return _flat(_some(d, _DATA) | dict(examples=_some(d.get('examples') or {}, _EXAMPLES)))
 
 # %% ../../nbs/runs/comparing.ipynb #b0c62527
-_TRAINED, _PREDICTED = (
-    'train_loss steps tokens tokens_per_second peak_bytes'.split(),
-    ('tokens_per_second', 'peak_bytes'),
-)
+_TRAINED = 'train_loss steps tokens tokens_per_second peak_bytes'.split()
+_PREDICTED = ('tokens_per_second', 'peak_bytes')
 
 
 def _metrics(run):
     "Final metrics by name; of a run that is not over, what its plan measured"
-    m, plan = _read(run, 'result').get('metrics') or {}, _read(run, 'plan')
+    m = _read(run, 'result').get('metrics') or {}
+    plan = _read(run, 'plan')
     measured = _some(m.get('training') or plan.get('measured') or {}, _TRAINED)
     kept = {k: v for k, v in m.items() if k not in ('training', 'certificates')}
     return _flat(kept | dict(measured=measured, predicted=_some(plan, _PREDICTED)))
@@ -154,7 +155,8 @@ def compare_curves(
     name: str = 'loss',  # What is compared
 ) -> Curve:
     "Where two curves part, and by how much"
-    x, y = _by_step(a, name), _by_step(b, name)
+    x = _by_step(a, name)
+    y = _by_step(b, name)
     gaps = {s: _apart(x[s], y[s]) for s in sorted(x.keys() & y.keys())}
     at = max(gaps, key=gaps.get, default=None)
     first = next((s for s, g in gaps.items() if g), None)
@@ -491,7 +493,8 @@ def where(
     cells = [dict(zip(self.columns, row)) for row in self.rows()]
     _check_word('status', status, STATUSES)
     _check_word('job', job, JOBS)
-    whole, part = dict(status=status, job=job), dict(model=model, dataset=dataset, run=name)
+    whole = dict(status=status, job=job)
+    part = dict(model=model, dataset=dataset, run=name)
     fits = lambda c: (
         all(v is None or c[k] == v for k, v in whole.items())
         and all(v is None or str(v) in str(c[k]) for k, v in part.items())

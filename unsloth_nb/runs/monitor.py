@@ -35,12 +35,11 @@ class Progress:
         total: int | None = None,  # Steps in all; None: as the metrics say
         samples=(),  # Lines of `samples.jsonl`
     ):
-        self.metrics, self.samples = metrics, samples
+        self.metrics = metrics
+        self.samples = samples
         self.last = metrics[-1] if metrics else {}
-        self.step, self.total = (
-            self.last.get('step', 0),
-            total or next((m['max_steps'] for m in reversed(metrics) if 'max_steps' in m), None),
-        )
+        self.step = self.last.get('step', 0)
+        self.total = total or next((m['max_steps'] for m in reversed(metrics) if 'max_steps' in m), None)
 
     @property
     def seconds_left(self) -> float | None:  # [s]; None before the first step, and where the end is not known
@@ -62,7 +61,8 @@ def duration(seconds: float) -> str:
 @patch
 def facts(self: Progress) -> dict:  # Name to text
     "The last numbers, in words and units"
-    m, left = self.last, self.seconds_left
+    m = self.last
+    left = self.seconds_left
     res = {'step': f"{self.step:,} of {self.total or '?'}"}
     res |= {k.replace('_', ' '): _fmt(m, k) for k in ('loss', 'learning_rate', 'grad_norm') if k in m}
     if 'tokens_per_second' in m:
@@ -137,7 +137,10 @@ class Tail:
     "The whole lines of a JSON-lines file that grows"
 
     def __init__(self, path):
-        self.path, self.lines, self.at, self.inode = Path(path), [], 0, None
+        self.path = Path(path)
+        self.lines = []
+        self.at = 0
+        self.inode = None
 
     def read(self) -> int:  # How many are new
         "Read on"
@@ -146,7 +149,9 @@ class Tail:
         except FileNotFoundError:
             return 0
         if st.st_ino != self.inode or st.st_size < self.at:
-            self.lines, self.at, self.inode = [], 0, st.st_ino
+            self.lines = []
+            self.at = 0
+            self.inode = st.st_ino
         if st.st_size == self.at:
             return 0
         with self.path.open('rb') as f:
@@ -168,10 +173,16 @@ class TrainingMonitor(Panel):
         runs_dir=None,  # Where runs are
         every: float = 1.0,  # [s] between two looks
     ):
-        self.run, self.every = open_run(run, runs_dir, kind='finetune'), every
+        self.run = open_run(run, runs_dir, kind='finetune')
+        self.every = every
         self.tails = {n: Tail(self.run.path / f'{n}.jsonl') for n in ('metrics', 'progress', 'samples')}
-        self.lock, self.over, self.command = threading.Lock(), threading.Event(), None
-        self.status, self.trains, self.ended, self.asked = '', False, False, None
+        self.lock = threading.Lock()
+        self.over = threading.Event()
+        self.command = None
+        self.status = ''
+        self.trains = False
+        self.ended = False
+        self.asked = None
         self.look()
 
     @property
@@ -186,8 +197,10 @@ class TrainingMonitor(Panel):
 def look(self: TrainingMonitor) -> str:
     "Read what is new; returns how the run is, in words"
     with self.lock:
-        before, new = self.status, {k: t.read() for k, t in self.tails.items()}
-        self.status, beat = self.run.status, read_json(self.run.path / 'heartbeat.json') or {}
+        before = self.status
+        new = {k: t.read() for k, t in self.tails.items()}
+        self.status = self.run.status
+        beat = read_json(self.run.path / 'heartbeat.json') or {}
         stages = [l for l in self.tails['progress'].lines if 'stage' in l]
         moves = self.trains or beat.get('step') is not None or bool(before and new['metrics'])
         self.trains = (
@@ -235,7 +248,8 @@ def resume(self: TrainingMonitor):
     how = self.look()
     if not self.ended or self.status == 'finished':
         raise RunError(f"{self.run.name}: {how}; there is nothing to go on with")
-    self.command, self.asked = Command('run', '--resume', self.run.path), None
+    self.command = Command('run', '--resume', self.run.path)
+    self.asked = None
 
 
 @patch
@@ -249,7 +263,8 @@ def build(self: TrainingMonitor):
     import ipywidgets as w
 
     names = ('head', 'facts', 'curves', 'samples', 'notes', 'said')
-    self.parts, self.pace = {n: w.HTML() for n in names}, Pace()
+    self.parts = {n: w.HTML() for n in names}
+    self.pace = Pace()
     self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width='100%'))
     self.stop_button, self.resume_button = (
         w.Button(description=d, icon=i, tooltip=t, layout=w.Layout(width='auto'))
@@ -308,7 +323,9 @@ def _loop(self: TrainingMonitor):
 @patch
 def show(self: TrainingMonitor) -> bool:  # Has the run ended?
     "Look, and bring the widgets up to date"
-    how, p, parts = self.look(), self.progress, self.parts
+    how = self.look()
+    p = self.progress
+    parts = self.parts
     parts['head'].value = f'<div style="line-height:1.5"><b>{html_text(self.run.name)}</b> {html_text(how)}</div>'
     parts['facts'].value, parts['notes'].value, parts['samples'].value = (
         _facts_html(p.facts()),
@@ -371,7 +388,9 @@ class Live:
         run=None,  # The run, for a monitor
         every=2.0,  # [s] between redraws, at least
     ):
-        self.pace, self.out, self.handle = Pace(every), sys.stdout, None
+        self.pace = Pace(every)
+        self.out = sys.stdout
+        self.handle = None
         self.notebook = in_notebook()
         self.monitor = TrainingMonitor(run) if run is not None and in_browser() else None
         if self.monitor:

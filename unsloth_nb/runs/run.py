@@ -84,7 +84,8 @@ def _line_start(f, end):
 
 def read_lines(path) -> list[dict]:
     "The whole lines of a JSON-lines file"
-    path, res = Path(path), []
+    path = Path(path)
+    res = []
     if not path.exists():
         return res
     for l in path.read_bytes().split(b'\n'):
@@ -226,7 +227,11 @@ class Heart(threading.Thread):
 
     def __init__(self, path, every: float = 5.0):  # seconds
         super().__init__(daemon=True)
-        self.path, self.every, self.step, self.step_time, self.over = Path(path), every, None, None, threading.Event()
+        self.path = Path(path)
+        self.every = every
+        self.step = None
+        self.step_time = None
+        self.over = threading.Event()
 
     def beat(self):
         write_json(
@@ -248,7 +253,8 @@ class Heart(threading.Thread):
 def beat(self: Run, step: int):
     "An optimizer step is done"
     if h := _HEARTS.get(str(self.path)):
-        h.step, h.step_time = step, time.time()
+        h.step = step
+        h.step_time = time.time()
 
 # %% ../../nbs/runs/run.ipynb #1701ece0
 def record_job(path, job: Job, **more):
@@ -496,8 +502,10 @@ class RunList(list):
             if r.status == 'damaged':
                 yield (r.name, r.kind, 'damaged', *[''] * (len(self.columns) - 3))
                 continue
-            p, res = (read_json(r.path / 'job.json') or {}).get('parameters', {}), r.result or {}
-            m, steps = res.get('metrics', {}), r.metrics
+            p = (read_json(r.path / 'job.json') or {}).get('parameters', {})
+            res = r.result or {}
+            m = res.get('metrics', {})
+            steps = r.metrics
             em = [_num(m.get(s, {}).get('exact_match')) for s in ('base', 'tuned')]
             yield (
                 r.name,

@@ -52,7 +52,8 @@ def batches(
     seed: int = 0,  # Of the order
 ) -> list[list[int]]:  # Indices of the examples in each forward pass
     "The batches of one epoch, in random order or grouped by length; the last may be smaller"
-    n, batch_size = _counts(lengths).tolist(), _at_least_1('batch_size', batch_size)
+    n = _counts(lengths).tolist()
+    batch_size = _at_least_1('batch_size', batch_size)
     order = np.random.default_rng(seed).permutation(len(n)).tolist()
     if grouped and n:
         order = _grouped(n, order, batch_size)
@@ -76,7 +77,8 @@ def padding_efficiency(
 # %% ../../nbs/tokens/batching.ipynb #eb2b7fc5
 def _checked(lengths, limit):
     "Lengths as a list and the limit; refuses an example that is longer"
-    n, limit = _counts(lengths).tolist(), _at_least_1('limit', limit)
+    n = _counts(lengths).tolist()
+    limit = _at_least_1('limit', limit)
     i = next((i for i, k in enumerate(n) if k > limit), None)
     if i is not None:
         raise SpecError(
@@ -91,11 +93,14 @@ def pack(
 ) -> list[list[int]]:  # Indices of the examples in each row
     "Best-fit decreasing: every example in exactly one row, no row above the limit; ties go by index"
     n, limit = _checked(lengths, limit)
-    bins, room, having = [], [], {}  # Sorted rooms that exist; room to the rows that have it
+    bins = []
+    room = []
+    having = {}  # Sorted rooms that exist; room to the rows that have it
     for i in sorted(range(len(n)), key=lambda i: -n[i]):
         p = bisect_left(room, n[i])
         if p == len(room):
-            row, left = [], limit
+            row = []
+            left = limit
             bins.append(row)
         else:
             left = room[p]

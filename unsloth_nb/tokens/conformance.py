@@ -20,10 +20,8 @@ from .templates import FormatError
 
 # %% ../../nbs/tokens/conformance.ipynb #fea4d456
 _says = lambda role, content, **kw: dict(role=role, content=content, **kw)
-_sum, _more = (
-    [_says('user', 'What is 2+2?'), _says('assistant', 'Four.')],
-    [_says('user', 'And 3+3?'), _says('assistant', 'Six.')],
-)
+_sum = [_says('user', 'What is 2+2?'), _says('assistant', 'Four.')]
+_more = [_says('user', 'And 3+3?'), _says('assistant', 'Six.')]
 _tool = dict(
     type='function',
     function=dict(
@@ -81,10 +79,8 @@ def marked(
     conv: Conversation,
 ) -> tuple[Conversation, list]:  # (conversation, whose text each pair holds: a message's position, or -1 for the tools)
     "The conversation with every text between two private characters; blanks at its edges stay outside, since templates may trim them"
-    conv, owners = (
-        replace(conv, messages=[copy.deepcopy(m) for m in conv.messages], tools=copy.deepcopy(conv.tools)),
-        [],
-    )
+    conv = replace(conv, messages=[copy.deepcopy(m) for m in conv.messages], tools=copy.deepcopy(conv.tools))
+    owners = []
 
     def put(d, key, owner):
         if not (core := d.get(key, '').strip()):
@@ -142,7 +138,8 @@ def _spelled(tok, text):
 
 def _closing(tok, tail, call):
     "The text from an answer's last word to its end token"
-    found, turn = _spelled(tok, tail), _spelled(tok, _behind(drawn(tok, marked(Conversation(_sum))[0])))[:1]
+    found = _spelled(tok, tail)
+    turn = _spelled(tok, _behind(drawn(tok, marked(Conversation(_sum))[0])))[:1]
     if not found:
         return tail.rstrip()
     end = turn[0] if set(turn) & set(found) else found[-1 if call else 0]
@@ -158,23 +155,23 @@ def expected(
     "What the marks say of an example"
     whole, owners = marked(conv)
     raw = drawn(tok, whole, n)
-    text, texts, spans, faults = _mark.sub('', raw), _texts(raw, owners), [], []
+    text = _mark.sub('', raw)
+    texts = _texts(raw, owners)
+    spans = []
+    faults = []
     if text != drawn(tok, conv, n):
         faults.append('the template writes a text differently for what stands in it')
     ends = lambda of: max([e for _, e, k in texts if of(k)], default=0)
     for k in answers:
-        before, bridge, own = (
-            ends(lambda o: o < k),
-            _behind(drawn(tok, whole, k, True)),
-            [e for _, e, o in texts if o == k],
-        )
+        before = ends(lambda o: o < k)
+        bridge = _behind(drawn(tok, whole, k, True))
+        own = [e for _, e, o in texts if o == k]
         if not text.startswith(bridge, before):
             faults.append(f"message {k + 1}: the prompt for it is not in the text")
-        start, tail = before + len(bridge), _behind(drawn(tok, whole, k + 1))
-        closing, last = (
-            _closing(tok, tail if own else tail[len(bridge) :], 'tool_calls' in conv.messages[k]),
-            max(own, default=start),
-        )
+        start = before + len(bridge)
+        tail = _behind(drawn(tok, whole, k + 1))
+        closing = _closing(tok, tail if own else tail[len(bridge) :], 'tool_calls' in conv.messages[k])
+        last = max(own, default=start)
         if not text.startswith(closing, last):
             faults.append(f"message {k + 1}: ends otherwise than where it is the last one")
         spans.append((start, last + len(closing)))
@@ -205,7 +202,8 @@ def _text_faults(tok, ids, want):
     if (back := _decoded(tok, tok(want.text, add_special_tokens=False, verbose=False)['input_ids'])) != want.text:
         yield f"the tokenizer does not give the text back, {_differ(back, want.text)}"
     gaps = [0, *(p for s, e, _ in sorted(want.texts) for p in (s, e)), len(want.text)]
-    control, has = _control(tok), Counter(ids)
+    control = _control(tok)
+    has = Counter(ids)
     says = Counter(t for a, b in zip(gaps[::2], gaps[1::2]) for t in _spelled(tok, want.text[a:b]))
     yield from (
         f"{t!r} is there {has[i]} times as a control token, the template writes it {says[t]} times"
@@ -323,7 +321,8 @@ def check_formatter(
 ) -> Conformance:
     "Try a formatter on every conversation"
     fmt, strict = copy.copy(fmt), copy.copy(fmt)
-    fmt.policy, strict.policy = 'escape', 'error'
+    fmt.policy = 'escape'
+    strict.policy = 'error'
 
     def finding(case, conv):
         try:
@@ -389,7 +388,9 @@ def family_tokens(
     canonical = next(c for c, names in template_names().items() if name in names)
     bos, eos, pad, *more = next(k for k, v in FAMILIES.items() if canonical in v.split()).split()
     new = copy.deepcopy(tok)
-    new.chat_template, new.name_or_path, new.bos_token = None, '', None
+    new.chat_template = None
+    new.name_or_path = ''
+    new.bos_token = None
     new.add_special_tokens(
         ({} if bos == '-' else dict(bos_token=bos.removeprefix('+')))
         | dict(eos_token=eos, pad_token=pad, extra_special_tokens=more),

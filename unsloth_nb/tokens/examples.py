@@ -24,15 +24,16 @@ class Examples(Sequence):
     "Examples of one dataset, with the books of its rows and tokens"
 
     def __init__(self, formatter, items=(), rows=None, tokens=None):  # Examples; Ledgers of rows and of tokens
-        self.formatter, self.rows, self.tokens, self.warnings, self.limit, self.original = (
-            formatter,
-            rows,
-            tokens,
-            [],
-            None,
-            array('Q'),
-        )
-        self._ids, self._mask, self._ends, self._row = Spool(), Spool(), array('Q', [0]), array('q')
+        self.formatter = formatter
+        self.rows = rows
+        self.tokens = tokens
+        self.warnings = []
+        self.limit = None
+        self.original = array('Q')
+        self._ids = Spool()
+        self._mask = Spool()
+        self._ends = array('Q', [0])
+        self._row = array('q')
         for e in items:
             self.add(e)
 
@@ -49,7 +50,8 @@ class Examples(Sequence):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        a, n = self._ends[i], self._ends[i + 1] - self._ends[i]
+        a = self._ends[i]
+        n = self._ends[i + 1] - self._ends[i]
         return Example(
             np.frombuffer(self._ids.read(4 * a, 4 * n), np.int32).tolist(),
             np.frombuffer(self._mask.read(a, n), bool).tolist(),
@@ -141,7 +143,8 @@ def _chunks(seq, n):
 def _take(res, got, formatter, limit, policy, book, tokens):
     "Add the examples of one row; raise for a row of which nothing is kept"
     formatter.check(got)
-    fitted, lost = [], None
+    fitted = []
+    lost = None
     for ex in got:
         res.original.append(len(ex))
         try:
@@ -149,7 +152,8 @@ def _take(res, got, formatter, limit, policy, book, tokens):
         except FormatError as e:
             if policy == 'error' or e.reason == 'split':
                 raise
-            lost, parts = e, []
+            lost = e
+            parts = []
             book['examples_dropped'] += 1
         kept = sum(map(len, parts))
         tokens.update(
@@ -178,9 +182,12 @@ def make_examples(
     max_dropped: float = 1.0,  # Share of rows that may be dropped
 ) -> Examples:
     "Every conversation as examples, with nothing lost uncounted; raises `FormatError`"
-    res, faults, n = Examples(formatter), Faults(), 0
+    res = Examples(formatter)
+    faults = Faults()
+    n = 0
     res.limit = max_seq_length
-    book, tokens = Counter(), Counter(dict.fromkeys(('came', 'kept', 'trained', 'cut', 'dropped'), 0))
+    book = Counter()
+    tokens = Counter(dict.fromkeys(('came', 'kept', 'trained', 'cut', 'dropped'), 0))
     for part in _chunks(convs, 256):
         for conv, got in zip(part, formatter.examples(part)):
             n += 1
@@ -292,12 +299,11 @@ def save(self: Examples, folder):  # A new folder
 
 def read_examples(folder, formatter) -> Examples:
     "Examples that were written; without the books of how they were made"
-    get, res = (
-        lambda name: np.load(Path(folder) / f'{name}.npy', mmap_mode='r', allow_pickle=False),
-        Examples(formatter),
-    )
+    get = lambda name: np.load(Path(folder) / f'{name}.npy', mmap_mode='r', allow_pickle=False)
+    res = Examples(formatter)
     for spool, a in ((res._ids, get('ids')), (res._mask, get('mask'))):
         for at in range(0, len(a), 2**20):
             spool.write(a[at : at + 2**20].tobytes())
-    res._ends, res._row = array('Q', get('ends').tolist()), array('q', get('rows').tolist())
+    res._ends = array('Q', get('ends').tolist())
+    res._row = array('q', get('rows').tolist())
     return res

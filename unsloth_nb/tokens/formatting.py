@@ -64,7 +64,8 @@ def _batch(tok, strings, literal):
     backend = tok.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    was, backend.encode_special_tokens = backend.encode_special_tokens, literal
+    was = backend.encode_special_tokens
+    backend.encode_special_tokens = literal
     try:
         return [e.ids for e in backend.encode_batch_fast(strings, add_special_tokens=False)]
     finally:
@@ -86,7 +87,8 @@ def encode_pieces(
     parts = [(j, s, m) for j, ps in enumerate(texts) for t, m in ps for s in cut(t) if s]
     inside = [k > 0 and parts[k - 1][0] == j and parts[k - 1][1] != tok.bos_token for k, (j, _, _) in enumerate(parts)]
     strings = [(lead if i else '') + literal.get(s, s) for i, (_, s, _) in zip(inside, parts)]
-    ids, lit = [None] * len(parts), [s in literal for _, s, _ in parts]
+    ids = [None] * len(parts)
+    lit = [s in literal for _, s, _ in parts]
     for on in {*lit}:
         for k, got in zip(
             [k for k, l in enumerate(lit) if l == on], _batch(tok, [s for s, l in zip(strings, lit) if l == on], on)
@@ -117,7 +119,10 @@ class Formatter:
         self.template, self.reason = _choose(tok, template, text)
         if template not in ('auto', 'chat', 'alpaca', 'raw'):
             tok = use_template(tok, template)
-        self.tok, self.loss_on, self.special, self.policy = tok, loss_on, special_pattern(tok), special_tokens
+        self.tok = tok
+        self.loss_on = loss_on
+        self.special = special_pattern(tok)
+        self.policy = special_tokens
         self.adds_bos = tok.bos_token_id is not None and tok('x')['input_ids'][:1] == [tok.bos_token_id]
         self.unknown = (
             tok.unk_token_id if tok.unk_token_id not in (None, tok.bos_token_id, tok.eos_token_id) else None
@@ -160,7 +165,8 @@ def for_job(cls: Formatter, job, tok, text: bool = False):
 @patch
 def _once(self: Formatter, pieces):
     "Start token in front where the tokenizer puts one, end token behind; each exactly once"
-    bos, eos = (self.tok.bos_token or '') if self.adds_bos else '', self.tok.eos_token
+    bos = (self.tok.bos_token or '') if self.adds_bos else ''
+    eos = self.tok.eos_token
     if bos and not pieces[0][0].startswith(bos):
         pieces = [(bos, False), *pieces]
     last, m = pieces[-1]
@@ -184,7 +190,8 @@ def _with_roles(self: Formatter, conv, pieces):
         raise FormatError(
             f"row {conv.row}: the chat template draws an answer differently once more turns follow, so roles cannot be chosen; use loss_on='responses'"
         )
-    on, at = np.zeros(len(text), bool), 0
+    on = np.zeros(len(text), bool)
+    at = 0
     for t, m in pieces:
         on[at : at + len(t)] |= m
         at += len(t)
@@ -228,7 +235,8 @@ def renderings(
 @patch
 def _literal(self: Formatter, conv):
     "The conversation with each control token replaced by a private character, and what these stand for"
-    found, turns = {}, list(strings([conv.text, conv.messages, conv.tools]))
+    found = {}
+    turns = list(strings([conv.text, conv.messages, conv.tools]))
     if not any(self.special.search(t) for t in turns):
         return conv, {}
     free = (chr(c) for c in range(0xF0000, 0xFFFFE) if not any(chr(c) in t for t in turns))
@@ -376,7 +384,8 @@ def stop_ids(self: Formatter) -> list[int]:  # Token ids
 @patch
 def notes(self: Formatter) -> list[str]:
     "What is worth knowing of the tokenizer and the template"
-    tok, res = self.tok, []
+    tok = self.tok
+    res = []
     if tok.pad_token_id == tok.eos_token_id:
         res.append(
             f"the padding token is the end token {tok.eos_token!r}; it stays trained where it ends an answer, since the mask comes from the text"
@@ -399,7 +408,8 @@ def notes(self: Formatter) -> list[str]:
 # %% ../../nbs/tokens/formatting.ipynb #2f3de751
 def token_texts(tok, ids) -> list[str]:
     "The text of each token; of a character that takes several tokens, with the last of them"
-    out, held = [], []
+    out = []
+    held = []
     for i in ids:
         held.append(i)
         s = tok.decode(held)
@@ -421,7 +431,8 @@ def visible(s) -> str:
 # %% ../../nbs/tokens/formatting.ipynb #796eea23
 @patch
 def _repr_html_(self: Example):
-    special, out = special_tokens(self.tok), []
+    special = special_tokens(self.tok)
+    out = []
     for i, m, s in zip(self.input_ids, self.mask, token_texts(self.tok, self.input_ids)):
         style = 'background:#2e7d3240;' if m else ''
         if s in special:
@@ -436,7 +447,8 @@ def _repr_html_(self: Example):
 
 @patch
 def __str__(self: Example):
-    out, on = [f'row {self.row}: {len(self)} tokens, {self.trained} trained\n'], False
+    out = [f'row {self.row}: {len(self)} tokens, {self.trained} trained\n']
+    on = False
     for m, s in zip(self.mask, token_texts(self.tok, self.input_ids)):
         if m != on:
             out.append('[[' if m else ']]')

@@ -45,7 +45,9 @@ def role_shares(
     fmt = examples.formatter
     if fmt.template != 'chat':
         return {}, 0
-    count, rows, backend = Counter(), 0, fmt.tok.backend_tokenizer
+    count = Counter()
+    rows = 0
+    backend = fmt.tok.backend_tokenizer
     for i in np.unique(np.linspace(0, len(convs) - 1, min(n, len(convs))).astype(int)).tolist():
         try:
             text, spans = role_spans(fmt.tok, convs[i])

@@ -89,7 +89,8 @@ def special_pattern(tok) -> re.Pattern:
 
 def _tail(text, special):
     "Special tokens at the end of a text, blanks between them aside: (token, position behind it), last one first"
-    found, at = [], len(text)
+    found = []
+    at = len(text)
     while (s := text[:at].rstrip()).endswith(special):
         t = next(t for t in special if s.endswith(t))
         found.append((t, len(s)))
@@ -118,7 +119,8 @@ class Chat:
     "A tokenizer's chat template, asked what it does"
 
     def __init__(self, tok):
-        self.tok, self.special = tok, tuple(sorted(special_tokens(tok), key=len, reverse=True))
+        self.tok = tok
+        self.special = tuple(sorted(special_tokens(tok), key=len, reverse=True))
         self.end = self._end()
 
     def _end(self):
@@ -128,10 +130,8 @@ class Chat:
 
     def answer(self, conv, k):
         "The text up to the end of message `k`, where the answer begins in it and where it ends"
-        before, after = (
-            render(self.tok, conv.messages[:k], conv.tools, True, conv.row),
-            render(self.tok, conv.messages[: k + 1], conv.tools, False, conv.row),
-        )
+        before = render(self.tok, conv.messages[:k], conv.tools, True, conv.row)
+        after = render(self.tok, conv.messages[: k + 1], conv.tools, False, conv.row)
         if not after.startswith(before):
             raise FormatError(
                 f"row {conv.row}, turn {k + 1}: the prompt for generation is not how the training text begins (chat template of {self.tok.name_or_path or 'this tokenizer'}); use a template that agrees with itself, or template='alpaca'"
@@ -141,7 +141,8 @@ class Chat:
 # %% ../../nbs/tokens/templates.ipynb #d5433ba1
 def cut_text(text, spans):
     "A text in pieces: (text, trained)"
-    out, done = [], 0
+    out = []
+    done = 0
     for s, e in spans:
         out += [(text[done:s], False), (text[s:e], True)]
         done = e
@@ -179,7 +180,8 @@ def _with(tok, name, rename):
     except RuntimeError as e:
         raise FormatError(f"template: {name!r} cannot be given to this tokenizer: {e}") from e
     if rename:
-        new.name_or_path, new.model_max_length = tok.name_or_path, tok.model_max_length
+        new.name_or_path = tok.name_or_path
+        new.model_max_length = tok.model_max_length
     return new
 
 
@@ -214,11 +216,9 @@ _call = lambda *names: dict(
     content='',
     tool_calls=[dict(type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT'))) for n in names],
 )
-_u, _a, _t = (
-    dict(role='user', content='QUESTION'),
-    dict(role='assistant', content='ANSWER'),
-    dict(role='tool', content='RESULT', name='CALLED'),
-)
+_u = dict(role='user', content='QUESTION')
+_a = dict(role='assistant', content='ANSWER')
+_t = dict(role='tool', content='RESULT', name='CALLED')
 _probes = dict(
     system=(
         [dict(role='system', content='SYSTEM'), _u, _a],
@@ -295,10 +295,8 @@ def _marked(messages):
 
 def role_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (start, end, role)), in order
     "The text of a conversation, and which part of it is whose content"
-    plain, text = (
-        render(tok, conv.messages, conv.tools, row=conv.row),
-        render(tok, list(_marked(conv.messages)), conv.tools, row=conv.row),
-    )
+    plain = render(tok, conv.messages, conv.tools, row=conv.row)
+    text = render(tok, list(_marked(conv.messages)), conv.tools, row=conv.row)
     marks = list(re.finditer('[\U00100000-\U0010ffff]', text))
     if re.sub('[\U00100000-\U0010ffff]', '', text) != plain:
         raise FormatError(

@@ -81,7 +81,8 @@ def _no_number(s):
     raise ValueError(f'{s} is not JSON')
 
 
-_decoder, _blank = json.JSONDecoder(parse_constant=_no_number), re.compile(r'\s*')
+_decoder = json.JSONDecoder(parse_constant=_no_number)
+_blank = re.compile(r'\s*')
 
 
 def _json(text, at):
@@ -245,7 +246,9 @@ def read_calls(
     tools: list | None = None,  # The tools that it was given, as `as_tools` returns them, to check the calls
 ) -> tuple[list, str]:  # (dicts with name and arguments, wrong ones also with error and text; the text beside them)
     "The calls in a text, in whatever known format"
-    calls, rest, at = [], [], 0
+    calls = []
+    rest = []
+    at = 0
     while hit := _next(text, at):
         kind, m = hit
         rest.append(text[at : m.start()])

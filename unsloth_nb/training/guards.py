@@ -24,13 +24,11 @@ class Guard:
     "Looks at each optimizer step before it is taken"
 
     def __init__(self, vocab_size: int, scaled=False):  # scaled: fp16, whose loss scaler may skip steps
-        self.guess, self.scaled, self.skipped, self.worse, self.seen = (
-            math.log(vocab_size),
-            scaled,
-            0,
-            0,
-            deque(maxlen=50),
-        )
+        self.guess = math.log(vocab_size)
+        self.scaled = scaled
+        self.skipped = 0
+        self.worse = 0
+        self.seen = deque(maxlen=50)
 
     def check(
         self,

@@ -101,7 +101,8 @@ def prepare(model: LoadedModel, examples: Examples, job: FinetuneJob, run: Run):
     "Write what the ranks need into the run"
     from safetensors.torch import save_file
 
-    plan, home = model.plan, launch_dir(run)
+    plan = model.plan
+    home = launch_dir(run)
     check_rendezvous(plan.nodes)
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
@@ -154,7 +155,9 @@ def follow(
     stop,  # A `StopRequest`
 ):
     "Show what is new and pass requests on until the ranks have ended"
-    tail, asked, step = Tail(run.path / 'metrics.jsonl'), False, None
+    tail = Tail(run.path / 'metrics.jsonl')
+    asked = False
+    step = None
     while proc.poll() is None:
         if stop.by and not asked:
             run.stop(stop.by)
@@ -250,7 +253,8 @@ def train_in_ranks(
     "Train in processes of their own; raises what they raise"
     from safetensors.torch import load_file
 
-    home, plan = launch_dir(run), model.plan
+    home = launch_dir(run)
+    plan = model.plan
     model.release()
     prepare(model, examples, job, run)
     run.note(f"{plan.ranks} ranks ({plan.parallel}) are started by torchrun")
@@ -286,7 +290,8 @@ def find_launch(
     wait: float = 900,  # [s]
 ) -> Run:
     "The run that waits for this machine at the rendezvous"
-    place, end = settings().rendezvous, time.time() + wait
+    place = settings().rendezvous
+    end = time.time() + wait
     while time.time() < end:
         for run in map(Run, reversed(run_dirs(runs_dir))):
             if (asked := _waiting(run)) and asked['rendezvous'] == place:

@@ -51,11 +51,17 @@ def _unpack(gguf):
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tok.bos_token, tok.eos_token, tok.pad_token = '<|im_start|>', '<|im_end|>', '<|endoftext|>'
-    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    tok.bos_token = '<|im_start|>'
+    tok.eos_token = '<|im_end|>'
+    tok.pad_token = '<|endoftext|>'
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
     del model.config.quantization_config
     for c in (model.config, model.generation_config):
-        c.bos_token_id, c.eos_token_id, c.pad_token_id = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
+        c.bos_token_id = tok.bos_token_id
+        c.eos_token_id = tok.eos_token_id
+        c.pad_token_id = tok.pad_token_id
     return model, tok
 
 # %% ../../nbs/training/loading.ipynb #5965e0f6
@@ -164,15 +170,13 @@ class LoadedModel:
     "A model with its tokenizer, ready to train or to answer"
 
     def __init__(self, model, tok, source, plan, job, adapter=None):
-        self._model, self.tok, self.source, self.plan, self.job, self.adapter, self.weights = (
-            model,
-            tok,
-            source,
-            plan,
-            job,
-            adapter,
-            None,
-        )
+        self._model = model
+        self.tok = tok
+        self.source = source
+        self.plan = plan
+        self.job = job
+        self.adapter = adapter
+        self.weights = None
 
     @property
     def model(self):
@@ -489,7 +493,8 @@ def load_adapter(
     with tempfile.TemporaryDirectory() as tmp:
         view = Source(_view(folder, src.path, tmp), src.ref, None, src.remote_code)
         model, tok = _from_pretrained(view, plan)
-    tok.name_or_path, tok.clean_up_tokenization_spaces = str(folder), False
+    tok.name_or_path = str(folder)
+    tok.clean_up_tokenization_spaces = False
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
     return LoadedModel(model, tok, src, plan, base_job, base_fingerprint(folder))
@@ -531,7 +536,8 @@ def release(self: LoadedModel, weights: dict | None = None):  # Name to tensor; 
 
     if weights is None and self._model is not None:
         weights = {n: p.detach().cpu().clone() for n, p in trained_weights(self._model).items()}
-    self._model, self.weights = None, weights or self.weights
+    self._model = None
+    self.weights = weights or self.weights
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

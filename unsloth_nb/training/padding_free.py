@@ -69,7 +69,8 @@ def flash_varlen(
 class _Route:
     "Boundaries of the batch on its way, if it has any"
 
-    cu_seqlens, longest = None, 0
+    cu_seqlens = None
+    longest = 0
 
 
 def _attention(original):
@@ -111,18 +112,15 @@ def padding_free(
     import os
     from unsloth.utils import attention_dispatch
 
-    core, original, compiled = (
-        model.get_base_model().model,
-        attention_dispatch._run_attention,
-        os.environ.get('UNSLOTH_BLOCK_COMPILE'),
-    )
-    forward, had = (
-        core.forward,
-        {k: core.__dict__[k] for k in ('forward', '_unsloth_allow_packed_overlength') if k in core.__dict__},
-    )
+    core = model.get_base_model().model
+    original = attention_dispatch._run_attention
+    compiled = os.environ.get('UNSLOTH_BLOCK_COMPILE')
+    forward = core.forward
+    had = {k: core.__dict__[k] for k in ('forward', '_unsloth_allow_packed_overlength') if k in core.__dict__}
 
     def flat(self, *args, cu_seqlens=None, attention_mask=None, **kw):
-        _Route.cu_seqlens, _Route.longest = cu_seqlens, longest
+        _Route.cu_seqlens = cu_seqlens
+        _Route.longest = longest
         return forward(*args, attention_mask=attention_mask, **kw)
 
     attention_dispatch._run_attention, core.forward, os.environ['UNSLOTH_BLOCK_COMPILE'] = (
@@ -134,7 +132,8 @@ def padding_free(
     try:
         yield
     finally:
-        _Route.cu_seqlens, attention_dispatch._run_attention = None, original
+        _Route.cu_seqlens = None
+        attention_dispatch._run_attention = original
         for k in ('forward', '_unsloth_allow_packed_overlength'):
             core.__dict__.pop(k)
         core.__dict__.update(had)

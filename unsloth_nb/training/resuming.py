@@ -65,7 +65,8 @@ def code_hashes(
     modules=_MODULES,  # Of this package; default: those that training depends on
 ) -> dict:  # Module or package to hash or version
     "What code a result depends on: our own modules, and the packages below"
-    home, have = Path(importlib.util.find_spec('unsloth_nb').origin).parent, versions()
+    home = Path(importlib.util.find_spec('unsloth_nb').origin).parent
+    have = versions()
     return {f'{m}.py': hashlib.sha256((home / f'{m}.py').read_bytes()).hexdigest()[:16] for m in modules} | {
         p: have[p] for p in _PACKAGES if p in have
     }
@@ -120,7 +121,8 @@ def differences(
     "What differs between two identities"
     flat = lambda d: {(k, n): v for k, part in d.items() for n, v in part.items()}
     then = then | ({'code': _known_code(then['code'], now['code'])} if 'code' in then and 'code' in now else {})
-    a, b = flat(then), flat(now)
+    a = flat(then)
+    b = flat(now)
     return [
         (n, part, a.get((part, n)), b.get((part, n)))
         for part, n in dict.fromkeys([*a, *b])
@@ -260,13 +262,11 @@ class PassOrder:
         grouped: int = 0,  # Rows of an optimizer step, to have those of like length together; 0: no such groups
         extra: int = 0,  # Rows at the end of the dataset that come last in each pass
     ):
-        self.lengths, self.seed, self.grouped, self.extra, self.number = (
-            list(map(int, lengths))[: len(lengths) - extra],
-            seed,
-            grouped,
-            extra,
-            0,
-        )
+        self.lengths = list(map(int, lengths))[: len(lengths) - extra]
+        self.seed = seed
+        self.grouped = grouped
+        self.extra = extra
+        self.number = 0
 
     def set_epoch(self, number):
         self.number = number
@@ -278,7 +278,8 @@ class PassOrder:
         import torch
         from transformers.trainer_pt_utils import get_length_grouped_indices
 
-        n, g = len(self.lengths), torch.Generator().manual_seed(self.seed + self.number)
+        n = len(self.lengths)
+        g = torch.Generator().manual_seed(self.seed + self.number)
         order = (
             get_length_grouped_indices(self.lengths, self.grouped, generator=g)
             if self.grouped
@@ -291,7 +292,10 @@ def resumable(cls, write):
     "A trainer class whose checkpoints are ours; `write(trainer)` makes one"
 
     class Resumable(cls):
-        loss_of_step, trained_tokens, tokens_seen, fillers = None, None, 0, 0
+        loss_of_step = None
+        trained_tokens = None
+        tokens_seen = 0
+        fillers = 0
 
         def _save_checkpoint(self, model, trial):
             write(self)

@@ -111,7 +111,12 @@ class _Sums:
     "What final figures are made of, and what a checkpoint must carry for them"
 
     def __init__(self):
-        self.seconds, self.tokens, self.loss, self.best, self.best_step, self.first = 0.0, 0, 0.0, None, None, None
+        self.seconds = 0.0
+        self.tokens = 0
+        self.loss = 0.0
+        self.best = None
+        self.best_step = None
+        self.first = None
 
     def to_dict(self):
         return dict(vars(self))
@@ -121,8 +126,16 @@ class _Recorder:
     "What happens around a step; `run` is the one of this rank"
 
     def __init__(self, run, live, job, guard, stop):
-        self.run, self.live, self.job, self.guard, self.stop = run, live, job, guard, stop
-        self.metrics, self.sums, self.trainer, self.window, self.peaks = run.metrics, _Sums(), None, [], []
+        self.run = run
+        self.live = live
+        self.job = job
+        self.guard = guard
+        self.stop = stop
+        self.metrics = run.metrics
+        self.sums = _Sums()
+        self.trainer = None
+        self.window = []
+        self.peaks = []
 
 
 def _recorder(*args):
@@ -134,12 +147,10 @@ def _recorder(*args):
 # %% ../../nbs/training/trainer.ipynb #bc4b8b60
 @patch
 def on_train_begin(self: _Recorder, args, state, control, **kw):
-    self.time, self.step, self.saved, self.began = (
-        time.perf_counter(),
-        state.global_step,
-        time.time(),
-        int(state.epoch or 0),
-    )
+    self.time = time.perf_counter()
+    self.step = state.global_step
+    self.saved = time.time()
+    self.began = int(state.epoch or 0)
     self.trainer._total_loss_scalar, self.before = self.sums.loss, self.sums.tokens
     self.metrics = [m for m in self.metrics if m['step'] <= state.global_step]
     self.run.keep_metrics(self.metrics)
@@ -200,7 +211,9 @@ def on_save(self: _Recorder, args, state, control, **kw):
 def on_log(self: _Recorder, args, state, control, logs=None, **kw):
     if 'loss' not in logs:
         return
-    now, n, sums = time.perf_counter(), state.global_step - self.step, self.sums
+    now = time.perf_counter()
+    n = state.global_step - self.step
+    sums = self.sums
     secs = now - self.time
     m = dict(
         step=state.global_step,
@@ -219,7 +232,10 @@ def on_log(self: _Recorder, args, state, control, logs=None, **kw):
         peak_bytes=max(self.peaks),
         max_steps=state.max_steps,
     )
-    self.time, self.step, sums.tokens, sums.seconds = now, state.global_step, seen, sums.seconds + secs
+    self.time = now
+    self.step = state.global_step
+    sums.tokens = seen
+    sums.seconds = sums.seconds + secs
     sums.first = sums.first or dict(tokens=seen, seconds=secs)
     self.window.append(m['loss'])
     self.metrics.append(m)
@@ -237,16 +253,19 @@ def _writer(run, job, rec, who):
             keep(trainer, state)
 
     def keep(trainer, state):
-        step, sums = trainer.state.global_step, rec.sums
+        step = trainer.state.global_step
+        sums = rec.sums
         folder = run.path / 'checkpoints' / f'step-{step:06d}'
         if folder.exists():
             try:
                 return check_whole(folder)
             except CheckpointError:
                 shutil.rmtree(folder)
-        sums.loss, mean = trainer._total_loss_scalar, sum(rec.window) / len(rec.window) if rec.window else None
+        sums.loss = trainer._total_loss_scalar
+        mean = sum(rec.window) / len(rec.window) if rec.window else None
         if mean is not None and (sums.best is None or mean <= sums.best):
-            sums.best, sums.best_step = mean, step
+            sums.best = mean
+            sums.best_step = step
         rec.window.clear()
         write_whole(
             folder,
@@ -365,7 +384,8 @@ def _out_of_memory(e, model, job, examples):
     "What to say when memory has run out: the plan, and the smallest change that would fit"
     import torch
 
-    plan, held = model.plan, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    plan = model.plan
+    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     said = f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak / 2**30:.2f} GiB, {held / 2**30:.2f} GiB were held, and {plan.device.memory_free / 2**30:.2f} GiB were free when it was made."
     return TrainingError(f"{said}\n{smaller_way(job, examples, plan, held)}")
 
@@ -534,7 +554,8 @@ def finetune(
     devices: int | None = None,  # That share the work; default: as the job says
 ) -> Run:
     "Train on data and save the adapter"
-    job, own = job or model.job, run is None
+    job = job or model.job
+    own = run is None
     if devices is not None:
         job = _share(model, job, devices, data)
     if plan is not None and plan != model.plan:

@@ -66,7 +66,8 @@ def work(run: Run, home: Path):
     from safetensors.torch import save_file
 
     asked = read_json(launch_dir(run) / 'launch.json')
-    job, plan = FinetuneJob(**asked['job']), Plan.from_dict(asked['plan'])
+    job = FinetuneJob(**asked['job'])
+    plan = Plan.from_dict(asked['plan'])
     if plan.device.kind == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     start_engine()

@@ -65,7 +65,10 @@ class ChatPanel(Panel):
         cases='test_cases.jsonl',  # Where test cases go
     ):
         self.chat = chat_or_run if isinstance(chat_or_run, Chat) else chat(chat_or_run)
-        self.cases, self.halt, self.thread, self.now = str(cases), threading.Event(), None, None
+        self.cases = str(cases)
+        self.halt = threading.Event()
+        self.thread = None
+        self.now = None
 
     def __repr__(self):
         return '\n'.join([repr(self.chat), *map(repr, self.chat.turns)])
@@ -101,7 +104,8 @@ def ask(
 ):  # Turn; None when it was stopped
     "Ask both; raises `SpecError` before anything is computed"
     self.halt.clear()
-    pieces, answers = self.chat.stream(question), dict.fromkeys(self.chat.sides, '')
+    pieces = self.chat.stream(question)
+    answers = dict.fromkeys(self.chat.sides, '')
     try:
         while not self.halt.is_set():
             k, p = next(pieces)
@@ -139,7 +143,8 @@ def _dial(name, value):
 @patch
 def sampling(self: ChatPanel) -> Sampling:
     "What the dials say; raises `SpecError`"
-    vals, seed = {k: d.value for k, d in self.dials.items()}, self.seed.value.strip()
+    vals = {k: d.value for k, d in self.dials.items()}
+    seed = self.seed.value.strip()
     if not vals['temperature']:
         vals = {k: v for k, v in vals.items() if k not in ('top_p', 'top_k', 'min_p')}
     if seed and not seed.isdecimal():
@@ -151,9 +156,9 @@ def sampling(self: ChatPanel) -> Sampling:
 def build(self: ChatPanel):
     import ipywidgets as w
 
-    s, whole = (
-        self.chat.sampling,
-        dict(continuous_update=False, layout=w.Layout(width='auto')),
+    s = self.chat.sampling
+    whole = dict(
+        continuous_update=False, layout=w.Layout(width='auto')
     )  # Sent as a whole, so that no click overtakes it
     self.dials = {k: _dial(k, getattr(s, k)) for k in _DIALS}
     self.seed = w.Text(
@@ -179,7 +184,9 @@ def build(self: ChatPanel):
         **whole,
     )
     self.file = w.Text(self.cases, description='file', style=dict(description_width='7em'), **whole)
-    self.history, self.writing, self.said = w.HTML(self._past()), w.HTML(), w.HTML(message())
+    self.history = w.HTML(self._past())
+    self.writing = w.HTML()
+    self.said = w.HTML(message())
     names = dict(
         send=('Ask', 'paper-plane'),
         halt=('Stop', 'stop'),
@@ -211,7 +218,8 @@ def build(self: ChatPanel):
 @patch
 def _wire(self: ChatPanel):
     "What each control does"
-    b, lock = self.buttons, lambda t: [setattr(self.dials[k], 'disabled', not t) for k in ('top_p', 'top_k', 'min_p')]
+    b = self.buttons
+    lock = lambda t: [setattr(self.dials[k], 'disabled', not t) for k in ('top_p', 'top_k', 'min_p')]
     self.dials['temperature'].observe(lambda c: lock(c['new']), 'value')
     lock(self.dials['temperature'].value)
     b['send'].on_click(lambda _: self._do(self._send))
@@ -261,7 +269,8 @@ def _save(self: ChatPanel):
 @patch
 def _answer(self: ChatPanel, text):
     "Ask in a thread, and show what comes"
-    due, seen = [0.0], {}
+    due = [0.0]
+    seen = {}
 
     def see(answers):
         seen.update(answers)

@@ -36,8 +36,12 @@ class DataExplorer(Panel):
         data: Data,  # From `load_data`
         job=None,  # A FinetuneJob, for its tokenizer, template and max_seq_length; None: rows as text only
     ):
-        self.data, self.job, self.faults, self.examples = data, job, {}, None
-        self.train, self.size = len(data.train), len(data.train) + len(data.test)
+        self.data = data
+        self.job = job
+        self.faults = {}
+        self.examples = None
+        self.train = len(data.train)
+        self.size = len(data.train) + len(data.test)
         self.characters = self._column('characters').astype(np.int64)
         self.tokens = None  # [tokens] of each row; None before `tokenize`
         self.flags = self._known()
@@ -117,7 +121,8 @@ class Rows(Sequence):
     "Rows that fit, each read when it is asked for"
 
     def __init__(self, explorer, index):
-        self.explorer, self.index = explorer, index
+        self.explorer = explorer
+        self.index = index
 
     def __len__(self):
         return len(self.index)
@@ -229,7 +234,10 @@ def tokenize(
     "Count tokens, and flag what training would refuse"
     if self.tokens is not None:
         return
-    fmt, tokens, exs, faults = self.formatter, np.zeros(self.size, np.int64), Examples(self.formatter), {}
+    fmt = self.formatter
+    tokens = np.zeros(self.size, np.int64)
+    exs = Examples(self.formatter)
+    faults = {}
     for at in range(0, self.size, 256):
         part = [self.conversation(i) for i in range(at, min(at + 256, self.size))]
         for i, got in enumerate(fmt.examples(part), at):
@@ -245,15 +253,19 @@ def tokenize(
                 exs.add(e)
                 exs.original.append(len(e))
         see(min(at + 256, self.size))
-    n, trained = int(exs.lengths.sum()), int(exs.trained().sum()) if len(exs) else 0
-    exs.limit, exs.tokens = self.job.max_seq_length, Ledger('tokens', n, dict(trained=trained, context=n - trained), {})
+    n = int(exs.lengths.sum())
+    trained = int(exs.trained().sum()) if len(exs) else 0
+    exs.limit = self.job.max_seq_length
+    exs.tokens = Ledger('tokens', n, dict(trained=trained, context=n - trained), {})
     self.flags |= {
         r: np.isin(np.arange(self.size), [i for i, e in faults.items() if e.reason == r])
         for r in {e.reason for e in faults.values()}
     }
     if (tokens > self.job.max_seq_length).any():
         self.flags['too_long'] = tokens > self.job.max_seq_length
-    self.examples, self.faults, self.tokens = exs, faults, tokens
+    self.examples = exs
+    self.faults = faults
+    self.tokens = tokens
 
 # %% ../../nbs/widgets/explorer.ipynb #391ed909
 SHOWN = dict(characters=4000, tokens=1500)  # Of a row, on the screen
@@ -370,10 +382,8 @@ def build(self: DataExplorer):
     import ipywidgets as w
 
     style = dict(description_width='7em')
-    text, pick = (
-        (lambda d, **kw: w.Text(description=d, continuous_update=False, style=style, **kw)),
-        (lambda d, options: w.Dropdown(description=d, options=options, style=style)),
-    )
+    text = lambda d, **kw: w.Text(description=d, continuous_update=False, style=style, **kw)
+    pick = lambda d, options: w.Dropdown(description=d, options=options, style=style)
     self.controls = dict(
         search=text('search', placeholder='text, then Enter'),
         regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')),
@@ -397,7 +407,9 @@ def build(self: DataExplorer):
     )
     self.count, self.detail, self.said, self.pictures = w.HTML(), w.HTML(), w.HTML(message()), w.HTML(self.lengths())
     self._wire()
-    c, b, flow = self.controls, self.buttons, w.Layout(flex_flow='row wrap')
+    c = self.controls
+    b = self.buttons
+    flow = w.Layout(flex_flow='row wrap')
     self.find()
     return w.VBox(
         [
@@ -492,7 +504,8 @@ def _turn_to(self: DataExplorer):
 @patch
 def _step(self: DataExplorer, by):
     "Choose the row before or behind, on the next page where this one ends"
-    at, n = (self.list.index or 0) + by, self.page.value + by
+    at = (self.list.index or 0) + by
+    n = self.page.value + by
     if 0 <= at < len(self.list.options):
         self.list.index = at
     elif 1 <= n <= self.page.max:

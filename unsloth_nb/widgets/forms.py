@@ -32,7 +32,8 @@ from ..jobs.supervising import _changed
 # %% ../../nbs/widgets/forms.ipynb #80a2df0f
 def job_code(job: Job) -> str:  # Source of a notebook cell
     "The cell that makes this job; it holds what differs from the defaults"
-    name, args = type(job).__name__, [f'{k}={v!r}' for k, v in _changed(job).items()]
+    name = type(job).__name__
+    args = [f'{k}={v!r}' for k, v in _changed(job).items()]
     line = f"job = {name}({', '.join(args)})"
     if len(line) > 100:
         line = '\n'.join([f'job = {name}(', *(f'    {a},' for a in args), ')'])
@@ -64,7 +65,8 @@ def _pair(job, name, v):
 # %% ../../nbs/widgets/forms.ipynb #b94be8b1
 def job_command(job: Job) -> str:  # One line for a POSIX shell
     "The command that runs this job; it holds what differs from the defaults"
-    kind, vals = next(k for k, cls in JOBS.items() if type(job) is cls), _changed(job)
+    kind = next(k for k, cls in JOBS.items() if type(job) is cls)
+    vals = _changed(job)
     pairs = {k: _pair(job, k, v) for k, v in vals.items()}
     line = ' '.join(['unsloth-nb', 'run', kind, *(f'-p {shlex.quote(p)}' for p in pairs.values() if p)])
     odd = {k: v for k, v in vals.items() if not pairs[k]}
@@ -109,8 +111,10 @@ def memory_bar(plan: Plan) -> str:  # HTML; empty where the memory is not known
     "Predicted memory by part, against what is free"
     if not plan.memory:
         return ''
-    free, parts = plan.device.memory_free, [(k, v) for k, v in plan.memory.items() if v]
-    top, said = max(free, plan.peak), f'{plan.peak / _GIB:.2f} of {free / _GIB:.1f} GiB'
+    free = plan.device.memory_free
+    parts = [(k, v) for k, v in plan.memory.items() if v]
+    top = max(free, plan.peak)
+    said = f'{plan.peak / _GIB:.2f} of {free / _GIB:.1f} GiB'
     bar = ''.join(
         f'<span style="display:inline-block;height:100%;width:{100 * v / top:.3f}%;background:{c}"></span>'
         for (k, v), c in zip(parts, _COLOURS)
@@ -157,14 +161,12 @@ class Later:
     "Calls `f` in a thread, `delay` after the last request"
 
     def __init__(self, f, delay: float = 0.3):  # seconds
-        self.f, self.delay, self.lock, self.thread, self.at, self.done = (
-            f,
-            delay,
-            threading.Lock(),
-            None,
-            0.0,
-            threading.Event(),
-        )
+        self.f = f
+        self.delay = delay
+        self.lock = threading.Lock()
+        self.thread = None
+        self.at = 0.0
+        self.done = threading.Event()
 
     def __call__(self):
         with self.lock:
@@ -224,11 +226,15 @@ class JobForm(Panel):
         runs_dir=None,  # Past runs, which correct the predictions for this machine
     ):
         self.cls, given = (job, {}) if isinstance(job, type) else (type(job), job.to_dict())
-        self.runs_dir, self.params = runs_dir, {r['name']: r for r in fields(self.cls)}
+        self.runs_dir = runs_dir
+        self.params = {r['name']: r for r in fields(self.cls)}
         self.start = {k: given.get(k, r['default']) for k, r in self.params.items()}
         self.controls = {k: _control(self.cls, r, self.start[k]) for k, r in self.params.items()}
         self.notes = {k: w.HTML(_note(r), layout=w.Layout(flex='1 1 18em')) for k, r in self.params.items()}
-        self.plan, self.planned, self.preset_values, self.rows_read = None, Later(self._make_plan), {}, (None, None)
+        self.plan = None
+        self.planned = Later(self._make_plan)
+        self.preset_values = {}
+        self.rows_read = (None, None)
         self.widget = self._build(device)
         for c in self.controls.values():
             c.observe(self._typed, 'value')
@@ -243,7 +249,8 @@ class JobForm(Panel):
 @patch
 def _read(self: JobForm):
     "(values, what cannot be read)"
-    vals, bad = {}, {}
+    vals = {}
+    bad = {}
     for k, c in self.controls.items():
         if c.value == value_text(self.start[k]):
             vals[k] = self.start[k]
@@ -348,8 +355,10 @@ def _make_plan(self: JobForm):
     if bad := self.problems:
         self.plan_panel.value = '<i>There is no plan while something is to be mended.</i>'
         return
-    job, device = self.job, None if self.device.value == 'this machine' else self.device.value
-    self.plan, parts = None, []
+    job = self.job
+    device = None if self.device.value == 'this machine' else self.device.value
+    self.plan = None
+    parts = []
     try:
         data, about = self._rows_of(job)
         self.plan = make_plan(job, data, device, self.runs_dir)
@@ -399,7 +408,10 @@ def _build(self: JobForm, device):
         k: w.HBox([c, self.notes[k]], layout=w.Layout(flex_flow='row wrap', align_items='flex-start'))
         for k, c in self.controls.items()
     }
-    self.list, self.summary, self.texts, self.plan_panel = w.VBox(), w.HTML(), w.HTML(), w.HTML('<i>planning …</i>')
+    self.list = w.VBox()
+    self.summary = w.HTML()
+    self.texts = w.HTML()
+    self.plan_panel = w.HTML('<i>planning …</i>')
     for x in (self.group, self.find):
         x.observe(self._pick, 'value')
     self._pick()

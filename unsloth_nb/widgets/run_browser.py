@@ -67,7 +67,10 @@ class RunBrowser(Panel):
         self,
         runs_dir=None,  # Where runs are; None: as in `settings()`
     ):
-        self.runs_dir, self.picked, self.command, self.page = runs_dir, [], None, 0
+        self.runs_dir = runs_dir
+        self.picked = []
+        self.command = None
+        self.page = 0
         self.refresh()
 
     @property
@@ -132,7 +135,8 @@ def _start(self: RunBrowser, *args):
 # %% ../../nbs/widgets/run_browser.ipynb #c2078999
 def run_html(run: Run) -> str:
     "What became of a run: its status, and each metric before and after"
-    r, m = run.result or {}, (run.result or {}).get('metrics') or {}
+    r = run.result or {}
+    m = (run.result or {}).get('metrics') or {}
     sides = [k for k in ('base', 'tuned') if isinstance(m.get(k), dict)]
     rows = [(n, *(_num(m[k].get(n)) for k in sides)) for n in dict.fromkeys(n for k in sides for n in m[k])]
     return f"<div><b>{html_text(run.name)}</b>: {html_text(run.status)}{html_text(', ' + r['reason'] if r.get('reason') else '')}</div>{_table([('metric', *sides), *rows]) if rows else ''}"
@@ -184,7 +188,11 @@ def build(self: RunBrowser):
         layout=w.Layout(width='20em'),
     )
     self.order = drop('Sort by', [('newest first', 'run'), *((c, c) for c in RunList.columns[1:])])
-    self.table, self.pages, self.links, self.about, self.news = w.VBox(), w.HBox(), w.Output(), w.HTML(), w.HTML()
+    self.table = w.VBox()
+    self.pages = w.HBox()
+    self.links = w.Output()
+    self.about = w.HTML()
+    self.news = w.HTML()
     again = w.Button(description='Refresh', tooltip='Read the folder anew')
     again.on_click(lambda _: self._act(lambda: self.refresh()._draw()))
     for x in (*self.filters.values(), self.word, self.order):
@@ -207,7 +215,8 @@ def build(self: RunBrowser):
 @patch
 def shown(self: RunBrowser) -> RunList:
     "The runs that the filters leave, in order"
-    given, word = {k: f.value for k, f in self.filters.items() if f.value != 'any'}, self.word.value.strip()
+    given = {k: f.value for k, f in self.filters.items() if f.value != 'any'}
+    word = self.word.value.strip()
     runs = self.runs.where(**given)
     if word:
         runs = RunList(r for r, row in zip(runs, runs.rows()) if word in f'{row[0]} {row[3]} {row[4]}')
