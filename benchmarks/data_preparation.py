@@ -134,7 +134,10 @@ def trl(tok, form, limit, num_proc):
             desc='convert',
         )
         ds = trainer._prepare_dataset(ds, tok, args, args.packing, None, 'train')
-        number = lambda p: int(re.search(r'Task (\d+)\.', p if isinstance(p, str) else p[0]['content'])[1])
+
+        def number(p):
+            return int(re.search(r'Task (\d+)\.', p if isinstance(p, str) else p[0]['content'])[1])
+
         return dict(stages), lambda: ((number(r['prompt']), r['input_ids'], r['labels']) for r in ds)
 
     return prepare
@@ -202,7 +205,10 @@ def _kind(a, b, form):
             if form == 'chat' and np.array_equal(lab[: last + 1], tlab[: last + 1])
             else 'other'
         )
-    rest = lambda x, at: x[at : at + min(len(ids), len(tids)) - first - 4]
+
+    def rest(x, at):
+        return x[at : at + min(len(ids), len(tids)) - first - 4]
+
     meet = any(np.array_equal(rest(ids, first + 2), rest(tids, first + 2 + k)) for k in (-2, -1, 0, 1))
     return 'border' if meet and np.array_equal(ids[: first - 1], tids[: first - 1]) else 'other'
 
@@ -254,7 +260,10 @@ def side_by_side(rounds, tmp, form, **kw):
             )
     res = {v: summary(r) for v, r in runs.items()}
     for v, r in [*res.items()][1:]:
-        ratio = lambda s: round(s / res['ours']['best_s'], 2)
+
+        def ratio(s):
+            return round(s / res['ours']['best_s'], 2)
+
         r |= dict(
             times_ours=ratio(r['best_s']),
             times_ours_without_convert=ratio(r['best_s'] - r['stages_s']['convert']),
@@ -321,13 +330,22 @@ def main():
         versions=versions(),
     )
     with tempfile.TemporaryDirectory() as tmp:
-        file = lambda n: f'{tmp}/rows_{n}.jsonl'
+
+        def file(n):
+            return f'{tmp}/rows_{n}.jsonl'
+
         for n in {64, a.rows, *GROWTH}:
             write_rows(a.source, n, file(n))
         kw = dict(tmp=tmp, model=model, warm=file(64), limit=a.max_seq_length)
-        grow = lambda n: summary(
-            [measure(side='ours', form='alpaca', num_proc=None, dump=None, file=file(n), **kw) for _ in range(a.rounds)]
-        )
+
+        def grow(n):
+            return summary(
+                [
+                    measure(side='ours', form='alpaca', num_proc=None, dump=None, file=file(n), **kw)
+                    for _ in range(a.rounds)
+                ]
+            )
+
         res |= dict(
             forms={f: side_by_side(a.rounds, form=f, file=file(a.rows), **kw) for f in FORMS},
             growth={n: grow(n) for n in GROWTH},
@@ -336,7 +354,10 @@ def main():
     (a.out or Path(__file__).parent / 'results' / f'data_preparation_{date}_{cores}cores.json').write_text(
         json.dumps(res, indent=1) + '\n'
     )
-    bad = lambda d: d['other'] or d['only_ours'] or d['only_trl'] > 1  # We hold one row out
+
+    def bad(d):
+        return d['other'] or d['only_ours'] or d['only_trl'] > 1  # We hold one row out
+
     if any(bad(r['agreement']) for vs in res['forms'].values() for r in vs.values() if 'agreement' in r):
         sys.exit('rows differ that should not: see `other` and `only_…` above')
 

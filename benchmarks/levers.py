@@ -51,7 +51,10 @@ class StaticCollator(FlatCollator):
         for t in tail:
             starts.append(starts[-1] + t)
         assert len(starts) <= self.count + 1, 'more examples in a batch than there is room for'
-        fill = lambda k, v: torch.cat([b[k], torch.full((1, pad), v)], 1)
+
+        def fill(k, v):
+            return torch.cat([b[k], torch.full((1, pad), v)], 1)
+
         return dict(
             input_ids=fill('input_ids', 0),
             labels=fill('labels', -100),
@@ -265,7 +268,10 @@ WAYS = {  # bits, checkpointing, rows, passes, packed, optimizer, layout, layers
 
 def packed(rows, lengths, limit):
     "Rows filled to a limit"
-    join = lambda k, row: [t for i in row for t in rows[i][k]]
+
+    def join(k, row):
+        return [t for i in row for t in rows[i][k]]
+
     return [
         dict(input_ids=join('input_ids', row), labels=join('labels', row), seq_lengths=[lengths[i] for i in row])
         for row in pack(lengths, limit)

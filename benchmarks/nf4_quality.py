@@ -38,7 +38,10 @@ def main():
     x = got['16bit']
     y = got['nf4']
     d = got['difference']
-    told = lambda e: f"{e['difference']:+.4f} (p = {e['p']:.2g})"
+
+    def told(e):
+        return f"{e['difference']:+.4f} (p = {e['p']:.2g})"
+
     finding = f"embedded model, {a.steps} steps, {a.rows} held-out rows: held-out loss before {x['base']['loss']:.3f} in 16 bits and {y['base']['loss']:.3f} in NF4, after {x['tuned']['loss']:.4f} and {y['tuned']['loss']:.4f}; exact answers {x['tuned']['exact_match']:.0%} and {y['tuned']['exact_match']:.0%}; NF4 minus 16 bits: exact match {told(d['exact_match'])}, loss {told(d['loss'])}"
     res = dict(
         date=time.strftime('%Y-%m-%d'),

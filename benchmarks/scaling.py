@@ -151,7 +151,10 @@ def row(spec, plan, res, metrics, load_seconds):
 
 def efficiency(rows):
     "Beside each row of several devices: how much of them it uses, and how far its losses are from those of one"
-    key = lambda r: r['configuration'].split(':')[1:3]
+
+    def key(r):
+        return r['configuration'].split(':')[1:3]
+
     for r in rows:
         n = int(r['configuration'].split(':')[0])
         base = next((b for b in rows if b['configuration'].startswith('1:') and key(b) == key(r)), None)
@@ -171,7 +174,10 @@ def show(rows):
         if 'error' in r:
             print(f"{r['configuration']:22} {r['error'][-200:]}")
             continue
-        f = lambda k, s: format(r[k], s) if r.get(k) is not None else ''
+
+        def f(k, s):
+            return format(r[k], s) if r.get(k) is not None else ''
+
         print(
             f"{r['configuration']:22} {f('median_tokens_per_second', '9,.0f'):>9} {f('efficiency', '.1%'):>10} {r['peak_bytes'] / 2**30:9.2f} {r['predicted_bytes'] / 2**30:9.2f} {f('largest_loss_difference', '.1e'):>15}",
             flush=True,

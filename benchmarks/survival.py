@@ -325,7 +325,10 @@ def disk(home, a):
     want = read(whole)
     ends = []
     total = sum(p.stat().st_size for p in whole.rglob('*') if p.is_file())
-    mount = lambda *args: os.geteuid() == 0 and subprocess.run(['mount', *args], capture_output=True).returncode == 0
+
+    def mount(*args):
+        return os.geteuid() == 0 and subprocess.run(['mount', *args], capture_output=True).returncode == 0
+
     for i in range(10):
         path = home / f'disk-{i}'
         log = home / f'disk-{i}.log'

@@ -275,7 +275,10 @@ def preupload(h, hub, repo, rev):
     r = h.may(repo, write=True)
     files = h.json()['files']
     have = r.commits[h.at(repo, rev)[1]]
-    lfs = lambda f: f['path'].endswith(('.safetensors', '.gguf')) or f['size'] > 10 * 2**20
+
+    def lfs(f):
+        return f['path'].endswith(('.safetensors', '.gguf')) or f['size'] > 10 * 2**20
+
     h.answer(
         dict(
             files=[

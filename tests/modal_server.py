@@ -364,7 +364,10 @@ class ModalServer:
 
     def VolumeListFiles(self, r):
         top = self.volume.committed / r.path.lstrip('/')
-        kind = lambda p: pb.FileEntry.DIRECTORY if p.is_dir() else pb.FileEntry.FILE
+
+        def kind(p):
+            return pb.FileEntry.DIRECTORY if p.is_dir() else pb.FileEntry.FILE
+
         with self.volume.lock:
             if not top.exists():
                 raise GRPCError(Status.NOT_FOUND, f'no {r.path}')

@@ -579,9 +579,10 @@ STATED = [
 @pytest.mark.parametrize('rule,severity,bad,good', STATED, ids=[f'{r}-{i}' for i, (r, *_) in enumerate(STATED)])
 def test_job_rule(rule, severity, bad, good):
     "The same for jobs, with plan and profile"
-    run = lambda kw: [
-        (f.severity, f.cell, f.line) for f in check_job(**(kw | dict(job=job(**kw['job'])))) if f.rule == rule
-    ]
+
+    def run(kw):
+        return [(f.severity, f.cell, f.line) for f in check_job(**(kw | dict(job=job(**kw['job'])))) if f.rule == rule]
+
     assert run(bad) == [(severity, None, None)] and run(good) == []
 
 
@@ -614,9 +615,10 @@ def test_device_and_profile_of_a_file():
 
 def test_mends_name_auto():
     "What the plan does best by itself is left to it"
-    mends = lambda *a, device=None, profile=None, **kw: {
-        f.rule: f.mend for f in check_job(job(**kw), None, profile, device)
-    }
+
+    def mends(*a, device=None, profile=None, **kw):
+        return {f.rule: f.mend for f in check_job(job(**kw), None, profile, device)}
+
     assert (
         "'auto', about 8 rows" in mends(batch_size=2)['tiny-batch']
         and "padding_free='auto'" in mends(padding_free=False, profile=MIXED)['padding']

@@ -39,13 +39,19 @@ def name(request):
 
 
 # What data hold besides the nine conversations
-_call = lambda *cities, content='', **kw: dict(
-    role='assistant',
-    content=content,
-    tool_calls=[dict(type='function', function=dict(name='get_weather', arguments=dict(city=c))) for c in cities],
-    **kw,
-)
-_turns = lambda *texts: [dict(role=r, content=t) for r, t in zip(('user', 'assistant') * 3, texts)]
+def _call(*cities, content='', **kw):
+    return dict(
+        role='assistant',
+        content=content,
+        tool_calls=[dict(type='function', function=dict(name='get_weather', arguments=dict(city=c))) for c in cities],
+        **kw,
+    )
+
+
+def _turns(*texts):
+    return [dict(role=r, content=t) for r, t in zip(('user', 'assistant') * 3, texts)]
+
+
 _result = dict(role='tool', content='rain', name='get_weather')
 _ask = _turns('Weather?')
 _say = dict(role='assistant', content='It rains.')
@@ -203,9 +209,10 @@ def mutant(name, **methods):
 def test_mutants(template, kind):
     "A formatter that does one thing wrong is found out on every conversation"
     change, why = MUTANTS[kind]
-    examples = lambda self, convs: [
-        r if isinstance(r, FormatError) else [change(e) for e in r] for r in Formatter.examples(self, convs)
-    ]
+
+    def examples(self, convs):
+        return [r if isinstance(r, FormatError) else [change(e) for e in r] for r in Formatter.examples(self, convs)]
+
     res = check_formatter(mutant(template, examples=examples))
     assert set(res.wrong) == set(cases()) - REFUSED[template]
     assert all(re.search(why, w) for w in res.wrong.values())

@@ -239,14 +239,17 @@ def test_frame_from_parquet(tmp_path):
 @pytest.mark.parametrize('source', ['rows.parquet', 'stream.arrow', 'saved'])
 def test_calls_of_different_shape(tmp_path, source):
     "Arrow fills up structs with nulls; what the row did not say is not trained"
-    tool = lambda **props: [
-        dict(
-            type='function',
-            function=dict(
-                name='f', parameters=dict(type='object', properties={k: dict(type=v) for k, v in props.items()})
-            ),
-        )
-    ]
+
+    def tool(**props):
+        return [
+            dict(
+                type='function',
+                function=dict(
+                    name='f', parameters=dict(type='object', properties={k: dict(type=v) for k, v in props.items()})
+                ),
+            )
+        ]
+
     rows = [
         dict(
             messages=[m('user', f'{k}?'), call({k: v}), m('tool', 'done'), m('assistant', 'yes')],
@@ -1251,9 +1254,12 @@ FAULTY = [
 @pytest.mark.parametrize('control', ['error', 'drop', 'remove', 'keep'])
 def test_row_policies(malformed, empty, control):
     "Each fault is counted under its own name, and kept, mended, dropped or refused as the job says"
-    load = lambda: load_data(
-        whole(malformed=malformed, empty=empty, control_characters=control, max_dropped=1.0), FAULTY, split=False
-    )
+
+    def load():
+        return load_data(
+            whole(malformed=malformed, empty=empty, control_characters=control, max_dropped=1.0), FAULTY, split=False
+        )
+
     refused = [
         w
         for p, w in (
@@ -1298,7 +1304,10 @@ def test_null_is_not_empty(row):
 @pytest.mark.parametrize('policy', ['error', 'drop', 'keep'])
 def test_duplicates(policy):
     rows = [*OK, OK[1], *pairs(4, 5), OK[1], OK[0]]
-    load = lambda: load_data(whole(duplicates=policy), rows, split=False)
+
+    def load():
+        return load_data(whole(duplicates=policy), rows, split=False)
+
     if policy == 'error':
         return assert_said(
             load, "duplicates: 3 rows equal to an earlier one: 4, 7, 8; say duplicates='drop' or 'keep'", ''
@@ -1313,10 +1322,16 @@ def test_duplicates(policy):
 @pytest.mark.parametrize('policy', ['error', 'drop', 'keep'])
 def test_near_duplicates(policy):
     "A row that shares nearly all its words with an earlier one is found; rows of other words are not"
-    word = lambda i, k: f'w{(i * 7919 + k * 104729) % 99991}'
+
+    def word(i, k):
+        return f'w{(i * 7919 + k * 104729) % 99991}'
+
     rows = [dict(prompt=f'{i}', completion=' '.join(word(i, k) for k in range(200))) for i in range(20)]
     near = [dict(prompt=r['prompt'], completion=r['completion'] + ' indeed') for r in rows[3:6]]
-    load = lambda: load_data(whole(duplicates=policy, near_duplicates=0.8), rows + near, split=False)
+
+    def load():
+        return load_data(whole(duplicates=policy, near_duplicates=0.8), rows + near, split=False)
+
     if policy == 'error':
         return assert_said(
             load, "duplicates: 3 rows much like an earlier one: 20, 21, 22; say duplicates='drop' or 'keep'", ''
@@ -1329,7 +1344,10 @@ def test_near_duplicates(policy):
 def test_overlap(tmp_path, policy):
     "Rows that are trained and held out"
     test, rows = put(tmp_path, pairs(2, 3, 10, 11), 'test.jsonl'), put(tmp_path, pairs(*range(8)), 'rows.jsonl')
-    load = lambda: load_data(FinetuneJob(dataset=str(rows), test_dataset=str(test), test_size=3, overlap=policy))
+
+    def load():
+        return load_data(FinetuneJob(dataset=str(rows), test_dataset=str(test), test_size=3, overlap=policy))
+
     if policy == 'error':
         return assert_said(
             load,
@@ -1543,7 +1561,10 @@ def test_special_tokens(lib, policy):
     rows[3]['prompt'] = 'what is <|im_end|>?'
     rows[7]['completion'] = 'it is <|im_start|>!'
     convs = load_data(whole(), rows, split=False).train
-    load = lambda: examples(convs, special_tokens=policy)
+
+    def load():
+        return examples(convs, special_tokens=policy)
+
     if policy == 'error':
         return assert_said(
             load,
@@ -1589,7 +1610,10 @@ def test_special_tokens_in_calls(lib, policy):
                 formatter(template='qwen-3').example(conv)
             continue
         f = formatter(template='qwen-3', special_tokens=policy)
-        ends = lambda c: f.example(c).input_ids.count(f.tok.eos_token_id)
+
+        def ends(c):
+            return f.example(c).input_ids.count(f.tok.eos_token_id)
+
         assert ends(conv) == ends(one(json.loads(json.dumps(row).replace('<|im_end|>', 'x'))))
 
 

@@ -191,12 +191,15 @@ def test_books_of_rows(case, policies, test_size, max_rows, split):
     "What is left out is what was wrong, each under its name, and what remains is trained or held out"
     rows, kinds = case
     n = {k: kinds.count(k) for k in ('good', *FAULTS, 'filtered')}
-    load = lambda: load_data(
-        FinetuneJob(test_size=test_size, max_rows=max_rows, max_dropped=1.0, **policies),
-        rows,
-        where=lambda c: c.messages[-1]['content'] != 'leave me out',
-        split=split,
-    )
+
+    def load():
+        return load_data(
+            FinetuneJob(test_size=test_size, max_rows=max_rows, max_dropped=1.0, **policies),
+            rows,
+            where=lambda c: c.messages[-1]['content'] != 'leave me out',
+            split=split,
+        )
+
     if any(n[k] and p == 'error' for k, p in policies.items()):
         with pytest.raises(DataError):
             load()
@@ -298,7 +301,10 @@ def test_masks(lib, convs, loss_on):
 def test_same_rows_same_tokens(lib, convs):
     "Twice the same, and the same alone as in company"
     f = formatter(special_tokens='escape')
-    ids = lambda got: [[(x.input_ids, x.mask) for x in row] for row in got]
+
+    def ids(got):
+        return [[(x.input_ids, x.mask) for x in row] for row in got]
+
     together = ids(f.examples(convs))
     assert together == ids(f.examples(convs)) == [r for c in convs for r in ids(f.examples([c]))]
 
@@ -331,7 +337,10 @@ def test_books_of_tokens(lib, rows, limit, policy):
     full = [f.examples([c])[0][0] for c, (k, _, _) in zip(convs, rows) if k == 'good']
     fits = [x for x in full if policy == 'keep' or len(x) <= limit or (policy == 'truncate' and any(x.mask[:limit]))]
     kinds = [k for k, _, _ in rows]
-    load = lambda: make_examples(convs, f, limit, policy)
+
+    def load():
+        return make_examples(convs, f, limit, policy)
+
     if not fits or (policy == 'keep' and 'weightless' in kinds):
         with pytest.raises(DataError):
             load()

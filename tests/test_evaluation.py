@@ -69,7 +69,10 @@ def test_permutations(seed):
 def test_no_false_alarms():
     "Where nothing differs, at most about one test in twenty says that something does"
     rng = random.Random(1)
-    noise = lambda n: [rng.gauss(0, 1) for _ in range(n)]
+
+    def noise(n):
+        return [rng.gauss(0, 1) for _ in range(n)]
+
     p = [difference(noise(15), noise(15), samples=499, seed=i).p for i in range(200)]
     assert 0.01 <= sum(v < 0.05 for v in p) / 200 <= 0.10
 

@@ -4,8 +4,14 @@ import copy
 import pytest
 
 U = (lambda role: lambda text, **kw: dict(role=role, content=text, **kw))('user')
-A = lambda text, **kw: dict(role='assistant', content=text, **kw)
-S = lambda text: dict(role='system', content=text)
+
+
+def A(text, **kw):
+    return dict(role='assistant', content=text, **kw)
+
+
+def S(text):
+    return dict(role='system', content=text)
 
 
 @pytest.fixture(scope='module')

@@ -231,7 +231,10 @@ VALUES = [
     '\\N{{BULLET}}\\x41\\',
 ]
 assert len(NAMES) + len(VALUES) == 30
-ids = lambda vs: [re.sub(r'[^ -~]', '~', v)[:24] for v in vs]
+
+
+def ids(vs):
+    return [re.sub(r'[^ -~]', '~', v)[:24] for v in vs]
 
 
 @pytest.fixture
@@ -587,7 +590,11 @@ def test_remote_code_of_an_unknown_model(lib, tmp_path):
 
 # ---- Runaway templates
 
-_loops = lambda n, body='': ''.join(f'{{% for v{i} in range(99999) %}}' for i in range(n)) + body + '{% endfor %}' * n
+
+def _loops(n, body=''):
+    return ''.join(f'{{% for v{i} in range(99999) %}}' for i in range(n)) + body + '{% endfor %}' * n
+
+
 RUNAWAY = {
     'nested loops': _loops(4),
     'nested loops that write': _loops(3, 'x' * 1000),

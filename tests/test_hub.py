@@ -298,7 +298,9 @@ def test_cards_of_what_has_no_finetune_run_beside_it(hub, tmp_path):
             )
         )
 
-    read = lambda repo_id: held(hub, repo_id, hub.repos[repo_id].branches['main'])['README.md'].decode()
+    def read(repo_id):
+        return held(hub, repo_id, hub.repos[repo_id].branches['main'])['README.md'].decode()
+
     source = make(tmp_path, names=['small'])
     record = start_run(ExportJob(run=source.name, to='merged_16bit'), tmp_path / 'runs')
     push(write_whole(record.path / 'merged_16bit', write), 'me/exported')

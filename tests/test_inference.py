@@ -420,7 +420,9 @@ def test_json_calls_come_back(calls, ascii):
     "Whatever the arguments hold, closing tags of the format included"
     from unsloth_nb.tokens.tool_calls import read_calls
 
-    dump = lambda v: json.dumps(v, ensure_ascii=ascii)
+    def dump(v):
+        return json.dumps(v, ensure_ascii=ascii)
+
     calls[0]['arguments']['tag'] = '</tool_call> [TOOL_CALLS] ; {'
     assert read_calls('\n'.join(f'<tool_call>\n{dump(c)}\n</tool_call>' for c in calls)) == (calls, '')
     assert read_calls('[TOOL_CALLS] ' + dump(calls)) == (calls, '')

@@ -114,8 +114,8 @@ def test_a_notebook_becomes_the_job_that_it_describes(tmp_path):
 
 
 def test_the_defaults_are_those_of_the_class_that_is_called(tmp_path):
-    bare = lambda cls: (
-        import_job(
+    def bare(cls):
+        return import_job(
             notebook(
                 tmp_path / f'{cls}.ipynb',
                 LOAD,
@@ -124,7 +124,7 @@ def test_the_defaults_are_those_of_the_class_that_is_called(tmp_path):
                 f'from trl import SFTTrainer\ntrainer = SFTTrainer(model=model, train_dataset=dataset, args={cls}())',
             )
         ).job
-    )
+
     assert (
         bare('SFTConfig').per_device_train_batch_size,
         bare('SFTConfig').gradient_accumulation_steps,
@@ -327,10 +327,15 @@ def test_axolotl_columns_roles_and_text(tmp_path):
         dict(person='user', bot2='assistant'),
         'qwen-2.5',
     )
-    named = lambda **kw: import_job(
-        yaml_file(tmp_path / 'a.yaml', **AXO | dict(datasets=[dict(path='owner/c', type='sharegpt', **kw)]))
-    )
-    renamed = lambda got: any('rename them to role and content' in l.why for l in got.left)
+
+    def named(**kw):
+        return import_job(
+            yaml_file(tmp_path / 'a.yaml', **AXO | dict(datasets=[dict(path='owner/c', type='sharegpt', **kw)]))
+        )
+
+    def renamed(got):
+        return any('rename them to role and content' in l.why for l in got.left)
+
     assert (
         named().job.dataset_format == 'sharegpt'
         and not renamed(named())

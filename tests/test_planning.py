@@ -81,22 +81,25 @@ def test_memory_grows(model, tokens, bits, checkpointing, layout):
     "More tokens, more precision, and less checkpointing never take less memory"
     s = model_shape(resolve_model(model))
     c = parameter_counts(s, 16, FinetuneJob().target_modules)
-    m = lambda **kw: sum(
-        memory_estimate(
-            **{
-                **dict(
-                    s=s,
-                    counts=c,
-                    tokens=tokens,
-                    bits=bits,
-                    checkpointing=checkpointing,
-                    optim='adamw_8bit',
-                    layout=layout,
-                ),
-                **kw,
-            }
-        ).values()
-    )
+
+    def m(**kw):
+        return sum(
+            memory_estimate(
+                **{
+                    **dict(
+                        s=s,
+                        counts=c,
+                        tokens=tokens,
+                        bits=bits,
+                        checkpointing=checkpointing,
+                        optim='adamw_8bit',
+                        layout=layout,
+                    ),
+                    **kw,
+                }
+            ).values()
+        )
+
     assert m(tokens=tokens + 512) >= m()
     assert m(bits=16) >= m(bits=4) and m(optim='adamw_torch_fused') > m()
     if tokens >= 1024:
@@ -151,22 +154,25 @@ def test_mend_mends(change):
 
 def test_claims():
     "QLoRA of 8B below 8 GB with the smallest settings and below 12 GB with rows of 2,048; of 70B below 48 GB"
-    peak = lambda model, n: (
-        make_plan(
-            FinetuneJob(
-                model=model,
-                load_in_4bit=True,
-                max_seq_length=n,
-                per_device_train_batch_size=1,
-                gradient_checkpointing='unsloth',
-                optim='adamw_8bit',
-            ),
-            None,
-            'B200',
-        ).peak
-        / 1e9
-        + 0.71
-    )
+
+    def peak(model, n):
+        return (
+            make_plan(
+                FinetuneJob(
+                    model=model,
+                    load_in_4bit=True,
+                    max_seq_length=n,
+                    per_device_train_batch_size=1,
+                    gradient_checkpointing='unsloth',
+                    optim='adamw_8bit',
+                ),
+                None,
+                'B200',
+            ).peak
+            / 1e9
+            + 0.71
+        )
+
     assert (
         peak('llama-3.1-8b', 512) < 8 and peak('llama-3.1-8b', 2048) < 12 and peak('llama-3.1-70b-instruct', 2048) < 48
     )
@@ -373,7 +379,10 @@ def test_command(capsys, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     monkeypatch.chdir(tmp_path)
-    go = lambda *a: CliRunner().invoke(app, ['plan', *a])
+
+    def go(*a):
+        return CliRunner().invoke(app, ['plan', *a])
+
     out = go('-p', 'model=llama-3.1-8b', '--device', 'rtx4090').output
     assert all(w in out for w in ('free on RTX 4090', 'runner-up: NF4', 'tokens/s', 'it fits'))
     d = json.loads(go('-p', 'model=llama-3.1-8b', '--device', 'H100', '--json').output)

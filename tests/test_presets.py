@@ -6,7 +6,12 @@ from unsloth_nb.core.schema import SpecError
 from unsloth_nb.core.spec import FinetuneJob, Preset, jobs_dir, presets
 
 ALL = list(presets().values())
-each = lambda ps: pytest.mark.parametrize('p', ps, ids=[p.name for p in ps])
+
+
+def each(ps):
+    return pytest.mark.parametrize('p', ps, ids=[p.name for p in ps])
+
+
 STR = 'name family about hub license chat_template'.split()
 BOOL = 'gated remote_code embedded'.split()
 

@@ -34,7 +34,10 @@ def fresh():
 def test_quickstart(notebook, bare, record_property):
     "A form filled in wrongly and mended, a monitor that moves, answers side by side, and a conversation; the time to the first tuned answer is kept"
     cells = fresh()
-    at = lambda text: next(i for i, c in enumerate(cells) if c.cell_type == 'code' and text in c.source)
+
+    def at(text):
+        return next(i for i, c in enumerate(cells) if c.cell_type == 'code' and text in c.source)
+
     form = at('JobForm(')
     train = at('finetune(')
     answers = at("talk('")

@@ -13,9 +13,10 @@ HEAVY = 'torch transformers unsloth trl peft datasets pandas matplotlib'.split()
 
 def same(a, b, pattern):
     "Both folders hold the same files, byte for byte"
-    names = lambda d: {
-        str(p.relative_to(d)) for p in d.rglob(pattern) if not any(o[0] in '.' for o in p.relative_to(d).parts)
-    }
+
+    def names(d):
+        return {str(p.relative_to(d)) for p in d.rglob(pattern) if not any(o[0] in '.' for o in p.relative_to(d).parts)}
+
     assert names(a) == names(b)
     diff = [n for n in sorted(names(a)) if (a / n).read_bytes() != (b / n).read_bytes()]
     assert not diff, f'not as generated: {diff}'

@@ -121,7 +121,10 @@ def test_streams_what_it_answers(service, client):
 
 def test_unknown_model(service, client):
     "transformers refuses it; llama.cpp's servers have one model and answer with it"
-    call = lambda: client.chat.completions.create(model='other/model', messages=QUESTION, temperature=0, max_tokens=16)
+
+    def call():
+        return client.chat.completions.create(model='other/model', messages=QUESTION, temperature=0, max_tokens=16)
+
     if service.backend != 'transformers':
         assert 'Paris' in call().choices[0].message.content
     else:

@@ -307,9 +307,12 @@ def test_dark_mode(reader):
     "The switch turns the page dark, and the next page remembers"
     r = reader()
     tab = r.open('index.html')
-    light = lambda: sum(
-        map(int, re.findall(r'\d+', tab.evaluate('() => getComputedStyle(document.body).backgroundColor'))[:3])
-    )
+
+    def light():
+        return sum(
+            map(int, re.findall(r'\d+', tab.evaluate('() => getComputedStyle(document.body).backgroundColor'))[:3])
+        )
+
     assert light() > 600
     tab.locator('.quarto-color-scheme-toggle:visible').first.click()
     tab.wait_for_function("() => document.documentElement.classList.contains('quarto-dark')")

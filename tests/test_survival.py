@@ -323,7 +323,10 @@ def test_room_estimate(trained, tmp_path):
 
     model, run, data = trained(max_steps=1)
     plan = read_json(run.path / 'plan.json')
-    size = lambda d: sum(p.stat().st_size for p in d.rglob('*') if p.is_file())
+
+    def size(d):
+        return sum(p.stat().st_size for p in d.rglob('*') if p.is_file())
+
     have = dict(checkpoint=size(next((run.path / 'checkpoints').iterdir())))
     for to, write in dict(adapter=export.write_adapter, merged_16bit=export._write_merged).items():
         (tmp_path / to).mkdir()

@@ -160,11 +160,14 @@ def test_search():
 
 def test_draws_that_the_job_refuses():
     "An optimizer step of 5 rows in parts of 4 is drawn again; where nearly all draws are like that, the ranges are refused"
-    make = lambda low, high, part, **kw: Sweep(
-        search=dict(batch_size=dict(low=low, high=high)),
-        params=dict(per_device_train_batch_size=part, max_rows=40, max_steps=2, test_size=4),
-        **kw,
-    )
+
+    def make(low, high, part, **kw):
+        return Sweep(
+            search=dict(batch_size=dict(low=low, high=high)),
+            params=dict(per_device_train_batch_size=part, max_rows=40, max_steps=2, test_size=4),
+            **kw,
+        )
+
     for m in ('random', 'tpe'):
         s = make(4, 12, 4, method=m)
         assert {p['batch_size'] for p in [*draw(s, 8), *(s.points() or [])]} == {4, 8, 12} and Search(s).point(0)[
@@ -177,7 +180,10 @@ def test_draws_that_the_job_refuses():
 
 def test_hyperband_replayed():
     "Trials that are told again when a sweep goes on leave their losses at the steps where they were: a better one is not behind them"
-    losses = lambda top: [dict(step=s, loss=top / s) for s in range(1, 31)]
+
+    def losses(top):
+        return [dict(step=s, loss=top / s) for s in range(1, 31)]
+
     search = Search(
         Sweep(
             search=dict(learning_rate=dict(low=1e-5, high=1e-2, log=True)), pruner='hyperband', prune_after=1, trials=15
@@ -330,10 +336,13 @@ def test_over_already(tmp_path, monkeypatch):
     res = run_sweep(
         Sweep(name='late', params=dict(max_steps=2), grid=dict(r=[2])), tmp_path, parallel=1, execute=quick, show=False
     )
-    again = lambda: (
-        resume_sweep('late', tmp_path, execute=quick, show=False).status,
-        *(read_json(res.path / 'result.json')[k] for k in ('reason', 'seconds')),
-    )
+
+    def again():
+        return (
+            resume_sweep('late', tmp_path, execute=quick, show=False).status,
+            *(read_json(res.path / 'result.json')[k] for k in ('reason', 'seconds')),
+        )
+
     assert res.status == 'finished' and read_json(res.path / 'result.json')['reason'] == ''
     write_json(res.path / 'result.json', dict(status='interrupted', reason='stopped by SIGINT', seconds=7))
     assert again() == ('finished', '', 7)
@@ -474,7 +483,10 @@ def test_stopped_and_killed(tmp_path):
     ), said
     before = {t.run: len(res.run_of(t).metrics) for t in res.trials}
     p = start()
-    beats = lambda: [(read_json(r.path / 'heartbeat.json') or {}).get('pid') for r in map(Run, run_dirs(tmp_path))]
+
+    def beats():
+        return [(read_json(r.path / 'heartbeat.json') or {}).get('pid') for r in map(Run, run_dirs(tmp_path))]
+
     killed = when(
         lambda: all((r := Run(tmp_path / n)).attempt == 2 and len(r.metrics) > k for n, k in before.items()),
         lambda _: p.kill(),

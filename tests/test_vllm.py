@@ -174,7 +174,10 @@ def test_older_names_are_read(lib, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), request['examples']
     )
     request['examples'][0]['ids'] = want['ids'][0]
-    far = lambda: token_differences(request, want, vllm_answers(dict(folder=folder, dtype='bfloat16'), request))
+
+    def far():
+        return token_differences(request, want, vllm_answers(dict(folder=folder, dtype='bfloat16'), request))
+
     as_written = far()
     edit('config.json', rope_theta=None)(folder)
     without = far()

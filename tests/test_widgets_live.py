@@ -289,7 +289,10 @@ def explore_with(nb, out):
     "Count tokens, jump to the flagged row, search, walk through the list"
     out.get_by_role('button', name='Count tokens').click()
     flagged = out.get_by_label('flagged')
-    options = lambda: flagged.text_content().replace('\xa0', ' ')  # Blanks in options are made hard
+
+    def options():
+        return flagged.text_content().replace('\xa0', ' ')  # Blanks in options are made hard
+
     until(nb, lambda: 'too long (1)' in options())
     flagged.select_option(index=flagged.locator('option').count() - 1)
     until(nb, lambda: 'row 60:' in out.inner_text())

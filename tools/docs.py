@@ -274,11 +274,14 @@ def finish_page(text, page, base):
         flags=re.S,
     )
     if page.name == '404.html':  # Shown for addresses of any depth, so its links begin at the root
-        rooted = lambda m: (
-            m[0]
-            if m[2].startswith(base) or re.match(r'#|[a-z]+:|//', m[2])
-            else f"{m[1]}{base}{m[2].removeprefix('./').lstrip('/')}"
-        )
+
+        def rooted(m):
+            return (
+                m[0]
+                if m[2].startswith(base) or re.match(r'#|[a-z]+:|//', m[2])
+                else f"{m[1]}{base}{m[2].removeprefix('./').lstrip('/')}"
+            )
+
         return re.sub(r'((?:href|src)=")([^"]+)', rooted, text).replace(
             'name="smalldocs:offset" content="./"', f'name="smalldocs:offset" content="{base}"'
         )

@@ -94,7 +94,10 @@ def markdown(cells, link=link, picture=None):
         if code and d.get('echo') != 'false':
             res.append(f'```python\n{code}\n```')
         alt = re.search(r'^#\|\s*fig-alt:\s*"?(.*?)"?\s*$', c.source, re.M)
-        draw = lambda data: picture(data, alt[1] if alt else '') if picture else f"*{alt[1] if alt else 'Picture'}*"
+
+        def draw(data):
+            return picture(data, alt[1] if alt else '') if picture else f"*{alt[1] if alt else 'Picture'}*"
+
         if d.get('output') != 'false':
             res += filter(None, (output(o, link, draw) for o in c.get('outputs', [])))
     return res

@@ -67,7 +67,10 @@ class Reference(ShowDocRenderer):
             if any(getattr(p.get('kind'), 'name', '') == 'VAR_KEYWORD' for _, p in params)
             else {}
         )  # Which show_doc leaves out
-        star = lambda p: {'VAR_POSITIONAL': '*', 'VAR_KEYWORD': '**'}.get(getattr(p.get('kind'), 'name', ''), '')
+
+        def star(p):
+            return {'VAR_POSITIONAL': '*', 'VAR_KEYWORD': '**'}.get(getattr(p.get('kind'), 'name', ''), '')
+
         return [
             (
                 star(p) + n,

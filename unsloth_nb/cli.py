@@ -15,7 +15,6 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
 # %% ../nbs/cli.ipynb #cd52944f
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +25,8 @@ from .export.certificate import Certificate
 from .runs.comparing import diff_runs
 from .data.load import load_data
 from .planning.devices import find_device
+from .core.errors import UnslothNbError
 from .core.escaping import json_text, mask_secrets, plain_text
-from .export.gguf import GgufError
 from .lint.inspecting import check_files, data_profile, inspect_data, print_data
 from .jobs.runner import read_pairs, replay_run, resume_run, run_job
 from .evaluation.leaderboard import compare_runs, write_comparison
@@ -509,16 +508,6 @@ def chat_command(
         print()
 
 # %% ../nbs/cli.ipynb #55769c73
-@contextmanager
-def _ending(error):
-    "Exit code 1 and one message for what was tried and failed"
-    try:
-        yield
-    except error as e:
-        print(plain_text(f'unsloth-nb: {e}'), file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
 def _place(run, runs_dir, to=None):
     "A folder as it is, or a run; `latest` is the one that was trained unless another export is asked for"
     return (
@@ -561,10 +550,9 @@ def push_command(
     runs_dir: RunsDir = None,
 ):
     "Put an export on the Hub in one commit, and check that it is there; the token comes from HF_TOKEN or `hf auth login`."
-    from unsloth_nb.export.hub import HubError, push
+    from unsloth_nb.export.hub import push
 
-    with _ending(HubError):
-        print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
+    print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
 
 # %% ../nbs/cli.ipynb #3acdee81
 @app.command('serve')
@@ -595,19 +583,10 @@ def serve_command(
     runs_dir: RunsDir = None,
 ):
     "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
-    from unsloth_nb.export.serving import ServeError, serve
+    from unsloth_nb.export.serving import serve
 
-    with (
-        _ending(ServeError),
-        serve(
-            _place(run, runs_dir),
-            to,
-            host,
-            port,
-            backend,
-            options=[w for o in option or [] for w in f'--{o}'.split('=', 1)],
-        ) as s,
-    ):
+    words = [w for o in option or [] for w in f'--{o}'.split('=', 1)]
+    with serve(_place(run, runs_dir), to, host, port, backend, options=words) as s:
         print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
         s.wait()
 
@@ -631,15 +610,6 @@ app.add_typer(modal_app, name='modal')
 SentRun = Annotated[
     str, typer.Argument(metavar='RUN', help="Name of a submitted run, a unique part of it, or 'latest'.")
 ]
-
-
-@contextmanager
-def _modal():
-    "Modal's errors as one message"
-    from unsloth_nb.cloud.modal_request import CloudError
-
-    with _ending(CloudError):
-        yield
 
 
 @modal_app.command('submit')
@@ -668,30 +638,29 @@ def modal_submit_command(
     yes: Annotated[bool, typer.Option('--yes', help='Send without asking.')] = False,
 ):
     "Check, plan and price a job, show what Modal will be asked, and send it."
-    with _modal():
-        from unsloth_nb.cloud.modal_request import ask
-        from unsloth_nb.cloud.submissions import submit
+    from unsloth_nb.cloud.modal_request import ask
+    from unsloth_nb.cloud.submissions import submit
 
-        req = ask(
-            job,
-            preset,
-            file,
-            gpu,
-            tuple(secret or ()),
-            timeout,
-            retries,
-            **read_pairs(JOBS.get(job, FinetuneJob), param),
+    req = ask(
+        job,
+        preset,
+        file,
+        gpu,
+        tuple(secret or ()),
+        timeout,
+        retries,
+        **read_pairs(JOBS.get(job, FinetuneJob), param),
+    )
+    print(req)
+    if dry_run:
+        return
+    if not yes:
+        typer.confirm('\nSend this to Modal?', abort=True)
+    print(
+        plain_text(
+            f"\n{submit(req, runs_dir)}\nwatch it with   unsloth-nb modal status {req.run_name}\nfetch it with   unsloth-nb modal fetch {req.run_name}"
         )
-        print(req)
-        if dry_run:
-            return
-        if not yes:
-            typer.confirm('\nSend this to Modal?', abort=True)
-        print(
-            plain_text(
-                f"\n{submit(req, runs_dir)}\nwatch it with   unsloth-nb modal status {req.run_name}\nfetch it with   unsloth-nb modal fetch {req.run_name}"
-            )
-        )
+    )
 
 # %% ../nbs/cli.ipynb #c97d2d97
 @modal_app.command('list')
@@ -709,10 +678,9 @@ def modal_status_command(
     wait: Annotated[float, typer.Option(help='Wait so long for its end [s].', min=0)] = 0,
 ):
     "Show how a submitted job stands; exit code 1 when it failed."
-    with _modal():
-        from unsloth_nb.cloud.submissions import status
+    from unsloth_nb.cloud.submissions import status
 
-        print(now := status(run, runs_dir, wait))
+    print(now := status(run, runs_dir, wait))
     raise typer.Exit(0 if now.state in ('running', 'finished') else 1)
 
 # %% ../nbs/cli.ipynb #7ef88701
@@ -724,38 +692,34 @@ def modal_logs_command(
     follow: Annotated[bool, typer.Option('--follow', help='Go on with what comes.')] = False,
 ):
     "Print what a submitted job has printed."
-    with _modal():
-        from unsloth_nb.cloud.submissions import logs
+    from unsloth_nb.cloud.submissions import logs
 
-        for text in logs(run, runs_dir, lines, follow):
-            print(text, end='', flush=True)
+    for text in logs(run, runs_dir, lines, follow):
+        print(text, end='', flush=True)
 
 
 @modal_app.command('fetch')
 def modal_fetch_command(run: SentRun = 'latest', runs_dir: RunsDir = None):
     "Bring a run's directory here, whole and checked, or not at all."
-    with _modal():
-        from unsloth_nb.cloud.submissions import fetch
+    from unsloth_nb.cloud.submissions import fetch
 
-        print_result(fetch(run, runs_dir))
+    print_result(fetch(run, runs_dir))
 
 # %% ../nbs/cli.ipynb #a28c3fcd
 @modal_app.command('stop')
 def modal_stop_command(run: SentRun = 'latest', runs_dir: RunsDir = None):
     "End a submitted job and its machine; its last checkpoint stays on Modal's disk."
-    with _modal():
-        from unsloth_nb.cloud.submissions import cancel
+    from unsloth_nb.cloud.submissions import cancel
 
-        print(plain_text(f'{cancel(run, runs_dir).run_name} was told to end'))
+    print(plain_text(f'{cancel(run, runs_dir).run_name} was told to end'))
 
 
 @modal_app.command('deploy')
 def modal_deploy_command():
     "Deploy the app without a job, which builds its image."
-    with _modal():
-        from unsloth_nb.cloud.submissions import deploy
+    from unsloth_nb.cloud.submissions import deploy
 
-        print(plain_text(f'{deploy()} is deployed'))
+    print(plain_text(f'{deploy()} is deployed'))
 
 
 @modal_app.command('serve')
@@ -768,14 +732,11 @@ def modal_serve_command(
     ] = False,
 ):
     "Put a finished run behind an OpenAI-compatible endpoint on Modal."
-    with _modal():
-        from unsloth_nb.cloud.submissions import serve_remote
+    from unsloth_nb.cloud.submissions import serve_remote
 
-        print(
-            plain_text(
-                f'base_url={serve_remote(run, to, gpu, public)}; end it with: modal app stop unsloth-nb-serve-{run}'
-            )
-        )
+    print(
+        plain_text(f'base_url={serve_remote(run, to, gpu, public)}; end it with: modal app stop unsloth-nb-serve-{run}')
+    )
 
 # %% ../nbs/cli.ipynb #44ad9b3b
 @app.command('sweep')
@@ -847,11 +808,12 @@ def sweep_command(
 
 # %% ../nbs/cli.ipynb #fad57334
 def main():
-    "Entry point: refusals are one message and exit code 2"
+    "Entry point: what this package refuses or reports is one message and its exit code"
     try:
         app()
-    except (SpecError, RunError, GgufError) as e:
-        print('\n'.join(f'unsloth-nb: {l}' for l in plain_text(mask_secrets(str(e))).splitlines()), file=sys.stderr)
-        sys.exit(2)
+    except UnslothNbError as e:
+        told = plain_text(mask_secrets(str(e))).splitlines()
+        print('\n'.join(f'unsloth-nb: {line}' for line in told), file=sys.stderr)
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

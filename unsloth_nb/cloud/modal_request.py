@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 from . import remote
+from ..core.errors import UnslothNbError
 from ..runs.attempts import hash_of
 from ..data.load import load_data
 from ..core.engine import _env
@@ -34,7 +35,7 @@ from ..core.spec import JOBS, FinetuneJob, jobs_dir, make_job, resolve_model
 from ..jobs.supervising import _changed
 
 # %% ../../nbs/cloud/modal_request.ipynb #64333b57
-class CloudError(RuntimeError):
+class CloudError(UnslothNbError, RuntimeError):
     "Something that Modal refused, or that could not be reached"
 
     def __str__(self):
@@ -124,7 +125,10 @@ def app_name() -> str:
         *(jobs_dir() / f'{n}.ipynb' for n in JOBS),
         *sorted((jobs_dir() / 'presets').glob('*.yaml')),
     ]
-    name = lambda f: f.relative_to(here).as_posix() if f.suffix == '.py' else f.name
+
+    def name(f):
+        return f.relative_to(here).as_posix() if f.suffix == '.py' else f.name
+
     for f in files:
         h.update(f'{name(f)}\0'.encode() + f.read_bytes())
     return f'unsloth-nb-{h.hexdigest()[:10]}'
@@ -330,13 +334,18 @@ def new_name(kind: str) -> str:
 # %% ../../nbs/cloud/modal_request.ipynb #5eb35cba
 def _call(method, args, kw):
     "A layer of the image in one line, without the folders of this machine; ~ is the container's home"
-    here = lambda v: (
-        isinstance(v, str)
-        and os.path.isabs(v)
-        and not v.startswith(HOME + '/unsloth_nb')
-        and not v.startswith(HOME + '/nbs')
-    )
-    short = lambda v: Path(v).name if here(v) else v.replace(HOME, '~') if isinstance(v, str) else v
+
+    def here(v):
+        return (
+            isinstance(v, str)
+            and os.path.isabs(v)
+            and not v.startswith(HOME + '/unsloth_nb')
+            and not v.startswith(HOME + '/nbs')
+        )
+
+    def short(v):
+        return Path(v).name if here(v) else v.replace(HOME, '~') if isinstance(v, str) else v
+
     words = [f"{len(a)} variables: {', '.join(a)}" if isinstance(a, dict) else str(short(a)) for a in args] + [
         f"{k}={' '.join(map(str, map(short, v))) if isinstance(v, list) else v}" for k, v in kw.items() if k != 'ignore'
     ]

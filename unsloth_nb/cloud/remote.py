@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..core.errors import UnslothNbError
 from ..runs.checkpoints import checkpoint_dirs
 from ..core.engine import Unreachable
 from ..jobs.runner import _attempts, preflight, resume_run
@@ -56,7 +57,7 @@ def keeping(
         commit()
 
 # %% ../../nbs/cloud/remote.ipynb #ea0d0edf
-class Unfinished(RuntimeError):
+class Unfinished(UnslothNbError, RuntimeError):
     "The attempt is over and the work is not; another attempt goes on"
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 
+from .errors import UnslothNbError
 from .settings import settings
 from .template_sandbox import bound_templates
 from .schema import SpecError
@@ -99,7 +100,7 @@ def _repr_markdown_(self: Device):
     return f"**{self.name}** ({self.kind}, {self.cores} threads): {self.memory_free / gib:.1f} of {self.memory_total / gib:.1f} GiB free, bfloat16 {'native' if self.bf16 else 'emulated'}"
 
 # %% ../../nbs/core/engine.ipynb #21169bff
-class EngineError(RuntimeError):
+class EngineError(UnslothNbError, RuntimeError):
     "Unsloth cannot be used in this process"
 
 

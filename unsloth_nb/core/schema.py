@@ -18,11 +18,14 @@ import yaml
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .errors import UnslothNbError
 from .escaping import find_secrets, markdown_code, mask_secrets, plain_text
 
 # %% ../../nbs/core/schema.ipynb #4d2751c9
-class SpecError(ValueError):
+class SpecError(UnslothNbError, ValueError):
     "A job that cannot be run as written; the message names each parameter and the mend, and shows no secret and no control character"
+
+    exit_code = 2
 
     def __str__(self):
         return plain_text(mask_secrets(super().__str__()))
@@ -37,7 +40,10 @@ def nearest(
 ) -> str:  # `"; did you mean …?"`, or a list of what exists
     "The end of an error message about an unknown name"
     options = sorted(options)
-    plain = lambda s: re.sub(r'[-._ ]', '', s.lower())
+
+    def plain(s):
+        return re.sub(r'[-._ ]', '', s.lower())
+
     m = difflib.get_close_matches(name, options, n=1, cutoff=0.55)
     m = [o for o in options if len(name) > 3 and plain(o).startswith(plain(name))][:1] or m
     return f"; did you mean {m[0]!r}?" if m else f"; known: {', '.join(options)}"
@@ -183,7 +189,10 @@ def auto_fields(self: Job) -> list[str]:  # Names of the parameters left to the 
 # %% ../../nbs/core/schema.ipynb #8ed5c6de
 def fields(cls) -> list[dict]:  # One dict a parameter: name, expects, default, help, group, unit, source
     "The parameters of a job class, as plain data for forms, tables and `--help`"
-    new = lambda f: f.get_default(call_default_factory=True)
+
+    def new(f):
+        return f.get_default(call_default_factory=True)
+
     rows = [
         dict(name=k, expects=_expected(f), default=new(f), help=f.description, **f.json_schema_extra)
         for k, f in cls.model_fields.items()

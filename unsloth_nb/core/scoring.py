@@ -12,9 +12,13 @@ import math
 import re
 from functools import partial
 
+from .errors import UnslothNbError
+
 # %% ../../nbs/core/scoring.ipynb #2a4b5b24
-class ScorerError(ValueError):
+class ScorerError(UnslothNbError, ValueError):
     "A scorer that does not exist, or could not score a row; the message names both"
+
+    exit_code = 2
 
 
 def exact_match(expected: str, answer: str) -> bool:
@@ -54,7 +58,10 @@ def json_fields(expected: str, answer: str) -> float:  # From 0 to 1
         raise ScorerError(f"the expected answer is not JSON: {expected[:60]!r}")
     want = json_paths(want)
     got = json_paths(got) if got != () else {}
-    same = lambda a, b: a == b and isinstance(a, bool) == isinstance(b, bool)  # In Python, True == 1
+
+    def same(a, b):
+        return a == b and isinstance(a, bool) == isinstance(b, bool)  # In Python, True == 1
+
     return sum(p in got and same(v, got[p]) for p, v in want.items()) / len(want)
 
 # %% ../../nbs/core/scoring.ipynb #66e83149

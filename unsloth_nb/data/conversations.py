@@ -230,9 +230,10 @@ def _calls(v, where):
     return [_call(c, f"{where}, call {n}") for n, c in enumerate(v if isinstance(v, list) else [v], 1)]
 
 # %% ../../nbs/data/conversations.ipynb #bc95b32e
-_part_text = lambda p: next(
-    (p[k] for k in ('text', 'value', 'content', 'reasoning', 'thinking') if isinstance(p.get(k), str)), None
-)
+def _part_text(p):
+    return next(
+        (p[k] for k in ('text', 'value', 'content', 'reasoning', 'thinking') if isinstance(p.get(k), str)), None
+    )
 
 
 def _parts(v, where):

@@ -43,7 +43,10 @@ class Ledger:
 @patch
 def lines(self: Ledger):  # (name, number)
     "What is worth showing: what came, what was kept, and every other number that is not zero"
-    name = lambda k: k.replace('_', ' ')
+
+    def name(k):
+        return k.replace('_', ' ')
+
     yield f'{self.unit} in', self.came
     yield from ((name(k), v) for k, v in self.kept.items() if v)
     yield from ((f'left out: {name(k)}', v) for k, v in self.left_out.items() if v)

@@ -32,7 +32,9 @@ class Turn:
     answers: dict  # `tuned` and perhaps `base` to Answer
 
     def _repr_html_(self):
-        cell = lambda s: f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
+        def cell(s):
+            return f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
+
         head = ''.join(f'<th style="text-align:left">{html_text(k)}</th>' for k in self.answers)
         return f'<div><b>{html_text(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
 

@@ -356,7 +356,10 @@ def notes(self: Comparison) -> list[str]:
 # %% ../../nbs/evaluation/evaluation.ipynb #a6faace1
 def _html_table(rows, left=False):
     style = ' style="text-align:left;vertical-align:top;white-space:pre-wrap"' if left else ''
-    cells = lambda r, tag, style='': '<tr>' + ''.join(f'<{tag}{style}>{html_text(c)}</{tag}>' for c in r) + '</tr>'
+
+    def cells(r, tag, style=''):
+        return '<tr>' + ''.join(f'<{tag}{style}>{html_text(c)}</{tag}>' for c in r) + '</tr>'
+
     return (
         '<table>' + cells(rows[0], 'th') + ''.join(cells(r, 'td', style) for r in rows[1:]) + '</table>' if rows else ''
     )
@@ -366,7 +369,10 @@ def _html_table(rows, left=False):
 def _repr_html_(self: Comparison):
     cols = [k for k in ('prompt', 'expected', 'base', 'tuned') if self.samples and k in self.samples[0]]
     names = list(dict.fromkeys(n for m in self.metrics.values() for n in m))
-    shown = lambda v: '' if v is None else f'{v:.4g}'
+
+    def shown(v):
+        return '' if v is None else f'{v:.4g}'
+
     table = _html_table(
         [
             ['', *self.metrics],
@@ -397,14 +403,19 @@ def __repr__(self: Comparison):
 # %% ../../nbs/evaluation/evaluation.ipynb #00a82644
 def _sample_rows(model, convs, sides):
     "Question, expected answer, answers and scores of each row"
-    of = lambda e, i: {k: v[i] for k, v in e.scores.items() if k not in e.weights}
-    row = lambda i, c: dict(
-        row=c.row,
-        prompt=c.messages[-2]['content'],
-        expected=model.formatter_for(convs).answer(c),
-        **{s: e.answers[i].text for s, e in sides.items() if e.answers},
-        scores={s: of(e, i) for s, e in sides.items()},
-    )
+
+    def of(e, i):
+        return {k: v[i] for k, v in e.scores.items() if k not in e.weights}
+
+    def row(i, c):
+        return dict(
+            row=c.row,
+            prompt=c.messages[-2]['content'],
+            expected=model.formatter_for(convs).answer(c),
+            **{s: e.answers[i].text for s, e in sides.items() if e.answers},
+            scores={s: of(e, i) for s, e in sides.items()},
+        )
+
     return [row(i, c) for i, c in enumerate(convs) if c.messages]
 
 

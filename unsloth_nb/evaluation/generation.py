@@ -30,8 +30,14 @@ from ..core.schema import SpecError, nearest
 from ..tokens.tool_calls import as_tools, parse_calls
 
 # %% ../../nbs/evaluation/generation.ipynb #43ae27a1
-_whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-_positive = lambda v: isinstance(v, Real) and not isinstance(v, bool) and v < math.inf
+def _whole(v):
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _positive(v):
+    return isinstance(v, Real) and not isinstance(v, bool) and v < math.inf
+
+
 _bounds = dict(
     max_new_tokens=(lambda v: _whole(v) and v >= 1, 'a whole number from 1'),
     temperature=(lambda v: _positive(v) and v >= 0, 'a number from 0'),
@@ -250,7 +256,10 @@ def _first(text, stop, at=0):
 
 def _answer(tok, ids, ends, stop=(), tools=None, prompt=()) -> Answer:
     "Cut the generated ids at the first end token, or the text at the first stop string"
-    decode = lambda n, special=False: tok.decode(ids[:n], skip_special_tokens=not special)
+
+    def decode(n, special=False):
+        return tok.decode(ids[:n], skip_special_tokens=not special)
+
     n = next((i for i, t in enumerate(ids) if t in ends), None)
     kept, tokens, finish = (len(ids), len(ids), 'length') if n is None else (n, n + 1, 'stop')
     text = decode(kept)
@@ -298,9 +307,9 @@ class Answers(list):
         )
 
     def _repr_html_(self):
-        row = lambda i, a: (
-            f'<tr><td>{i}</td><td style="text-align:left;white-space:pre-wrap">{html_text(a.text)}</td><td>{a.tokens}</td><td>{a.finish}</td></tr>'
-        )
+        def row(i, a):
+            return f'<tr><td>{i}</td><td style="text-align:left;white-space:pre-wrap">{html_text(a.text)}</td><td>{a.tokens}</td><td>{a.finish}</td></tr>'
+
         return f'<table><tr><th></th><th>answer</th><th>tokens</th><th>finish</th></tr>{"".join(row(i, a) for i, a in enumerate(self[:20]))}</table><div>{self._cost()}{", the first 20 shown" if len(self) > 20 else ""}</div>'
 
 # %% ../../nbs/evaluation/generation.ipynb #98e2beef
@@ -524,10 +533,12 @@ def _notebook_writer():
     "Show a growing text in one output of a notebook, at most ten times a second"
     from IPython.display import display
 
-    data = lambda text: {
-        'text/plain': plain_text(text),
-        'text/html': f'<div style="white-space:pre-wrap">{html_text(text)}</div>',
-    }
+    def data(text):
+        return {
+            'text/plain': plain_text(text),
+            'text/html': f'<div style="white-space:pre-wrap">{html_text(text)}</div>',
+        }
+
     handle = display(data(''), raw=True, display_id=True)
     last = [0.0]
 

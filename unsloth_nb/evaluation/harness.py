@@ -271,7 +271,9 @@ def compare_tasks(
     check_tasks(tasks, task_dir)
 
     def side(s):
-        ask = lambda: harness(model, tasks, tuned=s == 'tuned', task_dir=task_dir, **kw)
+        def ask():
+            return harness(model, tasks, tuned=s == 'tuned', task_dir=task_dir, **kw)
+
         if run is None:
             return ask()
         inputs = kw | dict(

@@ -146,10 +146,12 @@ def _cells(board, rows):
 
 @patch
 def _repr_markdown_(self: Leaderboard):
-    line = lambda r: (
-        '| ' + ' | '.join(markdown_text(c) if i < 3 or i == len(r) - 1 else c for i, c in enumerate(r)) + ' |'
-    )
-    table = lambda rows: '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
+    def line(r):
+        return '| ' + ' | '.join(markdown_text(c) if i < 3 or i == len(r) - 1 else c for i, c in enumerate(r)) + ' |'
+
+    def table(rows):
+        return '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
+
     return '\n\n'.join(
         f'**{markdown_text(n)}**\n\n{table([*_cells(self, rows)])}' for n, rows in self.standings.items()
     )
@@ -169,8 +171,12 @@ STYLE = 'body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:80em;
 
 
 def _page(board, title):
-    cells = lambda r, tag: '<tr>' + ''.join(f'<{tag}>{html_text(c)}</{tag}>' for c in r) + '</tr>'
-    table = lambda rows: '<table>' + cells(rows[0], 'th') + ''.join(cells(r, 'td') for r in rows[1:]) + '</table>'
+    def cells(r, tag):
+        return '<tr>' + ''.join(f'<{tag}>{html_text(c)}</{tag}>' for c in r) + '</tr>'
+
+    def table(rows):
+        return '<table>' + cells(rows[0], 'th') + ''.join(cells(r, 'td') for r in rows[1:]) + '</table>'
+
     body = ''.join(f'<h2>{html_text(n)}</h2>{table([*_cells(board, rows)])}' for n, rows in board.standings.items())
     told = "Intervals: Wilson's and Newcombe's for yes or no, else bootstrap (BCa). p: McNemar's exact test for yes or no, else a paired permutation test, against the first run on the same rows. Each score and each run is tested alone: among twenty that do not differ, one will seem to."
     return f'''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"><title>{html_text(title)}</title><style>{STYLE}</style></head><body><h1>{html_text(title)}</h1>{body}<p>{html_text(told)}</p></body></html>\n'''

@@ -32,11 +32,12 @@ def _bootstrap(values, weights, confidence, samples, seed):
         n_resamples=samples,
         batch=max(1, 2**22 // len(values)),
     )
-    draw = lambda method: (
-        bootstrap(
+
+    def draw(method):
+        return bootstrap(
             (values, weights), _weighted, method=method, rng=np.random.default_rng(seed), **how
         ).confidence_interval
-    )
+
     with np.errstate(all='ignore'):
         got = draw('BCa')
     if not (math.isfinite(got.low) and math.isfinite(got.high)):
@@ -134,7 +135,10 @@ def _newcombe(a, b, confidence):
     phi = (
         (max(cross - n / 2, 0) if cross > 0 else cross) / math.sqrt(margins) if margins else 0.0
     )  # With the paper's correction for continuity
-    side = lambda u, v: math.sqrt(max(0.0, u * u - 2 * phi * u * v + v * v))
+
+    def side(u, v):
+        return math.sqrt(max(0.0, u * u - 2 * phi * u * v + v * v))
+
     return p - q - side(p - x.low, y.high - q), p - q + side(x.high - p, q - y.low)
 
 # %% ../../nbs/evaluation/significance.ipynb #287446b9

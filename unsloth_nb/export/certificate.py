@@ -11,6 +11,7 @@ __all__ = ['TIE', 'LIMITS', 'FILES', 'make_request', 'expect', 'kl_divergence', 
 import math
 from pathlib import Path
 
+from ..core.errors import UnslothNbError
 from ..data.conversations import Conversation
 from ..core.escaping import markdown_text
 from ..tokens.examples import make_examples
@@ -96,9 +97,15 @@ def token_differences(
         )
         for c, i, p, q, r, s in zip(cs, ids, P, Q, R, S, strict=True)
     ]
-    as_good = lambda c, i, p: c in i and p[i.index(c)] >= max(p) - TIE
+
+    def as_good(c, i, p):
+        return c in i and p[i.index(c)] >= max(p) - TIE
+
     n = len(rows)
-    nll = lambda k: -sum(float(x[k]) for x in rows) / len(rows)
+
+    def nll(k):
+        return -sum(float(x[k]) for x in rows) / len(rows)
+
     return dict(
         tokens=n,
         agreement=sum(as_good(c, i, p) for c, i, p, *_ in rows) / n,
@@ -123,7 +130,10 @@ def _parted_at_tie(net, prompt, a, b, ends, tie):
             .float()
             .log_softmax(-1)
         )
-    at = lambda s: lp[s[n]].item() if len(s) > n else max(lp[e].item() for e in ends)
+
+    def at(s):
+        return lp[s[n]].item() if len(s) > n else max(lp[e].item() for e in ends)
+
     return abs(at(a) - at(b)) <= tie
 
 
@@ -196,7 +206,10 @@ def merge_error(
             )
             before, after, dtype = before.to(change.device).float(), after.to(change.device).float(), after.dtype
             want = (before + change).to(dtype).float()
-            learned = lambda w: ((w - before) * change).sum() / (change * change).sum().clamp_min(1e-30)
+
+            def learned(w):
+                return ((w - before) * change).sum() / (change * change).sum().clamp_min(1e-30)
+
             share = max(share, (learned(after) - learned(want)).abs().item())
             noise = max(
                 noise, ((after - before - change).norm() / (want - before - change).norm().clamp_min(1e-30)).item()
@@ -311,9 +324,12 @@ def fact_checks(request, want, got, gguf=False) -> list[dict]:
         if asked
         else None
     )
-    told = lambda **names: [
-        _same(name, got[k], want[k]) for k, name in names.items() if k not in got.get('untold', ())
-    ]  # What a witness cannot say, it names
+
+    def told(**names):
+        return [
+            _same(name, got[k], want[k]) for k, name in names.items() if k not in got.get('untold', ())
+        ]  # What a witness cannot say, it names
+
     ends = dict(
         _same('end tokens', got['eos'], want['eos']),
         **(dict(ok=bool({*got['eos']} & {*want['eos']}), limit=f"some of {want['eos']}") if gguf else {}),
@@ -329,7 +345,7 @@ def fact_checks(request, want, got, gguf=False) -> list[dict]:
     ]
 
 # %% ../../nbs/export/certificate.ipynb #674621bd
-class ExportError(RuntimeError):
+class ExportError(UnslothNbError, RuntimeError):
     "An export that does not answer as the model did; nothing was kept"
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 
+from ..core.errors import UnslothNbError
 from ..runs.checkpoints import CheckpointError, check_whole, write_whole
 from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
@@ -37,8 +38,10 @@ CONVERTER = dict(
 )  # Of the wheel: pure Python, MIT
 
 
-class GgufError(RuntimeError):
+class GgufError(UnslothNbError, RuntimeError):
     "A GGUF file that cannot be made or read"
+
+    exit_code = 2
 
     def __str__(self):
         return plain_text(mask_secrets(super().__str__(), named=False))
@@ -276,7 +279,10 @@ def gguf_info(file) -> GgufInfo:
         raise GgufError(
             f"GGUF: {file.name} is cut or damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); export it again"
         ) from None
-    get = lambda k, default=None: f.contents() if (f := r.fields.get(k)) is not None else default
+
+    def get(k, default=None):
+        return f.contents() if (f := r.fields.get(k)) is not None else default
+
     arch = get('general.architecture', '?')
     ids = [get(f'tokenizer.ggml.{k}_token_id') for k in ('eos', 'eot')]
     tokens = r.fields.get('tokenizer.ggml.tokens')
@@ -499,10 +505,13 @@ def message_pieces(
     dict | None
 ):  # `head` (before all, where no system message is), `system`, `user`, `assistant` (text around `¤`), `prompt`
     "A chat template as one piece of text for each message, where that is all it does"
-    draw = lambda roles, prompt=False: tok.apply_chat_template(
-        _talk(roles), tokenize=False, add_generation_prompt=prompt
-    )
-    piece = lambda roles: draw(roles).removeprefix(draw(roles[:-1])).replace(f'¤{roles[-1]}{len(roles) - 1}¤', '¤')
+
+    def draw(roles, prompt=False):
+        return tok.apply_chat_template(_talk(roles), tokenize=False, add_generation_prompt=prompt)
+
+    def piece(roles):
+        return draw(roles).removeprefix(draw(roles[:-1])).replace(f'¤{roles[-1]}{len(roles) - 1}¤', '¤')
+
     try:
         assistant = piece(['user', 'assistant'])
         user = piece(['user', 'assistant', 'user'])
@@ -515,11 +524,14 @@ def message_pieces(
             assistant=assistant,
             prompt=draw(['user'], True).removeprefix(draw(['user'])),
         )
-        drawn = lambda roles: (
-            ('' if 'system' in roles else head)
-            + ''.join(res[m['role']].replace('¤', m['content']) for m in _talk(roles))
-            + res['prompt']
-        )
+
+        def drawn(roles):
+            return (
+                ('' if 'system' in roles else head)
+                + ''.join(res[m['role']].replace('¤', m['content']) for m in _talk(roles))
+                + res['prompt']
+            )
+
         return res if all(drawn(t) == draw(t, True) for t in _TALKS) else None
     except Exception:
         return None  # A template that refuses such a conversation is not that plain

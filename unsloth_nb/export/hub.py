@@ -31,6 +31,8 @@ from ..core.spec import resolve_model
 class HubError(RunError):
     "The Hub refused, could not be reached, or does not hold what was sent; the message shows no token"
 
+    exit_code = 1
+
 
 AGAIN = 'try again: what has arrived is not sent a second time'
 LOGIN = 'log in with `hf auth login`, or set HF_TOKEN'
@@ -145,7 +147,10 @@ def _portable(folder, name):
     d = read_json(folder / name)
     base = read_json(folder / BASE_FILE) or {}
     model = base.get('model') or d.get('base_model_name_or_path') or d.get('_name_or_path') or ''
-    local = lambda s: isinstance(s, str) and (s.startswith(('/', '~', '.')) or os.path.isdir(s))
+
+    def local(s):
+        return isinstance(s, str) and (s.startswith(('/', '~', '.')) or os.path.isdir(s))
+
     keys = [k for k in ('base_model_name_or_path', '_name_or_path', 'name_or_path', 'model') if local(d.get(k))]
     if not keys:
         return None
@@ -207,7 +212,10 @@ def publication(
     folder = Path(folder)
     manifest = check_whole(folder)
     _check_files(folder, manifest['files'])
-    text = lambda obj: json.dumps(obj, indent=1, ensure_ascii=False).encode()
+
+    def text(obj):
+        return json.dumps(obj, indent=1, ensure_ascii=False).encode()
+
     new = {
         n: text(d)
         for n in manifest['files']
@@ -225,7 +233,10 @@ def publication(
         raise SpecError(
             f"{folder.name}: {', '.join(here)} name folders of this machine; export again, or take the paths out of what was exported"
         )
-    entry = lambda b: dict(sha256=hashlib.sha256(b).hexdigest(), bytes=len(b))
+
+    def entry(b):
+        return dict(sha256=hashlib.sha256(b).hexdigest(), bytes=len(b))
+
     entries = manifest['files'] | {n: entry(b) for n, b in new.items()}
     new[MANIFEST] = text(dict(manifest, files=entries))
     new[MANIFEST_SUM] = f'{hashlib.sha256(new[MANIFEST]).hexdigest()}  {MANIFEST}\n'.encode()

@@ -141,7 +141,10 @@ def _eval_results(run, source):
     from huggingface_hub import EvalResult
 
     hub = hub_dataset(source)
-    show = lambda v: isinstance(v, float) and math.isfinite(v)
+
+    def show(v):
+        return isinstance(v, float) and math.isfinite(v)
+
     return [
         EvalResult(
             task_type='text-generation',
@@ -310,7 +313,10 @@ def _recipe(run):
     j = run.job
     p = read_json(run.path / 'plan.json') or {}
     done = p.get('measured') or (run.result or {}).get('metrics', {}).get('training') or {}
-    get = lambda k: p.get(k, getattr(j, k))
+
+    def get(k):
+        return p.get(k, getattr(j, k))
+
     bits = 'NF4, 4 bits' if get('load_in_4bit') is True else '8 bits' if j.load_in_8bit else get('dtype')
     batch = (
         f"{p['per_device_train_batch_size'] * p['gradient_accumulation_steps']} rows ({p['per_device_train_batch_size']} x {p['gradient_accumulation_steps']})"
@@ -382,7 +388,10 @@ def _certificate(cert):
     if cert is None:
         return 'None: this export has not been compared with the model that was trained.'
     head = f"{'Passed' if cert['passed'] else '**Not passed**'}: reloaded in a fresh process by {markdown_text(', '.join(cert['software']))}, and compared with the trained model in memory on {cert['rows']:,} held-out rows, {cert['tokens']:,} tokens."
-    unit = lambda c: f" {markdown_text(c['unit'])}" if c.get('unit') else ''
+
+    def unit(c):
+        return f" {markdown_text(c['unit'])}" if c.get('unit') else ''
+
     by = [c.get('by', '') for c in cert['checks']]
     several = len({*by} - {'the files'}) > 1
     return f'{head}\n\n' + _table(

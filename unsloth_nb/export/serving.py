@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from fastcore.basics import patch
 
+from ..core.errors import UnslothNbError
 from .model_cards import vllm_adapter
 from ..runs.checkpoints import MANIFEST, check_whole
 from ..core.engine import device_info
@@ -43,7 +44,7 @@ from ..core.schema import SpecError, nearest
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/export/serving.ipynb #3db226fe
-class ServeError(RuntimeError):
+class ServeError(UnslothNbError, RuntimeError):
     "A server that is missing, or did not come up"
 
     def __str__(self):

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from ..core.engine import collector_paused
+from ..core.errors import UnslothNbError
 from ..core.escaping import mask_secrets, plain_text
 from ..core.settings import settings
 from ..runs.run import read_json, write_json
@@ -244,7 +245,7 @@ def vllm_answers(
         )
 
 # %% ../../nbs/export/witness.ipynb #2e8e2d57
-class WitnessError(RuntimeError):
+class WitnessError(UnslothNbError, RuntimeError):
     "An export that its own software could not load or run"
 
 

@@ -67,7 +67,10 @@ _GIB = 2**30
 @patch
 def _cells(self: Benchmark):
     "Header, then one list of texts a configuration"
-    gib = lambda v: f'{v / _GIB:.2f}' if v else ''
+
+    def gib(v):
+        return f'{v / _GIB:.2f}' if v else ''
+
     ref = self.reference
     yield [
         'configuration',
@@ -121,7 +124,10 @@ def facts(self: Benchmark) -> list[str]:
 @patch
 def _repr_markdown_(self: Benchmark):
     head, *body = self._cells()
-    line = lambda c: f"| {' | '.join(c)} |"
+
+    def line(c):
+        return f"| {' | '.join(c)} |"
+
     return '\n'.join(
         [
             line(head),
@@ -166,7 +172,10 @@ def losses(self: Benchmark):
 
     rows = [r for r in self.rows if r['status'] == 'ok']
     diff = self.differences() if self.reference else {}
-    cell = lambda r, i: f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
+
+    def cell(r, i):
+        return f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
+
     out = [
         ['step', *(r['name'] for r in rows)],
         ['---', *['---:'] * len(rows)],

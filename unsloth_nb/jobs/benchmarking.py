@@ -270,7 +270,10 @@ def _rows(examples, packed_to=None):
     if packed_to is None:
         return Dataset(table)
     ids, labels = (table[k].to_pylist() for k in ('input_ids', 'labels'))
-    flat = lambda x, row: [t for i in row for t in x[i]]
+
+    def flat(x, row):
+        return [t for i in row for t in x[i]]
+
     return Dataset.from_list(
         [
             dict(input_ids=flat(ids, row), labels=flat(labels, row), seq_lengths=[len(ids[i]) for i in row])

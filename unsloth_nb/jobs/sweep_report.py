@@ -287,7 +287,10 @@ def _undecided(self: SweepResult):
     if 'too few' in few:
         yield f'whether trial {best.number} is better than others cannot be said: {few}'
     elif ties:
-        seconds = lambda t: sum(self.run_of(t).seconds().values())
+
+        def seconds(t):
+            return sum(self.run_of(t).seconds().values())
+
         cheap = min(ties, key=seconds)
         n = standings[best.number].estimate.n
         yield f"trial {best.number} is not told apart from trial{'s' * (len(ties) > 1)} {', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
@@ -336,7 +339,10 @@ def _by_loss(self: SweepResult) -> bool:
 @patch
 def _estimate(self: SweepResult, s):  # s: a Standing
     "The objective of a trial with its interval"
-    f = lambda v: v if v is None else math.exp(min(v, 700))
+
+    def f(v):
+        return v if v is None else math.exp(min(v, 700))
+
     return (
         replace(s.estimate, mean=f(s.estimate.mean), low=f(s.estimate.low), high=f(s.estimate.high))
         if s.estimate and self._by_loss
@@ -422,10 +428,15 @@ def _scale(values, log):
         low = f(min(values))
         high = f(max(values))
         ticks = sorted(set(values)) if len(set(values)) <= 6 else [min(values), max(values)]
-        at = lambda v: (f(v) - low) / (high - low)
+
+        def at(v):
+            return (f(v) - low) / (high - low)
     else:
         ticks = sorted({show_value(v): v for v in values}.values(), key=show_value)
-        at = lambda v: ticks.index(v) / max(1, len(ticks) - 1) if len(ticks) > 1 else 0.5
+
+        def at(v):
+            return ticks.index(v) / max(1, len(ticks) - 1) if len(ticks) > 1 else 0.5
+
     return at, [(at(v), plain_text(show_value(v))[:24].replace('$', r'\$')) for v in ticks]
 
 

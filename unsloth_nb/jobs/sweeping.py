@@ -567,7 +567,9 @@ def text_table(rows) -> str:
 
 
 def markdown_table(rows) -> str:
-    line = lambda r: '| ' + ' | '.join(map(markdown_text, r)) + ' |'
+    def line(r):
+        return '| ' + ' | '.join(map(markdown_text, r)) + ' |'
+
     return '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
 
 

@@ -29,7 +29,10 @@ class Rule:
 # %% ../../nbs/lint/advice.ipynb #5ccb460e
 def _table(head, rows) -> str:
     "A table in markdown; bars, markup and line ends in its cells are made harmless"
-    cell = lambda s: re.sub(r'\s+', ' ', s).replace('|', r'\|').replace('<', '&lt;')
+
+    def cell(s):
+        return re.sub(r'\s+', ' ', s).replace('|', r'\|').replace('<', '&lt;')
+
     return '\n'.join(f"| {' | '.join(map(cell, r))} |" for r in [head, ['---'] * len(head), *rows])
 
 

@@ -37,7 +37,10 @@ def inspect_data(
         load_tokenizer(job, engine or job.template not in ('auto', 'chat', 'alpaca', 'raw')),
         text=data.train[0].text is not None,
     )
-    make = lambda policy: make_examples(data.train, formatter, job.max_seq_length, policy, job.max_dropped)
+
+    def make(policy):
+        return make_examples(data.train, formatter, job.max_seq_length, policy, job.max_dropped)
+
     try:
         examples = make(job.over_length)
     except FormatError as e:

@@ -546,9 +546,15 @@ def _lines(self: Imported):
 # %% ../../nbs/lint/migration.ipynb #0b47f1cc
 def _rows_of(ls):
     "Lines as a table in markdown"
-    to = lambda l: ', '.join(markdown_code(f'{k}={v}') for k, v in l.to.items())
+
+    def to(l):
+        return ', '.join(markdown_code(f'{k}={v}') for k, v in l.to.items())
+
     here = any(l.to for l in ls)
-    cells = lambda a, b, c, d: f"| {' | '.join([a, b, *([c] if here else []), d])} |"
+
+    def cells(a, b, c, d):
+        return f"| {' | '.join([a, b, *([c] if here else []), d])} |"
+
     return '\n'.join(
         [
             cells('in the file', 'where', 'here', 'why, and what to do'),
@@ -588,7 +594,10 @@ def save(
     for p in filter(None, (path, mix)):
         if p.exists():
             raise MigrationError(f"{p} is there already; name another file")
-    dump = lambda v: yaml.safe_dump(v, sort_keys=False, allow_unicode=True)
+
+    def dump(v):
+        return yaml.safe_dump(v, sort_keys=False, allow_unicode=True)
+
     notes = [f'# {self.head()}', *(f"# left: {l.name}: {l.why}" for l in self.left)]
     path.write_text(
         '\n'.join(plain_text(n).replace('\n', ' ') for n in notes)

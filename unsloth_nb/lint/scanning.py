@@ -237,7 +237,10 @@ _OPS = {
 
 def _arithmetic(a, op, b):
     "Sums and products of small numbers; texts and lists added"
-    num = lambda v: isinstance(v, (int, float)) and abs(v) < 1e15
+
+    def num(v):
+        return isinstance(v, (int, float)) and abs(v) < 1e15
+
     ok = num(a) and num(b) or isinstance(op, ast.Add) and type(a) is type(b) and isinstance(a, (str, list, tuple))
     try:
         return _OPS[type(op)](a, b) if ok and type(op) in _OPS else UNKNOWN

@@ -23,8 +23,12 @@ class TextTable:
     code: int = 1  # So many columns from the left are names
 
     def _repr_markdown_(self):
-        cell = lambda i, s: markdown_code(s) if i < self.code and s else markdown_text(s)
-        line = lambda cells: f"| {' | '.join(cells)} |"
+        def cell(i, s):
+            return markdown_code(s) if i < self.code and s else markdown_text(s)
+
+        def line(cells):
+            return f"| {' | '.join(cells)} |"
+
         return '\n'.join(
             [
                 line(map(markdown_text, self.head)),
@@ -48,7 +52,10 @@ def family_presets(*families: str) -> list:  # Presets, in the order of their fi
 
 def family_table(*families: str) -> TextTable:
     "What is known of a family's models without loading one"
-    size = lambda n: f'{n / 1e9:.3g} B' if n >= 1e9 else f'{n / 1e6:.3g} M'
+
+    def size(n):
+        return f'{n / 1e9:.3g} B' if n >= 1e9 else f'{n / 1e6:.3g} M'
+
     rows = [
         (
             p.name,

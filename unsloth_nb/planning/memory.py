@@ -56,7 +56,10 @@ def activation_memory(
 def logit_memory(s: dict, tokens: int) -> int:  # [bytes]
     "Logits and their gradients, for one chunk of the fused loss"
     v = s['vocab_size']
-    floor = lambda x: 1 << max(int(x).bit_length() - 1, 0)
+
+    def floor(x):
+        return 1 << max(int(x).bit_length() - 1, 0)
+
     rows = min(max(floor(tokens * s['hidden_size'] / v), floor(512 * 151936 / v), 512), 4096)
     return 6 * v * min(rows, tokens)
 

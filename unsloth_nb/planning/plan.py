@@ -115,10 +115,12 @@ def _versus(ways, w, part, dev, asked):
     if not w.memory:
         return 'the model’s size is not known beforehand; this is the safe choice'
     fit = [x for x in other if x.fits]
-    name = lambda x: (
-        _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}')
-        + ('' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once')
-    )
+
+    def name(x):
+        return _NAMES[part].get(getattr(x, part), f'{getattr(x, part)}') + (
+            '' if part != 'rows' else ' row at once' if x.rows == 1 else ' rows at once'
+        )
+
     if not fit:
         x = min(other, key=lambda x: x.peak)
         return f'{name(x)} would need {x.peak / _GIB:.1f} of {usable(dev) / _GIB:.1f} GiB' if not x.fits else ''
@@ -668,14 +670,19 @@ def plot(self: Plan, ax=None):
 
 @patch
 def _repr_html_(self: Plan):
-    cell = lambda r, tag='td': (
-        '<tr>'
-        + ''.join(
-            f'<{tag} style="padding:0 .6em;text-align:left">{html.escape(str(c)).replace("**", "")}</{tag}>' for c in r
+    def cell(r, tag='td'):
+        return (
+            '<tr>'
+            + ''.join(
+                f'<{tag} style="padding:0 .6em;text-align:left">{html.escape(str(c)).replace("**", "")}</{tag}>'
+                for c in r
+            )
+            + '</tr>'
         )
-        + '</tr>'
-    )
-    table = lambda head, rows: '<table>' + cell(head, 'th') + ''.join(map(cell, rows)) + '</table>'
+
+    def table(head, rows):
+        return '<table>' + cell(head, 'th') + ''.join(map(cell, rows)) + '</table>'
+
     out = table(('parameter', 'value', 'why'), self._rows()) + ''.join(
         f'<p>{html.escape(f).replace("**", "")}</p>' for f in self._facts()
     )

@@ -230,7 +230,9 @@ def basis(self: Offers) -> str:
 
 @patch
 def _repr_markdown_(self: Offers):
-    line = lambda r: '| ' + ' | '.join(map(markdown_text, r)) + ' |'
+    def line(r):
+        return '| ' + ' | '.join(map(markdown_text, r)) + ' |'
+
     return '\n'.join([line(_HEAD), '|---|---|---|---:|---|', *map(line, self.rows()), '', markdown_text(self.basis())])
 
 

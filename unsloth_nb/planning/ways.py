@@ -269,5 +269,8 @@ def fastest(
 
 def safest(ways: list[Way]) -> Way:
     "Without a model's shape: NF4 where it may be, recomputation, the classic two rows"
-    key = lambda w: (w.bits != 4, not w.checkpointing, '8bit' not in w.optim, abs(w.rows - 2))
+
+    def key(w):
+        return (w.bits != 4, not w.checkpointing, '8bit' not in w.optim, abs(w.rows - 2))
+
     return min(ways, key=key)

@@ -300,13 +300,16 @@ def _sections(self: RunDiff):
             yield what, [(what, 'a', 'b'), *((_text(r['name']), *_short(_text(r['a']), _text(r['b']))) for r in rows)]
     if self.metrics:
         yield 'metrics', [('metric', 'a', 'b'), *((_text(r['name']), *_rounded(r['a'], r['b'])) for r in self.metrics)]
-    said = lambda f: (
-        f"only in {f['only']}"
-        if f['only']
-        else 'identical'
-        if not f['differ']
-        else ('same weights' if f['same_weights'] else 'other weights') + '; differ: ' + ', '.join(f['differ'])
-    )
+
+    def said(f):
+        return (
+            f"only in {f['only']}"
+            if f['only']
+            else 'identical'
+            if not f['differ']
+            else ('same weights' if f['same_weights'] else 'other weights') + '; differ: ' + ', '.join(f['differ'])
+        )
+
     if self.artefacts:
         yield 'artefacts', [('artefact', 'hashes'), *((_text(f['name']), _text(said(f))) for f in self.artefacts)]
     head = ('curve', 'common steps', 'only a', 'only b', 'part at step', 'largest difference', 'at step', 'at the end')
@@ -339,7 +342,9 @@ def _cell(s):
 
 
 def _table(rows):
-    line = lambda r: '| ' + ' | '.join(map(_cell, r)) + ' |'
+    def line(r):
+        return '| ' + ' | '.join(map(_cell, r)) + ' |'
+
     return '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
 
 
@@ -495,10 +500,12 @@ def where(
     _check_word('job', job, JOBS)
     whole = dict(status=status, job=job)
     part = dict(model=model, dataset=dataset, run=name)
-    fits = lambda c: (
-        all(v is None or c[k] == v for k, v in whole.items())
-        and all(v is None or str(v) in str(c[k]) for k, v in part.items())
-    )
+
+    def fits(c):
+        return all(v is None or c[k] == v for k, v in whole.items()) and all(
+            v is None or str(v) in str(c[k]) for k, v in part.items()
+        )
+
     return RunList(r for r, c in zip(self, cells) if fits(c))
 
 # %% ../../nbs/runs/comparing.ipynb #9d4cfd54

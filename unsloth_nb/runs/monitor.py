@@ -15,7 +15,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.escaping import html_text, plain_text
-from ..core.panels import Command, Pace, Panel, in_browser, in_notebook, message, picture, while_busy
+from ..core.panels import Command, Pace, Panel, in_browser, in_notebook, message, while_busy
+from ..core.show import picture
 from .run import RunError, open_run, plot_metrics, read_json
 
 # %% ../../nbs/runs/monitor.ipynb #58e628ab
@@ -104,11 +105,15 @@ def samples_html(rows, n=5) -> str:  # Rows of `samples.jsonl`, how many to show
     "Questions and answers as a table"
     if not rows:
         return ''
-    cut = lambda s: s if len(s) <= 400 else s[:400] + ' …'
+
+    def cut(s):
+        return s if len(s) <= 400 else s[:400] + ' …'
+
     keys = [k for k in _SIDES if any(k in r for r in rows)]
-    cell = lambda s: (
-        f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em .6em">{html_text(cut(str(s)))}</td>'
-    )
+
+    def cell(s):
+        return f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em .6em">{html_text(cut(str(s)))}</td>'
+
     body = ''.join('<tr>' + ''.join(cell(r.get(k, '')) for k in keys) + '</tr>' for r in rows[:n])
     return (
         f'<table style="line-height:1.5"><caption style="text-align:left">answers to held-out rows, {min(n, len(rows))} of {len(rows)}</caption><tr>'

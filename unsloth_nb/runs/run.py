@@ -25,6 +25,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 from ..core.engine import versions
+from ..core.errors import UnslothNbError
 from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
 from ..core.schema import Job, SpecError, nearest
@@ -96,8 +97,10 @@ def read_lines(path) -> list[dict]:
     return res
 
 # %% ../../nbs/runs/run.ipynb #0b1cc49f
-class RunError(RuntimeError):
+class RunError(UnslothNbError, RuntimeError):
     "A run directory that is missing, finished or not what was asked for"
+
+    exit_code = 2
 
     def __str__(self):
         return plain_text(mask_secrets(super().__str__()))

@@ -19,7 +19,10 @@ from .formatting import Formatter
 from .templates import FormatError
 
 # %% ../../nbs/tokens/conformance.ipynb #fea4d456
-_says = lambda role, content, **kw: dict(role=role, content=content, **kw)
+def _says(role, content, **kw):
+    return dict(role=role, content=content, **kw)
+
+
 _sum = [_says('user', 'What is 2+2?'), _says('assistant', 'Four.')]
 _more = [_says('user', 'And 3+3?'), _says('assistant', 'Six.')]
 _tool = dict(
@@ -161,7 +164,10 @@ def expected(
     faults = []
     if text != drawn(tok, conv, n):
         faults.append('the template writes a text differently for what stands in it')
-    ends = lambda of: max([e for _, e, k in texts if of(k)], default=0)
+
+    def ends(of):
+        return max([e for _, e, k in texts if of(k)], default=0)
+
     for k in answers:
         before = ends(lambda o: o < k)
         bridge = _behind(drawn(tok, whole, k, True))
@@ -287,7 +293,10 @@ class Conformance:
 
 # %% ../../nbs/tokens/conformance.ipynb #d7cbcdbd
 _signs = dict(ok='✓', refused='–', wrong='✗')
-_cell = lambda s: re.sub(r'([\\|<>*_`$\[\]])', r'\\\1', s.replace('\n', '⏎'))
+
+
+def _cell(s):
+    return re.sub(r'([\\|<>*_`$\[\]])', r'\\\1', s.replace('\n', '⏎'))
 
 
 @dataclass(frozen=True, repr=False)
@@ -301,7 +310,10 @@ class ConformanceTable:
 
     def _repr_markdown_(self):
         notes = list(dict.fromkeys(why for r in self.rows for _, why in r.findings.values() if why))
-        sign = lambda f: _signs[f[0]] + (f'<sup>{notes.index(f[1]) + 1}</sup>' if f[1] else '')
+
+        def sign(f):
+            return _signs[f[0]] + (f'<sup>{notes.index(f[1]) + 1}</sup>' if f[1] else '')
+
         head = ['template', *(c.replace('_', ' ') for c in self.rows[0].findings)]
         body = [[_cell(r.name), *map(sign, r.findings.values())] for r in self.rows]
         table = '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---', *[':-:'] * (len(head) - 1)], *body])

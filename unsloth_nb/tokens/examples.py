@@ -93,7 +93,10 @@ def table(self: Examples):
     for at in range(0, len(ids), 2**20):
         labels.write(np.where(trained[at : at + 2**20], ids[at : at + 2**20], np.int32(IGNORE)).tobytes())
     kind = pa.ListArray if len(ids) < 2**31 else pa.LargeListArray
-    lists = lambda x: kind.from_arrays(pa.array(ends, pa.int32() if kind is pa.ListArray else pa.int64()), pa.array(x))
+
+    def lists(x):
+        return kind.from_arrays(pa.array(ends, pa.int32() if kind is pa.ListArray else pa.int64()), pa.array(x))
+
     return pa.table(dict(input_ids=lists(ids), labels=lists(labels.array(np.int32))))
 
 # %% ../../nbs/tokens/examples.ipynb #f9fd6834
@@ -117,7 +120,10 @@ def _fit(ex, limit, policy, text, book):
     if policy == 'keep':
         book['examples_over_length'] += 1
         return [ex]
-    cut = lambda a: Example(ex.input_ids[a : a + limit], ex.mask[a : a + limit], ex.row, ex.tok)
+
+    def cut(a):
+        return Example(ex.input_ids[a : a + limit], ex.mask[a : a + limit], ex.row, ex.tok)
+
     if policy == 'split':
         book['examples_split'] += 1
         return [cut(a) for a in range(0, len(ex), limit)]
@@ -263,9 +269,9 @@ def facts(self: Examples) -> list[str]:
 
 @patch
 def _repr_html_(self: Examples):
-    cell = lambda k, v: (
-        f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
-    )
+    def cell(k, v):
+        return f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
+
     table = '<table>' + ''.join(cell(k, v) for l in (self.rows, self.tokens) for k, v in l.lines()) + '</table>'
     facts = ''.join(f'<li>{html_text(f)}</li>' for f in self.facts())
     return f'<b>{html_text(self.formatter.template)}</b>: {html_text(self.formatter.reason)}; loss on {html_text(self.formatter.loss_on)}{table}<ul>{facts}</ul>{self[0]._repr_html_()}'
@@ -299,7 +305,10 @@ def save(self: Examples, folder):  # A new folder
 
 def read_examples(folder, formatter) -> Examples:
     "Examples that were written; without the books of how they were made"
-    get = lambda name: np.load(Path(folder) / f'{name}.npy', mmap_mode='r', allow_pickle=False)
+
+    def get(name):
+        return np.load(Path(folder) / f'{name}.npy', mmap_mode='r', allow_pickle=False)
+
     res = Examples(formatter)
     for spool, a in ((res._ids, get('ids')), (res._mask, get('mask'))):
         for at in range(0, len(a), 2**20):

@@ -55,7 +55,10 @@ class Example:
 # %% ../../nbs/tokens/formatting.ipynb #93b423ec
 def _lead(tok):
     "What keeps the tokenizer from putting a blank before a text, and how many tokens that is"
-    ids = lambda s: tok(s, add_special_tokens=False)['input_ids']
+
+    def ids(s):
+        return tok(s, add_special_tokens=False)['input_ids']
+
     return ('\n', len(ids('\n'))) if tok.decode(ids('x') * 2) != 'xx' else ('', 0)
 
 

@@ -27,7 +27,10 @@ def suggest_length(lengths) -> tuple[int, str]:  # ([tokens], why)
     "A `max_seq_length` for examples of these lengths"
     p = 99 if len(lengths) >= 500 else 95
     most, top = (int(np.percentile(lengths, q, method='inverted_cdf')) for q in (p, 100))
-    up = lambda n: 64 * math.ceil(n / 64)
+
+    def up(n):
+        return 64 * math.ceil(n / 64)
+
     if top <= max(1.5 * most, 512):
         return up(top), f'the longest example has {top:,} tokens'
     over = int((np.asarray(lengths) > up(most)).sum())

@@ -211,11 +211,14 @@ def use_template(tok, name: str):  # A tokenizer; the one given stays as it is
     return new
 
 # %% ../../nbs/tokens/templates.ipynb #c01f8bce
-_call = lambda *names: dict(
-    role='assistant',
-    content='',
-    tool_calls=[dict(type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT'))) for n in names],
-)
+def _call(*names):
+    return dict(
+        role='assistant',
+        content='',
+        tool_calls=[dict(type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT'))) for n in names],
+    )
+
+
 _u = dict(role='user', content='QUESTION')
 _a = dict(role='assistant', content='ANSWER')
 _t = dict(role='tool', content='RESULT', name='CALLED')

@@ -163,7 +163,10 @@ def _gemma(text, at):
         raise ValueError(f'not what Gemma writes: {text[at : m.start()][:80]!r}') from None
 
 # %% ../../nbs/tokens/tool_calls.ipynb #54f42c41
-_tag = lambda open, close, read=_json: (re.compile(open), close and re.compile(r'\s*(?:' + close + ')'), read)
+def _tag(open, close, read=_json):
+    return (re.compile(open), close and re.compile(r'\s*(?:' + close + ')'), read)
+
+
 FORMATS = dict(
     hermes=_tag(r'<tool_call>(?!\s*<function=)', '</tool_call>'),  # Hermes, Qwen 2.5 and 3, SmolLM3, Granite 3.1
     qwen_coder=_tag(

@@ -13,10 +13,11 @@ import threading
 from collections import deque
 from contextlib import contextmanager
 from statistics import median
+from ..core.errors import UnslothNbError
 from .ranks import local, whole
 
 # %% ../../nbs/training/guards.ipynb #67e54a82
-class TrainingError(RuntimeError):
+class TrainingError(UnslothNbError, RuntimeError):
     "Training has failed; the metrics and the last good checkpoint stay in the run"
 
 
@@ -117,8 +118,10 @@ def skip_if_broken(optimizer, numbers) -> bool:  # Can this optimizer?
     return True
 
 # %% ../../nbs/training/guards.ipynb #bd933780
-class Interrupted(RuntimeError):
+class Interrupted(UnslothNbError, RuntimeError):
     "Training was told to stop, and has left a checkpoint"
+
+    exit_code = 3
 
     def _render_traceback_(self):
         return [

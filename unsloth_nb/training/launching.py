@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..core.errors import UnslothNbError
 from ..runs.checkpoints import CheckpointError
 from ..core.escaping import mask_secrets
 from ..tokens.examples import Examples
@@ -31,11 +32,11 @@ from ..core.schema import SpecError
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/training/launching.ipynb #347333a6
-class RankLost(RuntimeError):
+class RankLost(UnslothNbError, RuntimeError):
     "A process that trained was killed; the newest checkpoint stays"
 
 
-class RankFailed(RuntimeError):
+class RankFailed(UnslothNbError, RuntimeError):
     "A process that trained has raised an error"
 
 
@@ -236,7 +237,9 @@ def tidy_after(
     "`tidy`, from outside, when the ranks have ended"
     import psutil
 
-    ours = lambda p: 'unsloth_nb.training.worker' in p.info['cmdline'] and str(run.path) in p.info['cmdline']
+    def ours(p):
+        return 'unsloth_nb.training.worker' in p.info['cmdline'] and str(run.path) in p.info['cmdline']
+
     if launch_dir(run).exists():
         psutil.wait_procs([p for p in psutil.process_iter(['cmdline']) if p.info['cmdline'] and ours(p)], wait)
         tidy(launch_dir(run))

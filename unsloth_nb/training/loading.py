@@ -207,7 +207,10 @@ class LoadedModel:
     @property
     def parameters(self) -> tuple[int, int]:  # (trained, all)
         "Parameter counts; packed 4-bit weights count as what they stand for"
-        size = lambda p: p.numel() * 2 if type(p).__name__ == 'Params4bit' else p.numel()
+
+        def size(p):
+            return p.numel() * 2 if type(p).__name__ == 'Params4bit' else p.numel()
+
         return sum(size(p) for p in self.model.parameters() if p.requires_grad), sum(map(size, self.model.parameters()))
 
     def __repr__(self):

@@ -119,7 +119,10 @@ def differences(
     now: dict,  # Of what is asked for now
 ) -> list[tuple]:  # (name, part, then, now)
     "What differs between two identities"
-    flat = lambda d: {(k, n): v for k, part in d.items() for n, v in part.items()}
+
+    def flat(d):
+        return {(k, n): v for k, part in d.items() for n, v in part.items()}
+
     then = then | ({'code': _known_code(then['code'], now['code'])} if 'code' in then and 'code' in now else {})
     a = flat(then)
     b = flat(now)

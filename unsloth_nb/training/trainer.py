@@ -94,7 +94,10 @@ def trainer_arguments(job: FinetuneJob, plan: Plan, out_dir) -> dict:  # Argumen
 # %% ../../nbs/training/trainer.ipynb #2ecc0a6a
 def effective_changes(asked: dict, args) -> list[dict]:
     "Arguments that the backend holds differently from what it was told"
-    val = lambda v: getattr(v, 'value', v)
+
+    def val(v):
+        return getattr(v, 'value', v)
+
     pairs = [
         (k, v, val(getattr(args, k, v)))
         for k, v in asked.items()

@@ -90,9 +90,10 @@ def _past(self: ChatPanel):
 def _turn(question, answers, note=''):
     "A question and its answers as HTML"
     text = 'white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5'
-    cell = lambda k, s: (
-        f'<div style="flex:1 1 16em;min-width:0"><b>{html_text(k)}</b><div style="{text}">{html_text(s)}</div></div>'
-    )
+
+    def cell(k, s):
+        return f'<div style="flex:1 1 16em;min-width:0"><b>{html_text(k)}</b><div style="{text}">{html_text(s)}</div></div>'
+
     return f'<div style="margin:.6em 0"><div style="{text};border-left:4px solid var(--jp-border-color1, #888);padding-left:.6em"><b>{html_text(question)}</b></div><div style="display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-top:.3em">{"".join(cell(k, s) for k, s in answers.items())}</div>{f"<i>{html_text(note)}</i>" if note else ""}</div>'
 
 # %% ../../nbs/widgets/chat_panel.ipynb #0e5e5c1c
@@ -219,7 +220,10 @@ def build(self: ChatPanel):
 def _wire(self: ChatPanel):
     "What each control does"
     b = self.buttons
-    lock = lambda t: [setattr(self.dials[k], 'disabled', not t) for k in ('top_p', 'top_k', 'min_p')]
+
+    def lock(t):
+        return [setattr(self.dials[k], 'disabled', not t) for k in ('top_p', 'top_k', 'min_p')]
+
     self.dials['temperature'].observe(lambda c: lock(c['new']), 'value')
     lock(self.dials['temperature'].value)
     b['send'].on_click(lambda _: self._do(self._send))

@@ -21,7 +21,8 @@ from ..tokens.examples import Examples
 from ..tokens.formatting import Example, Formatter
 from ..data.ledger import Ledger, count_rows
 from ..training.loading import load_tokenizer
-from ..core.panels import Panel, message, picture
+from ..core.panels import Panel, message
+from ..core.show import picture
 from ..tokens.profiling import profile_examples
 from ..core.schema import SpecError, nearest
 from ..data.sources import DataError
@@ -66,7 +67,10 @@ class DataExplorer(Panel):
 @patch
 def _known(self: DataExplorer) -> dict:  # Flag to a mask of all rows
     "What the hashes tell"
-    held = lambda name: np.isin(self.data.train.column(name), self.data.test.column(name))
+
+    def held(name):
+        return np.isin(self.data.train.column(name), self.data.test.column(name))
+
     res = dict(
         duplicates=duplicate_rows(self.data.train.column('key')),
         overlap=held('key'),
@@ -308,10 +312,12 @@ def token_view(self: DataExplorer, row: Row) -> str:  # HTML
     if isinstance(got, FormatError):
         return message(got, error=True)
     n = SHOWN['tokens']
-    cut = lambda e: (
-        Example(e.input_ids[:n], e.mask[:n], e.row, e.tok)._repr_html_()
-        + (f'<div>the first {n:,} of {len(e):,} tokens</div>' if len(e) > n else '')
-    )
+
+    def cut(e):
+        return Example(e.input_ids[:n], e.mask[:n], e.row, e.tok)._repr_html_() + (
+            f'<div>the first {n:,} of {len(e):,} tokens</div>' if len(e) > n else ''
+        )
+
     return ''.join(map(cut, got))
 
 # %% ../../nbs/widgets/explorer.ipynb #84c0a21b
@@ -345,9 +351,10 @@ def lengths(self: DataExplorer) -> str:  # HTML
 @patch
 def books(self: DataExplorer) -> str:  # HTML
     "The ledger of the data, and its warnings"
-    cell = lambda k, v: (
-        f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
-    )
+
+    def cell(k, v):
+        return f'<tr><td style="text-align:left">{html_text(k)}</td><td style="text-align:right">{v:,}</td></tr>'
+
     notes = ''.join(f'<li>{html_text(w)}</li>' for w in self.data.warnings)
     return (
         '<table>'
@@ -382,8 +389,13 @@ def build(self: DataExplorer):
     import ipywidgets as w
 
     style = dict(description_width='7em')
-    text = lambda d, **kw: w.Text(description=d, continuous_update=False, style=style, **kw)
-    pick = lambda d, options: w.Dropdown(description=d, options=options, style=style)
+
+    def text(d, **kw):
+        return w.Text(description=d, continuous_update=False, style=style, **kw)
+
+    def pick(d, options):
+        return w.Dropdown(description=d, options=options, style=style)
+
     self.controls = dict(
         search=text('search', placeholder='text, then Enter'),
         regex=w.Checkbox(description='regular expression', indent=False, layout=w.Layout(width='12em')),

@@ -133,7 +133,10 @@ def memory_bar(plan: Plan) -> str:  # HTML; empty where the memory is not known
 # %% ../../nbs/widgets/forms.ipynb #08a95337
 def plan_html(plan: Plan) -> str:
     "A plan in a few lines; what it decided, and why, unfolds"
-    plain = lambda s: html_text(s).replace('**', '')
+
+    def plain(s):
+        return html_text(s).replace('**', '')
+
     rows = ''.join(
         f'<tr>{"".join(f"<td style=text-align:left;vertical-align:top;padding-right:.8em>{plain(c)}</td>" for c in r)}</tr>'
         for r in plan._rows()
@@ -478,5 +481,8 @@ def _device_control(self: JobForm, device):
 def _repr_html_(self: JobForm):
     if bad := self.problems:
         return '<br>'.join(f'<b>{html_text(k)}</b>: {html_text(v)}' for k, v in bad.items())
-    pre = lambda title, text: f'<div><b>{title}</b></div><pre style="white-space:pre-wrap">{html_text(text)}</pre>'
+
+    def pre(title, text):
+        return f'<div><b>{title}</b></div><pre style="white-space:pre-wrap">{html_text(text)}</pre>'
+
     return f"{plan_html(self.plan) if self.plan else ''}{pre('Notebook cell', self.code)}{pre('Command line', self.command)}"

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 
 from ..runs.comparing import RunDiff, diff_runs
 from ..core.escaping import html_text, plain_text
-from ..core.panels import Command, Panel, message, picture
+from ..core.panels import Command, Panel, message
+from ..core.show import picture
 from ..runs.run import list_runs, STATUSES, Run, RunError, RunList, _num, open_run
 from ..core.schema import SpecError
 from ..core.spec import EXPORTS, JOBS
@@ -24,9 +25,10 @@ from ..core.spec import EXPORTS, JOBS
 # %% ../../nbs/widgets/run_browser.ipynb #91794883
 def _table(rows) -> str:
     "A table in HTML; the first row is its head"
-    cell = lambda tag, s: (
-        f'<{tag} style="text-align:left;padding:1px .8em 1px 0;vertical-align:top">{html_text(s)}</{tag}>'
-    )
+
+    def cell(tag, s):
+        return f'<{tag} style="text-align:left;padding:1px .8em 1px 0;vertical-align:top">{html_text(s)}</{tag}>'
+
     return (
         '<table style="line-height:1.4">'
         + ''.join(f'<tr>{"".join(cell("td" if i else "th", c) for c in r)}</tr>' for i, r in enumerate(rows))
@@ -176,9 +178,12 @@ def _repr_html_(self: RunBrowser):
 @patch
 def build(self: RunBrowser):
     "The widget"
-    drop = lambda name, options: w.Dropdown(
-        description=name, options=options, style=dict(description_width='auto'), layout=w.Layout(width='auto')
-    )
+
+    def drop(name, options):
+        return w.Dropdown(
+            description=name, options=options, style=dict(description_width='auto'), layout=w.Layout(width='auto')
+        )
+
     self.filters = dict(status=drop('Status', ['any', *STATUSES]), job=drop('Job', ['any', *JOBS]))
     self.word = w.Text(
         description='Find',
@@ -198,7 +203,10 @@ def build(self: RunBrowser):
     for x in (*self.filters.values(), self.word, self.order):
         x.observe(lambda _: self._draw(page=0), 'value')
     self._draw()
-    row = lambda *xs: w.HBox(xs, layout=w.Layout(flex_flow='row wrap'))
+
+    def row(*xs):
+        return w.HBox(xs, layout=w.Layout(flex_flow='row wrap'))
+
     return w.VBox(
         [
             row(*self.filters.values(), self.word, self.order, again),
