@@ -34,7 +34,7 @@ from .core.settings import settings
 from .planning.plan import make_plan
 from .runs.run import list_runs, Run, RunError, before_after, open_run, read_lines
 from .core.schema import SpecError, fields, nearest
-from .core.spec import EXPORTS, JOBS, FinetuneJob, make_job
+from .core.spec import EXPORTS, JOBS, FinetuneJob, make_job, trains
 
 # %% ../nbs/cli.ipynb #290b4d73
 app = typer.Typer(
@@ -223,8 +223,8 @@ def _take_part(run):
     raise typer.Exit(join(run))
 
 
-@launch_app.command('finetune')
 def launch_command(
+    ctx: typer.Context,
     param: Params,
     devices: Annotated[
         str | None,
@@ -248,15 +248,16 @@ def launch_command(
     timeout: Timeout = None,
     hang_after: HangAfter = 300,
 ):
-    "Fine-tune on several devices; each machine after the first takes part in what that one does."
+    "Train on several devices; each machine after the first takes part in what that one does."
     from unsloth_nb.training.launching import check_rendezvous, find_launch
 
-    params = read_pairs(FinetuneJob, param)
+    kind = ctx.info_name
+    params = read_pairs(JOBS[kind], param)
     given = {k: v for k, v in dict(devices=devices, nodes=nodes, parallel=parallel).items() if v is not None}
     if twice := next((k for k in given if k in params), None):
         raise SpecError(f'{twice}: given by --{twice} and by -p {twice}; leave one of them out')
     params |= given
-    job = make_job('finetune', preset, file, **params)
+    job = make_job(kind, preset, file, **params)
     if 'devices' not in job.model_fields_set:
         params['devices'] = 'auto'
     if node_rank >= job.nodes:
@@ -265,9 +266,12 @@ def launch_command(
     check_rendezvous(job.nodes)
     if node_rank:
         _take_part(find_launch(runs_dir))
-    _over(
-        run_job('finetune', preset, file, runs_dir, retries=retries, timeout=timeout, hang_after=hang_after, **params)
-    )
+    how = dict(retries=retries, timeout=timeout, hang_after=hang_after)
+    _over(run_job(kind, preset, file, runs_dir, **how, **params))
+
+
+for _name in filter(trains, JOBS):
+    launch_app.command(_name)(launch_command)
 
 
 @launch_app.command('join')
@@ -284,7 +288,7 @@ def join_command(
 @app.command('plan')
 def plan_command(
     param: Params,
-    job: Annotated[str, typer.Argument(help='The job; only finetune is planned.')] = 'finetune',
+    job: Annotated[str, typer.Argument(help='The job; those that train are planned.')] = 'finetune',
     file: ParamsFile = None,
     preset: PresetName = None,
     runs_dir: RunsDir = None,
@@ -293,10 +297,10 @@ def plan_command(
     ] = None,
     as_json: Annotated[bool, typer.Option('--json', help='Print JSON.')] = False,
 ):
-    "Show the fastest way to run a finetune job that fits, its memory, speed and time, and what came close."
-    if job != 'finetune':
-        raise SpecError(f"plan: only the finetune job has a plan, not {job!r}")
-    job = make_job(job, preset, file, **read_pairs(FinetuneJob, param))
+    "Show the fastest way to run a training job that fits, its memory, speed and time, and what came close."
+    if job not in JOBS or not trains(job):
+        raise SpecError(f"plan: only a job that trains has a plan ({', '.join(filter(trains, JOBS))}), not {job!r}")
+    job = make_job(job, preset, file, **read_pairs(JOBS[job], param))
     plan = make_plan(job, load_data(job), device, runs_dir)
     print(json_text(plan.to_dict(), indent=1, default=str) if as_json else plain_text(plan))
 
@@ -464,7 +468,7 @@ def stop_command(
     if r.status != 'running':
         raise RunError(f"{r.name} is {r.status}; there is nothing to stop")
     trained = [l['state'] for l in read_lines(r.path / 'progress.jsonl') if l.get('stage') == 'training']
-    if r.kind != 'finetune' or trained[-1:] == ['done']:
+    if not r.trains or trained[-1:] == ['done']:
         raise RunError(
             f"{r.name} has no training ahead, which alone is stopped from here; Ctrl-C or SIGTERM ends it where it was started, and what it has done is kept"
         )
@@ -499,7 +503,7 @@ def chat_command(
     "Talk to a run's model, beside its base model; an empty line is skipped, 'exit' or end of input ends."
     from unsloth_nb.evaluation.chatting import chat
 
-    r = open_run(run, runs_dir, kind='finetune')
+    r = open_run(run, runs_dir, trained=True)
     print(f'loading {r.name} …', flush=True)
     c = chat(r, compare=base)
     try:
@@ -510,11 +514,7 @@ def chat_command(
 # %% ../nbs/cli.ipynb #55769c73
 def _place(run, runs_dir, to=None):
     "A folder as it is, or a run; `latest` is the one that was trained unless another export is asked for"
-    return (
-        run
-        if Path(run).exists()
-        else open_run(run, runs_dir, kind='finetune' if run == 'latest' and to in (None, 'adapter') else None)
-    )
+    return run if Path(run).exists() else open_run(run, runs_dir, trained=run == 'latest' and to in (None, 'adapter'))
 
 
 RunName = Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")]
@@ -615,7 +615,7 @@ SentRun = Annotated[
 @modal_app.command('submit')
 def modal_submit_command(
     param: Params,
-    job: Annotated[str, typer.Argument(help='finetune, evaluate or export.')] = 'finetune',
+    job: Annotated[str, typer.Argument(help='A job: finetune, pretrain, evaluate or export.')] = 'finetune',
     file: ParamsFile = None,
     preset: PresetName = None,
     runs_dir: RunsDir = None,

@@ -171,6 +171,11 @@ class Job(BaseModel):
         if bad:
             raise SpecError('\n'.join(bad))
 
+    @property
+    def objective(self):
+        "How it trains; None for a job that does not train"
+        return None
+
     def to_dict(self) -> dict:
         return self.model_dump(mode='json')
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'BENCHMARKS', 'JOBS', 'jobs_dir', 'Preset', 'presets', 'preset', 'ModelRef',
-           'resolve_model', 'DataParams', 'RowParams', 'GenerateParams', 'ModelParams', 'LoraParams', 'FormatParams',
-           'TrainParams', 'DeviceParams', 'split_batch', 'FinetuneJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob',
-           'make_job']
+           'resolve_model', 'SourceParams', 'DataParams', 'RowParams', 'GenerateParams', 'ModelParams', 'LoraParams',
+           'FormatParams', 'TrainParams', 'DeviceParams', 'split_batch', 'SaveParams', 'TrainingJob', 'find_objective',
+           'FinetuneJob', 'PretrainJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob', 'trains', 'make_job']
 
 # %% ../../nbs/core/spec.ipynb #f9b1ec1b
+import importlib
 import importlib.util
 import os
 from dataclasses import dataclass, field
@@ -175,25 +176,30 @@ EXPORTS = ('adapter', 'merged_16bit', 'merged_4bit', 'gguf_f16', 'gguf_q8_0', 'g
 LINEARS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
 
-class DataParams(Job):
-    "Where rows come from and how they are read"
+class SourceParams(Job):
+    "Where rows come from"
 
     dataset: str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
-    dataset_format: Literal[
-        'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'text', 'preference', 'unpaired_preference'
-    ] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
     dataset_columns: dict[str, str] = param({}, 'Columns that go by other names, as standard:yours', _DATA)
-    dataset_roles: dict[str, str] = param({}, 'Roles that go by other names, as yours:standard', _DATA)
     dataset_split: str = param('train', 'Split of a Hub dataset or of a folder', _DATA)
     dataset_revision: str | None = param(None, 'Commit, tag or branch of a Hub dataset; null: its main branch', _DATA)
-    train_on_preferred: bool = param(
-        False, 'Train on the chosen answers of preference data; false: refuse such data', _DATA
-    )
     max_rows: int | None = param(None, 'Use at most this many training rows; null: all', _DATA, 'rows', ge=1)
     test_size: int = param(64, 'Rows held out for the before/after comparison', _DATA, 'rows', ge=1)
     test_dataset: str | None = param(None, 'Hold out the rows of this dataset instead; null: rows of dataset', _DATA)
     seed: int = param(
         3407, 'Seed of the split, the LoRA weights and the order of rows', _DATA, source=_classic, ge=0, lt=2**32
+    )
+
+
+class DataParams(SourceParams):
+    "How rows are read as conversations"
+
+    dataset_format: Literal[
+        'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'text', 'preference', 'unpaired_preference'
+    ] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
+    dataset_roles: dict[str, str] = param({}, 'Roles that go by other names, as yours:standard', _DATA)
+    train_on_preferred: bool = param(
+        False, 'Train on the chosen answers of preference data; false: refuse such data', _DATA
     )
 
 # %% ../../nbs/core/spec.ipynb #5d3d7b8c
@@ -266,7 +272,7 @@ class LoraParams(Job):
     )
 
 
-class FormatParams(RowParams):
+class FormatParams(Job):
     "What the loss sees"
 
     template: str = param(
@@ -415,12 +421,23 @@ def split_batch(
     return n, b or (n // a // ranks if a else None), a or (n // b // ranks if b else None)
 
 # %% ../../nbs/core/spec.ipynb #f19aa02d
-class FinetuneJob(GenerateParams, DeviceParams, TrainParams, LoraParams, FormatParams, DataParams, ModelParams):
-    "Fine-tune a model on a dataset, and compare before and after"
+class SaveParams(Job):
+    "What a training job leaves"
 
     save: Literal[*EXPORTS] = param(
         'adapter', 'What is saved: the adapter alone, or also another form of the model', _EVAL
     )
+
+
+class TrainingJob(DeviceParams, TrainParams, LoraParams, RowParams, SourceParams, ModelParams):
+    "What all jobs that train have in common"
+
+    trains_by: ClassVar[str] = ''  # Name of the objective: a module of `training.objectives`
+
+    @property
+    def objective(self):
+        "How it trains"
+        return find_objective(self.trains_by)
 
     @model_validator(mode='after')
     def _consistent(self):
@@ -444,12 +461,43 @@ class FinetuneJob(GenerateParams, DeviceParams, TrainParams, LoraParams, FormatP
 
 # %% ../../nbs/core/spec.ipynb #04497abf
 @patch
-def rows_at_once(self: FinetuneJob) -> int:  # [rows]
+def rows_at_once(self: TrainingJob) -> int:  # [rows]
     "Rows in a forward pass as the job has them; the whole step where the plan decides"
     step, rows, _ = split_batch(
         self.batch_size, self.per_device_train_batch_size, self.gradient_accumulation_steps, self.ranks
     )
     return rows or (step or 8) // self.ranks
+
+# %% ../../nbs/core/spec.ipynb #06cf79e7
+@cache
+def find_objective(
+    name: str,  # A module of `training.objectives`
+):
+    "The objective of that name"
+    return importlib.import_module(f'unsloth_nb.training.objectives.{name}').OBJECTIVE
+
+# %% ../../nbs/core/spec.ipynb #d16ee76a
+class FinetuneJob(SaveParams, GenerateParams, FormatParams, DataParams, TrainingJob):
+    "Fine-tune a model on a dataset, and compare before and after"
+
+    trains_by: ClassVar[str] = 'sft'
+
+
+class PretrainJob(SaveParams, TrainingJob):
+    "Train a model on plain text, and compare its perplexity before and after"
+
+    trains_by: ClassVar[str] = 'cpt'
+    dataset_format: ClassVar[str] = 'text'  # What other jobs leave open stands fast here
+    dataset_roles: ClassVar[dict] = {}
+    train_on_preferred: ClassVar[bool] = False
+    template: ClassVar[str] = 'auto'
+    loss_on: ClassVar[str] = 'everything'
+
+    dataset: str = param('notes', "'notes' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
+    over_length: Literal['error', 'drop', 'truncate', 'split', 'keep'] = param(
+        'split', 'Texts longer than max_seq_length; split: they go on in the next example', _ROWS
+    )
+    eval_batch_size: int = param(16, 'Texts scored at once', _EVAL, 'rows', ge=1, le=1024)
 
 # %% ../../nbs/core/spec.ipynb #c73e00d6
 class EvaluateJob(GenerateParams):
@@ -590,11 +638,18 @@ class BenchmarkJob(Job):
         return self
 
 # %% ../../nbs/core/spec.ipynb #04f49998
-JOBS = dict(finetune=FinetuneJob, evaluate=EvaluateJob, export=ExportJob, benchmark=BenchmarkJob)
+JOBS = dict(finetune=FinetuneJob, pretrain=PretrainJob, evaluate=EvaluateJob, export=ExportJob, benchmark=BenchmarkJob)
+
+
+def trains(
+    kind: str,  # A name in `JOBS`
+) -> bool:
+    "Does a job of this kind train a model?"
+    return issubclass(JOBS[kind], TrainingJob)
 
 # %% ../../nbs/core/spec.ipynb #df032b97
 def make_job(
-    name: str = 'finetune',  # `finetune`, `evaluate`, `export` or `benchmark`
+    name: str = 'finetune',  # A name in `JOBS`
     preset_name: str | None = None,  # Model preset: sets `model` and the parameters that suit it
     params_file=None,  # YAML file with `name: value` lines
     **overrides,  # Parameters by name

@@ -31,7 +31,7 @@ from unsloth_nb.data.conversations import (
     without_control,
 )
 from ..core.escaping import markdown_text, plain_text
-from .events import make_events
+from .events import BUILT_IN
 from .ledger import Faults, Ledger, count_rows
 from ..core.schema import nearest
 from .sources import DataError, Source, Spool, find_source
@@ -443,12 +443,9 @@ def _source(job, test=False):
         raise DataError(
             f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; name its sources"
         )
-    if src.kind == 'events':
-        return Source(
-            'events',
-            'python',
-            object=make_events(*((job.test_size, job.seed, 'test') if test else (job.max_rows or 1000, job.seed))),
-        )
+    if src.kind == 'built_in':
+        wanted = (job.test_size, job.seed, 'test') if test else (job.max_rows or 1000, job.seed)
+        return Source(src.name, 'python', object=BUILT_IN[src.name](*wanted))
     return src
 
 
@@ -466,7 +463,7 @@ def _parts(job, rows):
 
 def _test_rows(job, rows, where):
     "Held-out rows from a source of their own; None when they come out of the training rows"
-    name = job.test_dataset or ('events' if rows is None and job.dataset == 'events' else None)
+    name = job.test_dataset or (job.dataset if rows is None and job.dataset in BUILT_IN else None)
     if name is None:
         return None
     j = job.replace(dataset=name)
@@ -621,8 +618,9 @@ def held_out(
 ) -> Conversations:
     "Rows to score a trained model on; of another dataset the first ones, in order"
     n = n or job.test_size
-    if dataset == 'events' or (dataset is None and job.dataset == 'events' and not job.test_dataset):
-        return load_data(job.replace(dataset='events', test_dataset=None, test_size=n)).test
+    own = dataset is None and job.dataset in BUILT_IN and not job.test_dataset
+    if own or dataset in BUILT_IN:
+        return load_data(job.replace(dataset=dataset or job.dataset, test_dataset=None, test_size=n)).test
     if dataset is None:
         return load_data(job).test[:n]
     return load_data(

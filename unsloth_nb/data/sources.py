@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from ..core.engine import check_hub
 from ..core.settings import settings
 from ..core.schema import SpecError
+from .events import BUILT_IN
 
 # %% ../../nbs/data/sources.ipynb #d3244393
 class DataError(SpecError):
@@ -323,8 +324,8 @@ def find_source(
     revision: str | None = None,  # Of a Hub dataset
 ) -> Source:
     "What a job's `dataset` stands for; raises `DataError` when it stands for nothing"
-    if dataset == 'events':
-        return Source(dataset, 'events')
+    if dataset in BUILT_IN:
+        return Source(dataset, 'built_in')
     p = Path(os.path.expanduser(dataset))
     if os.path.isdir(p):
         return _folder(p, dataset, split)
@@ -340,7 +341,7 @@ def find_source(
         check_hub(f"dataset {dataset!r}")
         return Source(dataset, 'hub', [], split, revision)
     near = [f.name for f in p.parent.iterdir()] if os.path.isdir(p.parent) else []
-    hit = difflib.get_close_matches(p.name, [*near, 'events'], 1, 0.5)
+    hit = difflib.get_close_matches(p.name, [*near, *BUILT_IN], 1, 0.5)
     raise DataError(
         f"dataset: {dataset!r} is not 'events', a file, a folder or a Hub id (owner/name)"
         + (f"; did you mean {hit[0]!r}?" if hit else '')

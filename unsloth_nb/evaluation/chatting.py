@@ -150,5 +150,5 @@ def chat(
     compare: bool = True,  # Ask the base model as well
 ) -> Chat:
     "Talk to a run's model, beside its base"
-    run = open_run(run, kind='finetune')
+    run = open_run(run, trained=True)
     return Chat(load_run(run), (read_json(run.path / 'data.json') or {}).get('system'), sampling, compare)

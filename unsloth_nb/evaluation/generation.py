@@ -585,8 +585,8 @@ def show_stream(
 
 # %% ../../nbs/evaluation/generation.ipynb #1765b950
 def load_run(run='latest') -> LoadedModel:
-    "The model that a finished finetune run has trained"
-    run = open_run(run, kind='finetune')
+    "The model that a finished run has trained"
+    run = open_run(run, trained=True)
     if not (run.path / 'adapter').is_dir():
         raise SpecError(f"run: {run.name} has saved no adapter ({run.status}); choose a finished run")
     return load_adapter(run.path / 'adapter', run.job, run_plan(run))

@@ -246,13 +246,13 @@ def keep_artifact(
 
 # %% ../../nbs/export/artifacts.ipynb #ec439f70
 def export_run(
-    run='latest',  # Finetune run, its name or directory
+    run='latest',  # A run that has trained, its name or directory
     to: str = 'merged_16bit',  # As in `save_artifact`
     check_rows: int = 8,  # Held-out rows to compare on
     vllm: bool = False,  # Have vLLM load and check it too
 ) -> Run:  # The export's own run
     "Write a finished run's model in another form, with its certificate"
-    source = open_run(run, kind='finetune')
+    source = open_run(run, trained=True)
     record = start_run(ExportJob(run=source.name, to=to, check_rows=check_rows, vllm=vllm), source.path.parent)
     try:
         with record.stage('loading'):

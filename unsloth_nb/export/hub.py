@@ -180,7 +180,7 @@ def _card(folder, run, repo_id) -> str:
     try:
         if run is not None:
             return model_card(
-                run if run.kind == 'finetune' else open_run(run.job.run, run.path.parent),
+                run if run.trains else open_run(run.job.run, run.path.parent),
                 folder.name,
                 cert if 'checks' in cert else None,
                 repo_id,

@@ -177,7 +177,8 @@ def card_data(
     raw = _template(run) == 'raw'
     results = _eval_results(run, source)
     hub = hub_dataset(run.job.dataset)
-    tags = ['unsloth', 'sft', *(['lora'] if to == 'adapter' else []), *([] if raw else ['conversational'])]
+    tags = ['unsloth', *run.job.objective.tags]
+    tags += ['lora'] * (to == 'adapter') + ['conversational'] * (not raw)
     return ModelCardData(
         **base_license(base.ref),
         base_model=base.hub,
@@ -324,7 +325,7 @@ def _recipe(run):
         else j.batch_size
     )
     rows = dict(
-        method='LoRA, supervised',
+        method=j.objective.method,
         **{'rank, alpha, dropout': f'{j.r}, {j.lora_alpha}, {j.lora_dropout:g}'},
         layers=', '.join(j.target_modules),
         **{

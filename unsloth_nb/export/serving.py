@@ -311,7 +311,7 @@ def find_served(
     path = Path(ref) if not hasattr(ref, 'path') else ref.path
     if path.exists() and not (path / 'job.json').exists():
         return find_backend(form_of(path), backend), path.resolve(), _plain_name(path)
-    run = open_run(ref, kind='finetune' if ref == 'latest' else None)
+    run = open_run(ref, trained=ref == 'latest')
     have = artifacts_of(run)
     if not have:
         raise SpecError(

@@ -18,7 +18,7 @@ from ..planning.plan import check_devices
 from ..runs.run import Run, new_run_dir, open_run, record_job
 from ..core.schema import Job, SpecError, fields, nearest, read_value
 from ..data.sources import find_source
-from ..core.spec import JOBS, BenchmarkJob, FinetuneJob, make_job
+from ..core.spec import JOBS, BenchmarkJob, make_job
 from .supervising import Supervisor, Watcher, conclude, execute
 
 # %% ../../nbs/jobs/runner.ipynb #ed482f31
@@ -31,15 +31,15 @@ def preflight(job: Job, runs_dir=None):
         find_llama()
     if getattr(job, 'tasks', None):
         check_tasks(job.tasks, job.task_dir)
-    if isinstance(job, FinetuneJob):
+    if job.objective:
         check_model(job)
         check_rendezvous(job.nodes)
         if job.devices not in (1, 'auto'):
             check_devices(job, device_info())
         if find_source(job.dataset, job.dataset_split).kind != 'hub':
-            load_data(job).check_supervised()
+            job.objective.check_data(load_data(job))
         return
-    run = open_run(job.run, runs_dir, kind='finetune')
+    run = open_run(job.run, runs_dir, trained=True)
     if run.status != 'finished':
         raise SpecError(
             f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest"
@@ -140,13 +140,13 @@ def replay_run(
     show: bool = True,  # Print progress?
 ) -> Replay:
     "Do a run again, and judge whether it repeats"
-    first = open_run(run, runs_dir, kind='finetune')
+    first = open_run(run, runs_dir, trained=True)
     if first.status != 'finished':
         raise SpecError(f"run: {first.name} is {first.status}; only a finished run can be replayed")
     preflight(first.job, first.path.parent)
-    again = Run(new_run_dir('finetune', first.path.parent))
+    again = Run(new_run_dir(first.kind, first.path.parent))
     record_job(again.path, first.job, replays=first.name)
-    _attempts(again, 'finetune', show, 0)
+    _attempts(again, first.kind, show, 0)
     return replayed(first, again)
 
 # %% ../../nbs/jobs/runner.ipynb #97bec2b2

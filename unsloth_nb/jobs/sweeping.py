@@ -26,7 +26,7 @@ from ..core.schema import Job, SpecError, _parts, nearest, param, read_params
 from ..core.scoring import SCORERS
 from ..evaluation.significance import caution
 from ..data.sources import find_source
-from ..core.spec import JOBS, DataParams, FinetuneJob, FormatParams, LoraParams, TrainParams
+from ..core.spec import JOBS, DataParams, FormatParams, LoraParams, RowParams, TrainParams, trains
 from ..planning.ways import usable
 
 # %% ../../nbs/jobs/sweeping.ipynb #659d43ee
@@ -82,11 +82,11 @@ def _check_objective(job, objective):
         raise ValueError(
             f"objective: got {objective!r}; expected a path in the result's metrics, as in tuned.loss or tuned.exact_match"
         )
-    if job != 'finetune':
+    if not trains(job):
         return
     heads = dict(tuned=_HELD, base=_HELD, training=_TRAINING)
     if head not in heads:
-        raise ValueError(f"objective: a finetune run measures nothing under {head!r}{nearest(head, heads)}")
+        raise ValueError(f"objective: a {job} run measures nothing under {head!r}{nearest(head, heads)}")
     if leaf not in heads[head]:
         raise ValueError(f"objective: a finetune run measures no {leaf!r} under {head}{nearest(leaf, heads[head])}")
 
@@ -227,7 +227,7 @@ def _check_sweep(s):
         raise ValueError(f"direction: say minimize or maximize; which is better is not known for {leaf!r}")
     if s.pruner == 'none':
         return
-    if s.job != 'finetune':
+    if not trains(s.job):
         raise ValueError(f"pruner: a {s.job} job has no training loss to prune by")
     apart = sorted(set(s.grid or s.search) & _OTHER_LOSS)
     if apart:
@@ -236,9 +236,16 @@ def _check_sweep(s):
         )
 
 # %% ../../nbs/jobs/sweeping.ipynb #badc26f7
-_OTHER_LOSS = ({*DataParams.model_fields, *FormatParams.model_fields, 'model', 'revision', 'max_seq_length'}) - {
-    'seed'
-}  # Parameters that change what the loss is measured on
+_OTHER_LOSS = (
+    {
+        *DataParams.model_fields,
+        *FormatParams.model_fields,
+        *RowParams.model_fields,
+        'model',
+        'revision',
+        'max_seq_length',
+    }
+) - {'seed'}  # Parameters that change what the loss is measured on
 
 
 def check_point(s: Sweep, point: dict, where: str) -> Job:
@@ -419,7 +426,7 @@ def warnings(self: Sweep) -> list[str]:
         for n in self.names
         if n in ('dataset', 'dataset_split', 'dataset_format', 'dataset_revision', 'test_size', 'test_dataset', 'seed')
     ]
-    if self.job == 'finetune' and other and not ({'test_dataset'} & {*self.params} - {*self.names}):
+    if job.objective and other and not ({'test_dataset'} & {*self.params} - {*self.names}):
         res.append(
             f"trials that differ in {', '.join(other)} hold out other rows, and are not compared row by row; test_dataset names the same rows for all"
         )
@@ -451,12 +458,10 @@ def forecast(
     rows = []
     jobs = [JOBS[s.job](**s.parameters(p)) for p in points]
     for p, job in zip(points, jobs):
-        key = json.dumps(
-            {k: v for k, v in job.to_dict().items() if s.job != 'finetune' or k not in _HOW}, sort_keys=True
-        )
+        key = json.dumps({k: v for k, v in job.to_dict().items() if not job.objective or k not in _HOW}, sort_keys=True)
         if key not in seen:
             seen[key] = _look(job, runs_dir)
-        plan = make_plan(job, seen[key], runs_dir=runs_dir) if s.job == 'finetune' else None
+        plan = make_plan(job, seen[key], runs_dir=runs_dir) if job.objective else None
         rows.append(dict(params=p, seconds=plan.seconds or None if plan else None, peak_bytes=plan.peak if plan else 0))
         if plan and plan.fits is False:
             raise SpecError(
@@ -469,11 +474,7 @@ def forecast(
 def _look(job, runs_dir):
     "Refuse what can be known to fail; the data where it is at hand"
     preflight(job, runs_dir)
-    return (
-        load_data(job)
-        if isinstance(job, FinetuneJob) and find_source(job.dataset, job.dataset_split).kind != 'hub'
-        else None
-    )
+    return load_data(job) if job.objective and find_source(job.dataset, job.dataset_split).kind != 'hub' else None
 
 # %% ../../nbs/jobs/sweeping.ipynb #e8289d4c
 def read_parallel(v: int | str) -> int | str:

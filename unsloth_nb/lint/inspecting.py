@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from .advice import Findings
+from ..data.events import BUILT_IN
 from ..data.load import load_data
 from ..core.escaping import plain_text
 from ..tokens.examples import make_examples
@@ -76,7 +77,7 @@ def print_data(data, examples, profile, show):
 # %% ../../nbs/lint/inspecting.ipynb #7bf2fdd7
 def data_profile(job: FinetuneJob):
     "Profile of a job's data where data and tokenizer are at hand, else None with a note"
-    if job.dataset != 'events' and not Path(job.dataset).expanduser().exists():
+    if job.dataset not in BUILT_IN and not Path(job.dataset).expanduser().exists():
         return None
     try:
         return inspect_data(job, engine=False)[2]

@@ -178,7 +178,7 @@ class TrainingMonitor(Panel):
         runs_dir=None,  # Where runs are
         every: float = 1.0,  # [s] between two looks
     ):
-        self.run = open_run(run, runs_dir, kind='finetune')
+        self.run = open_run(run, runs_dir, trained=True)
         self.every = every
         self.tails = {n: Tail(self.run.path / f'{n}.jsonl') for n in ('metrics', 'progress', 'samples')}
         self.lock = threading.Lock()

@@ -29,7 +29,7 @@ from ..core.errors import UnslothNbError
 from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
 from ..core.schema import Job, SpecError, nearest
-from ..core.spec import EXPORTS, JOBS
+from ..core.spec import EXPORTS, JOBS, trains
 
 # %% ../../nbs/runs/run.ipynb #7af3b48f
 def _plain(o):
@@ -169,6 +169,11 @@ class Run:
             return (read_json(self.path / 'job.json') or {}).get('job', '?')
         except ValueError:
             return '?'
+
+    @property
+    def trains(self) -> bool:
+        "Is it the run of a job that trains?"
+        return self.kind in JOBS and trains(self.kind)
 
     @property
     def job(self) -> Job:
@@ -473,6 +478,7 @@ def open_run(
     ref='latest',  # Name, unique part of a name, directory, or `latest`
     runs_dir=None,  # Where runs are
     kind: str | None = None,  # Only runs of this job
+    trained: bool = False,  # Only runs of jobs that train
 ) -> Run:
     "A run to read"
     if isinstance(ref, Run):
@@ -480,11 +486,10 @@ def open_run(
     if _is_directory(ref) and (Path(ref) / 'job.json').exists():
         return Run(Path(ref).resolve())
     runs = [Run(p) for p in run_dirs(runs_dir)]
-    runs = [r for r in runs if kind is None or r.kind == kind]
+    runs = [r for r in runs if (kind is None or r.kind == kind) and (r.trains or not trained)]
+    wanted = 'training' if trained else kind or ''
     if not runs:
-        raise SpecError(
-            f"run: no {kind or ''} run under {Path(runs_dir or settings().runs_dir)} yet".replace('  ', ' ')
-        )
+        raise SpecError(f"run: no {wanted} run under {Path(runs_dir or settings().runs_dir)} yet".replace('  ', ' '))
     if ref == 'latest':
         return runs[-1]
     hits = [r for r in runs if r.name == ref] or [r for r in runs if str(ref) in r.name]

@@ -6,6 +6,7 @@
 __all__ = ['Examples', 'make_examples', 'length_profile', 'read_examples']
 
 # %% ../../nbs/tokens/examples.ipynb #34111a9a
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from fastcore.basics import patch
 import numpy as np
 
 from ..core.escaping import html_text, plain_text
+from .batching import pack
 from .formatting import IGNORE, Example, Formatter
 from ..data.ledger import Faults, Ledger, count_rows
 from ..data.sources import Spool
@@ -98,6 +100,30 @@ def table(self: Examples):
         return kind.from_arrays(pa.array(ends, pa.int32() if kind is pa.ListArray else pa.int64()), pa.array(x))
 
     return pa.table(dict(input_ids=lists(ids), labels=lists(labels.array(np.int32))))
+
+# %% ../../nbs/tokens/examples.ipynb #56c33d18
+@patch
+def packed(
+    self: Examples,
+    limit: int,  # [tokens] of a row
+):
+    "Rows of examples end to end, as dicts with input_ids, labels and seq_lengths, the length of each example"
+    for row in pack(self.lengths, limit):
+        parts = [self[i] for i in row]
+        yield dict(
+            input_ids=[t for e in parts for t in e.input_ids],
+            labels=[t for e in parts for t in e.labels],
+            seq_lengths=[len(e) for e in parts],
+        )
+
+
+@patch
+def sha256(self: Examples) -> str:
+    "Hash of all token ids, of what is trained of them, and of where each example ends"
+    h = hashlib.sha256()
+    for a in self.flat():
+        h.update(memoryview(a).cast('B'))
+    return h.hexdigest()
 
 # %% ../../nbs/tokens/examples.ipynb #f9fd6834
 def _fit(ex, limit, policy, text, book):

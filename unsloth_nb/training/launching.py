@@ -29,7 +29,7 @@ from ..core.settings import settings
 from ..planning.plan import Plan
 from ..runs.run import RUN_DIR_VARIABLE, Run, RunError, read_json, run_dirs, write_json
 from ..core.schema import SpecError
-from ..core.spec import FinetuneJob
+from ..core.spec import TrainingJob
 
 # %% ../../nbs/training/launching.ipynb #347333a6
 class RankLost(UnslothNbError, RuntimeError):
@@ -98,7 +98,7 @@ def rank_environment(plan: Plan) -> dict:
     )
 
 # %% ../../nbs/training/launching.ipynb #708468f4
-def prepare(model: LoadedModel, examples: Examples, job: FinetuneJob, run: Run):
+def prepare(model: LoadedModel, examples: Examples, job: TrainingJob, run: Run):
     "Write what the ranks need into the run"
     from safetensors.torch import save_file
 
@@ -248,7 +248,7 @@ def tidy_after(
 def train_in_ranks(
     model: LoadedModel,  # Makes room while the ranks train, and comes back with what they have learned
     examples: Examples,  # What is learned
-    job: FinetuneJob,  # What to do
+    job: TrainingJob,  # What to do
     run: Run,  # Where they write
     live,  # What shows it
     stop,  # A `StopRequest`

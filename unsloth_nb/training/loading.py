@@ -29,7 +29,7 @@ from ..planning.plan import Plan, make_plan
 from .ranks import parted, ranks
 from ..runs.run import read_json, sha256, write_json
 from ..core.schema import SpecError
-from ..core.spec import FinetuneJob, ModelRef, resolve_model
+from ..core.spec import ModelRef, TrainingJob, resolve_model
 from ..tokens.templates import ALPACA, use_template
 
 # %% ../../nbs/training/loading.ipynb #98a1f7c4
@@ -104,7 +104,7 @@ def _cached(repo, revision):
     return isinstance(try_to_load_from_cache(repo, 'config.json', revision=revision), str)
 
 
-def check_model(job: FinetuneJob) -> ModelRef:
+def check_model(job: TrainingJob) -> ModelRef:
     "What a job's model is; raises `SpecError` in seconds when it cannot be had"
     ref = resolve_model(job.model, job.allow_remote_code)
     if ref.kind == 'local' and not any((Path(ref.id) / f).exists() for f in ('config.json', 'adapter_config.json')):
@@ -122,7 +122,7 @@ def check_model(job: FinetuneJob) -> ModelRef:
     return ref
 
 
-def locate(job: FinetuneJob) -> Source:
+def locate(job: TrainingJob) -> Source:
     "Where a job's model is; the embedded one is converted at first use"
     ref = check_model(job)
     if ref.kind == 'embedded':
@@ -148,7 +148,7 @@ def _tokenizer(src, limit):
 
 
 def load_tokenizer(
-    job: FinetuneJob,  # For its model and template
+    job: TrainingJob,  # For its model and template
     engine: bool = True,  # False: without Unsloth, in seconds; only for a process that loads no model afterwards
 ):
     "The tokenizer of a job's model"
@@ -312,7 +312,7 @@ def _add_adapter(model, job, plan):
 
 
 def load_model(
-    job: FinetuneJob,  # What to do
+    job: TrainingJob,  # What to do
     plan: Plan | None = None,  # How; made from the job when absent
 ) -> LoadedModel:
     "A job's model with a LoRA adapter: a fresh one, or the one that the folder holds"
@@ -478,7 +478,7 @@ def _view(folder, base, tmp):
 # %% ../../nbs/training/loading.ipynb #f130759d
 def load_adapter(
     folder,  # Folder with adapter_config.json
-    job: FinetuneJob,  # Its job
+    job: TrainingJob,  # Its job
     plan: Plan | None = None,  # How to load; made from the job when absent
 ) -> LoadedModel:
     "A saved adapter on the model that it was trained on, trainable"

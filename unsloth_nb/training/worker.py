@@ -18,14 +18,12 @@ import psutil
 
 from ..core.engine import start_engine
 from ..core.escaping import mask_secrets
-from ..tokens.examples import read_examples
 from .guards import Interrupted
 from .launching import launch_dir
 from .loading import load_model, load_weights, trained_weights
 from ..planning.plan import Plan
 from .ranks import first, rank, whole
 from ..runs.run import Run, read_json, write_json
-from ..core.spec import FinetuneJob
 from .trainer import train_rank
 
 # %% ../../nbs/training/worker.ipynb #dece1079
@@ -66,7 +64,7 @@ def work(run: Run, home: Path):
     from safetensors.torch import save_file
 
     asked = read_json(launch_dir(run) / 'launch.json')
-    job = FinetuneJob(**asked['job'])
+    job = type(run.job)(**asked['job'])
     plan = Plan.from_dict(asked['plan'])
     if plan.device.kind == 'cuda':
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
@@ -74,7 +72,7 @@ def work(run: Run, home: Path):
     model = load_model(job, plan)
     if (launch_dir(run) / 'weights.safetensors').exists():
         load_weights(model.model, launch_dir(run))
-    examples = read_examples(launch_dir(run) / 'examples', model.formatter)
+    examples = job.objective.read_examples(launch_dir(run) / 'examples', model.formatter)
     run.start_heart(home)
     try:
         res = dict(training=train_rank(model, examples, job, run, None if first() else Run(home), asked['time']))

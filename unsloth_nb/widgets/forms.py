@@ -18,6 +18,7 @@ import yaml
 from fastcore.basics import patch
 
 from ..lint.advice import check_job
+from ..data.events import BUILT_IN
 from ..data.load import load_data
 from ..planning.devices import CARDS, find_device
 from ..core.escaping import html_text, mask_secrets
@@ -26,7 +27,17 @@ from ..core.panels import Panel, message
 from ..planning.plan import Plan, make_plan
 from ..core.schema import Job, SpecError, _parts, fields, read_value
 from ..data.sources import find_source
-from ..core.spec import BENCHMARKS, JOBS, TEMPLATES, DataParams, FinetuneJob, RowParams, preset, presets
+from unsloth_nb.core.spec import (
+    BENCHMARKS,
+    JOBS,
+    TEMPLATES,
+    DataParams,
+    FinetuneJob,
+    RowParams,
+    TrainingJob,
+    preset,
+    presets,
+)
 from ..jobs.supervising import _changed
 
 # %% ../../nbs/widgets/forms.ipynb #80a2df0f
@@ -193,7 +204,7 @@ class Later:
                         self.done.set()
 
 # %% ../../nbs/widgets/forms.ipynb #a4e7b62a
-_KNOWN = dict(model=presets, template=lambda: TEMPLATES, configurations=lambda: BENCHMARKS, dataset=lambda: ['events'])
+_KNOWN = dict(model=presets, template=lambda: TEMPLATES, configurations=lambda: BENCHMARKS, dataset=lambda: BUILT_IN)
 
 
 def _control(cls, r, value):
@@ -342,7 +353,7 @@ def _typed(self: JobForm, change=None):
         if bad
         else _copyable('Notebook cell', self.code) + _copyable('Command line', self.command)
     )
-    if self.cls is FinetuneJob:
+    if issubclass(self.cls, TrainingJob):
         self.planned()
 
 
@@ -461,7 +472,7 @@ def _preset_control(self: JobForm):
 @patch
 def _device_control(self: JobForm, device):
     "The device to plan for, and the plan; nothing for a job that is not planned"
-    if self.cls is not FinetuneJob:
+    if not issubclass(self.cls, TrainingJob):
         return []
     names = ['this machine', *CARDS, 'CPU 32GB', 'Apple 64GB']
     if device is not None:

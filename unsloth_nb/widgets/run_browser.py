@@ -120,9 +120,9 @@ def resume(self: RunBrowser) -> Command:
 def export(self: RunBrowser, to: str = 'merged_16bit') -> Command:
     "Export the run that is picked, with a certificate"
     run = self._only('export')
-    if run.kind != 'finetune' or run.status != 'finished':
+    if not run.trains or run.status != 'finished':
         raise SpecError(
-            f"export: {run.name} is a {run.kind} run that is {run.status}; pick a finetune run that is finished"
+            f"export: {run.name} is a {run.kind} run that is {run.status}; pick a finished run that has trained"
         )
     return self._start('export', run.path.resolve(), '--to', to, '--runs-dir', run.path.resolve().parent)
 
