@@ -202,7 +202,7 @@ def test_ranks_wait_for_the_longest(which):
     "Exact for two ranks and two lengths: the longer of them in three of four draws"
     space = dict(np=np, tokens=np.array([1000, 3000]))
     source = next(c for c in cells('which_machine', 'code') if 'def waiting' in c)
-    exec('def waiting'+re.split(r'\n(?=\S)', source.split('def waiting')[1])[0], space)
+    exec('def waiting' + re.split(r'\n(?=\S)', source.split('def waiting')[1])[0], space)
     assert space['waiting'](1) == pytest.approx(1, abs=0.02) and space['waiting'](2) == pytest.approx(
         2000 / 2500, abs=0.02
     )

@@ -6,7 +6,7 @@ import importlib
 
 _homes = {
     'core.schema': 'ParamTable SpecError',
-    'core.spec': 'FinetuneJob EvaluateJob ExportJob BenchmarkJob make_job preset presets',
+    'core.spec': 'FinetuneJob PretrainJob EvaluateJob ExportJob BenchmarkJob make_job preset presets',
     'core.engine': 'start_engine device_info versions',
     'planning.devices': 'find_device',
     'data.events': 'make_events',
