@@ -122,6 +122,7 @@ def app_name() -> str:
     files = [
         lock_file(),
         *sorted(here.rglob('*.py')),
+        *sorted(here.glob('*/*.yaml')),  # Tables next to the modules
         *(jobs_dir() / f'{n}.ipynb' for n in JOBS),
         *sorted((jobs_dir() / 'presets').glob('*.yaml')),
     ]

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'ScanError', 'Cell', 'notebook_cells', 'Shell', 'split_cell', 'Dotted', 'dotted', 'known_value',
-           'known_names', 'Found', 'Source', 'scan_cells', 'read_text', 'scan']
+           'known_names', 'Found', 'Source', 'scan_cells', 'read_text', 'scan', 'read_table']
 
 # %% ../../nbs/lint/scanning.ipynb #5815fb3d
 import ast
+import importlib.util
 import json
 import operator
 import re
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import yaml
 from ..core.schema import SpecError
 
 # %% ../../nbs/lint/scanning.ipynb #839b5400
@@ -518,3 +520,11 @@ def scan(path) -> Source:  # Of a `.ipynb` or `.py` file
     if suffix == '.ipynb':
         return scan_cells(notebook_cells(text, str(path)), path)
     return scan_cells([Cell(None, 'code', text)], path, 'script')
+
+# %% ../../nbs/lint/scanning.ipynb #04c02afd
+@cache
+def read_table(name: str) -> dict:  # Shared by all who ask: not to be changed
+    "The table `name`.yaml of this wing"
+    package = Path(importlib.util.find_spec('unsloth_nb').origin).parent
+    text = (package / 'lint' / f'{name}.yaml').read_text(encoding='utf-8')
+    return yaml.load(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
