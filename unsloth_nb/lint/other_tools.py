@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 from ..data.sources import KINDS, file_kind
-from .drafting import Draft, MigrationError, full_rule, make_rules, off, shown, targets_rule
+from .drafting import Draft, MigrationError, full_rule, is_off, make_rules, shown, targets_rule
 from .scanning import read_table, read_text
 
 # %% ../../nbs/lint/other_tools.ipynb #a4686d1e
@@ -169,7 +169,7 @@ def _trained_turns(d, e):
 
 def _axolotl_rows(d, name, entries):
     "each entry is a dataset, and several are a mix"
-    if off(entries):
+    if is_off(entries):
         return d.skip(name, entries, 'nothing in it')
     for e in entries if isinstance(entries, list) else [entries]:
         if not isinstance(e, dict) or not e.get('path'):
@@ -218,7 +218,7 @@ def _plugins(d, name, v):
     "without effect when it makes things faster; other code is left"
     fast = read_table('axolotl')['fast_plugins']
     for p in v if isinstance(v, list) and v else [v]:
-        if off(p) or any(f in str(p) for f in fast):
+        if is_off(p) or any(f in str(p) for f in fast):
             d.skip(name, p, 'makes it faster or smaller, and changes nothing of what is trained')
         else:
             d.leave(name, p, 'a plugin is code, which is not run')
@@ -273,7 +273,7 @@ def read_axolotl(
     if str(values.get('processor_type') or '') and values.get('skip_prepare_dataset'):
         raise MigrationError(f"{path}: {_NO_IMAGES}")
     d.read(AXOLOTL, values)
-    if off(values.get('adapter')):
+    if is_off(values.get('adapter')):
         full_rule(d, 'adapter', values.get('adapter'))
     d.params['template'] = d.template or d.named_template or 'chat'
     d.params.setdefault('loss_on', d.loss_on or 'responses')
