@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from unsloth_nb.lint.advice import RULES, check_job, find_secrets, mask_secrets, model_size
 from unsloth_nb.core.engine import Device
 from unsloth_nb.planning.plan import make_plan
-from unsloth_nb.lint.review import _CONFIG, _TRAINER, check_file, check_source, unpinned
+from unsloth_nb.lint.review import OLD_CONFIG_ARGUMENTS, OLD_TRAINER_ARGUMENTS, check_file, check_source, unpinned
 from unsloth_nb.lint.scanning import UNKNOWN, Cell, ScanError, notebook_cells, scan_cells
 from unsloth_nb.core.schema import parameters_cell
 from unsloth_nb.core.spec import JOBS, LINEARS, FinetuneJob
@@ -686,7 +686,11 @@ from trl import SFTConfig,SFTTrainer,DPOTrainer
 print(json.dumps([sorted(inspect.signature(c.__init__).parameters) for c in (SFTTrainer, DPOTrainer, Trainer, SFTConfig, TrainingArguments)]))'''
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
     sft, dpo, plain, config, args = map(set, json.loads(r.stdout.splitlines()[-1]))
-    assert not set(_TRAINER) & (sft | dpo) and 'tokenizer' not in plain and not set(_CONFIG) & (config | args)
+    assert (
+        not set(OLD_TRAINER_ARGUMENTS) & (sft | dpo)
+        and 'tokenizer' not in plain
+        and not set(OLD_CONFIG_ARGUMENTS) & (config | args)
+    )
     assert (
         'processing_class' in sft & plain
         and {

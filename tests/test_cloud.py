@@ -11,6 +11,7 @@ import threading
 import time
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from conftest import ROOT, TOKEN
@@ -162,6 +163,16 @@ def test_the_image_is_built_from_the_lock(server, sent):
     assert {
         f'{HOME}/{n}' for n in ('unsloth_nb/cloud/remote.py', 'nbs/jobs/finetune.ipynb', 'nbs/jobs/presets/llama3.yaml')
     } <= names
+
+
+def test_the_name_of_the_app_changes_with_a_table(monkeypatch):
+    "What decides is code and data: another YAML file next to a module makes another app"
+    from unsloth_nb.cloud.modal_request import app_name
+
+    before = app_name()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, 'read_bytes', lambda p: read(p) + (b'#' if p.name == 'axolotl.yaml' else b''))
+    assert app_name() != before
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ import re
 from pathlib import Path
 import pytest
 import yaml
+from unsloth_nb import lint
 from unsloth_nb.cli import app
 from unsloth_nb.lint.drafting import MigrationError, full_name
 from unsloth_nb.lint.migration import import_job
 from unsloth_nb.lint.other_tools import AXOLOTL, LLAMA_FACTORY, read_axolotl, read_llama_factory
+from unsloth_nb.lint.scanning import read_table
 from unsloth_nb.core.schema import read_params
-from unsloth_nb.core.spec import FinetuneJob
+from unsloth_nb.core.spec import EXPORTS, TEMPLATES, FinetuneJob
 
 SECRETS = ('hf_' + 'aB3dE5gH7jK9mN1pQ3sT5', 'sk-' + 'aB3dE5gH7jK9mN1pQ3sT5v')
 HOSTILE = '<script>alert(1)</script>|`x`\x1b[31m\u202e'
@@ -645,3 +647,62 @@ def test_the_command(tmp_path):
     assert r.exit_code == 0 and 'Taken over' in r.output and read_params(out)['max_steps'] == 7
     r = CliRunner().invoke(app, ['import', str(f), '-o', str(out)])
     assert isinstance(r.exception, MigrationError) and 'there already' in str(r.exception)
+
+
+# Tables next to the modules
+
+RULE_PARTS = {'taken', 'rules', 'switches', 'without_effect', 'left', 'refused'}
+TABLES = {
+    'trainer': ((), RULE_PARTS),
+    'axolotl': ((), RULE_PARTS | {'defaults', 'templates', 'columns', 'entry', 'fast_plugins'}),
+    'llama_factory': ((), RULE_PARTS | {'defaults', 'templates', 'columns', 'media', 'stages'}),
+    'unsloth': (('load', 'lora', 'config', 'trainer'), RULE_PARTS),
+}
+
+
+def rule_tables():
+    for name, (parts, keys) in TABLES.items():
+        table = read_table(name)
+        for part in parts:
+            yield f'{name}: {part}', table[part], keys
+        if not parts:
+            yield name, table, keys
+
+
+@pytest.mark.parametrize('name, table, keys', list(rule_tables()), ids=[n for n, *_ in rule_tables()])
+def test_tables_say_what_becomes_of_each_name_once(name, table, keys):
+    assert not set(table) - keys
+    groups = [g for part in ('without_effect', 'left', 'refused') for g in table.get(part, [])]
+    assert all(set(g) == {'why', 'names'} and g['names'] for g in groups)
+    assert all(isinstance(g['why'], str) and '\n' not in g['why'] for g in groups)
+    assert all(set(s) == {'sets', 'otherwise'} for s in table.get('switches', {}).values())
+    said = [n for part in ('taken', 'rules', 'switches') for n in table.get(part, {})]
+    said += [n for g in groups for n in g['names']]
+    assert all(isinstance(n, str) for n in said) and len(said) == len(set(said))
+    fields = set(FinetuneJob.model_fields)
+    assert not set(table.get('taken', {}).values()) - fields
+    assert not {p for s in table.get('switches', {}).values() for p in s['sets']} - fields
+    assert not set(table.get('defaults', {})) - fields - {'warmup_ratio'}
+
+
+def test_tables_name_templates_and_forms_that_exist():
+    for name in ('axolotl', 'llama_factory'):
+        assert not set(read_table(name)['templates'].values()) - {*TEMPLATES, 'chat', 'raw', 'alpaca', 'auto'}
+    assert not set(read_table('unsloth')['forms'].values()) - set(EXPORTS)
+    assert re.compile('|'.join(read_table('unsloth')['media'])).search('FastVisionModel')
+
+
+def test_every_table_has_a_key_only_once():
+    "YAML takes the last one of two, in silence"
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+            assert len(keys) == len(set(keys)), (node.start_mark, keys)
+            return super().construct_mapping(node, deep)
+
+    Strict.add_constructor('tag:yaml.org,2002:map', lambda loader, node: loader.construct_mapping(node, deep=True))
+    files = sorted(Path(lint.__file__).parent.glob('*.yaml'))
+    assert {*TABLES, 'advice', 'review'} == {f.stem for f in files}
+    for f in files:
+        assert yaml.load(f.read_text(encoding='utf-8'), Strict) == read_table(f.stem)

@@ -12,34 +12,13 @@ import re
 from pathlib import Path
 
 import yaml
-from unsloth_nb.lint.drafting import (
-    Draft,
-    MigrationError,
-    checkpointing_rule,
-    dtype_rule,
-    epochs_rule,
-    full_rule,
-    leaves,
-    model_rule,
-    off,
-    optim_rule,
-    refuses,
-    remote_rule,
-    rslora_rule,
-    schedule_rule,
-    shown,
-    skips,
-    steps_rule,
-    targets_rule,
-    test_rule,
-    warmup_rule,
-)
-from .scanning import read_text
 from ..data.sources import KINDS, file_kind
+from .drafting import Draft, MigrationError, full_rule, is_off, make_rules, shown, targets_rule
+from .scanning import read_table, read_text
 
 # %% ../../nbs/lint/other_tools.ipynb #a4686d1e
 def read_yaml(path) -> tuple:  # (dict, name to 'line n', names that stand twice)
-    "The settings of a YAML or JSON file"
+    "The settings of a YAML or JSON file; raises `MigrationError` for another one"
     text = read_text(path)
     try:
         d = yaml.safe_load(text)
@@ -48,101 +27,14 @@ def read_yaml(path) -> tuple:  # (dict, name to 'line n', names that stand twice
         raise MigrationError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(d, dict):
         raise MigrationError(f"{path} must hold 'name: value' lines, got a {type(d).__name__}")
-    names = [(k.value, f'line {k.start_mark.line + 1}') for k, _ in node.value]
-    return {str(k): v for k, v in d.items()}, dict(names), [n for n, _ in names if sum(n == m for m, _ in names) > 1]
-
-
-def _line_rules(names, rule):
-    return dict.fromkeys(names.split(), rule)
+    lines = [(k.value, f'line {k.start_mark.line + 1}') for k, _ in node.value]
+    names = [name for name, _ in lines]
+    return {str(k): v for k, v in d.items()}, dict(lines), [n for n in names if names.count(n) > 1]
 
 # %% ../../nbs/lint/other_tools.ipynb #72544688
-_quiet = skips('where and how often things are written or shown; nothing of the training')
-_machine = skips('the plan decides how it runs on this machine')
-_speed = skips('makes it faster or smaller, and changes nothing of what is trained')
-_eval = skips('rows are held out, and asked before and after; during training nothing is evaluated')
-_track = leaves(
-    'metrics are written to the run directory, and sent nowhere; look at them with RunBrowser or `unsloth-nb runs`'
-)
-_hub = leaves('nothing is uploaded while it trains; afterwards: unsloth-nb push OWNER/NAME')
-_several = leaves('one device is trained on; leave it out where the plan says that the job fits')
-_adam = leaves('AdamW has its usual β of 0.9 and 0.999 and ε of 1e-8 here')
-_best = leaves('training ends by max_steps or epochs; compare runs of other lengths on the held-out rows')
-
-TRAINER = dict(
-    learning_rate='learning_rate',
-    per_device_train_batch_size='per_device_train_batch_size',
-    gradient_accumulation_steps='gradient_accumulation_steps',
-    weight_decay='weight_decay',
-    max_grad_norm='max_grad_norm',
-    num_train_epochs=epochs_rule,
-    max_steps=steps_rule,
-    warmup_steps=warmup_rule,
-    warmup_ratio=warmup_rule,
-    lr_scheduler_type=schedule_rule,
-    optim=optim_rule,
-    seed='seed',
-    bf16=dtype_rule,
-    fp16=dtype_rule,
-    gradient_checkpointing=checkpointing_rule,
-    group_by_length='group_by_length',
-    save_total_limit='save_total_limit',
-    lr_scheduler_kwargs=leaves('a schedule has no arguments here'),
-    neftune_noise_alpha=leaves('no noise is added to embeddings here (NEFTune, arXiv:2310.05914)'),
-    label_smoothing_factor=leaves('labels are not smoothed here'),
-    optim_args=leaves('an optimizer has no arguments here'),
-    data_seed=leaves('one seed rules all; set seed'),
-    train_on_inputs=leaves('loss_on says what is trained'),
-    **_line_rules('adam_beta1 adam_beta2 adam_epsilon adam_eps', _adam),
-    **_line_rules(
-        'load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience save_strategy early_stopping_steps',
-        _best,
-    ),
-    **_line_rules(
-        'deepspeed fsdp fsdp_config fsdp_version ddp ddp_find_unused_parameters accelerator_config tensor_parallel_size context_parallel_size dp_shard_size dp_replicate_size expert_parallel_size sequence_parallel_degree device_map use_ray ray_num_workers',
-        _several,
-    ),
-    **_line_rules('push_to_hub hub_model_id hub_strategy hub_private_repo push_dataset_to_hub', _hub),
-    **_line_rules(
-        'report_to run_name use_wandb wandb_project wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model use_mlflow mlflow_experiment_name use_comet use_swanlab swanlab_project swanlab_workspace swanlab_experiment_name swanlab_run_name swanlab_description swanlab_mode swanlab_log_completions swanlab_log_model trackio_project_name trackio_run_name trackio_space_id use_tensorboard use_otel_metrics otel_metrics_host otel_metrics_port',
-        _track,
-    ),
-    **_line_rules(
-        'output_dir overwrite_output_dir logging_dir logging_steps logging_strategy logging_first_step log_level save_steps saves_per_epoch save_only_model save_safetensors save_first_step disable_tqdm plot_loss resume_from_checkpoint auto_resume_from_checkpoints debug include_tokens_per_second include_num_input_tokens_seen project_name',
-        _quiet,
-    ),
-    **_line_rules(
-        'eval_strategy evaluation_strategy eval_steps evals_per_epoch per_device_eval_batch_size eval_batch_size eval_accumulation_steps eval_on_start eval_sample_packing eval_table_size eval_max_new_tokens eval_causal_lm_metrics do_causal_lm_eval do_eval eval_packing',
-        _eval,
-    ),
-    **_line_rules(
-        'dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataset_num_proc dataset_processes preprocessing_num_workers preprocessing_batch_size ddp_timeout local_rank remove_unused_columns torch_empty_cache_steps auto_find_batch_size average_tokens_across_devices padding_free pad_to_sequence_len pad_to_multiple_of sample_packing_eff_est total_num_tokens low_cpu_mem_usage',
-        _machine,
-    ),
-    **_line_rules(
-        'tf32 torch_compile torch_compile_mode gradient_checkpointing_kwargs use_reentrant_gc activation_offloading use_liger_kernel enable_liger_kernel attn_implementation flash_attention flash_attn sdp_attention xformers_attention eager_attention flex_attention',
-        _speed,
-    ),
-)
+TRAINER = make_rules(read_table('trainer'))
 
 # %% ../../nbs/lint/other_tools.ipynb #a46836e4
-_TEMPLATES = dict(
-    llama3='llama-3',
-    llama2='llama',
-    gemma='gemma',
-    gemma3='gemma-3',
-    gemma3n='gemma-3n',
-    gemma4='gemma-4',
-    chatml='chatml',
-    phi_3='phi-3',
-    phi_35='phi-3.5',
-    phi_4='phi-4',
-    qwen_25='qwen-2.5',
-    qwen3='qwen-3',
-    mistral_v1='mistral',
-    alpaca='alpaca',
-)
-
-
 def _place(path, files) -> tuple:  # (dataset, what is wrong with it)
     "Where rows are, as our `dataset`"
     files = [files] if isinstance(files, str) else files or []
@@ -151,147 +43,122 @@ def _place(path, files) -> tuple:  # (dataset, what is wrong with it)
     where = str(files[0]) if files else str(path)
     if re.match(r'(?:https?|s3|gs|gcs|abfs|oci|hf)://', where):
         return where, 'an address; download it, and name the file'
-    return where, '' if files or where.count('/') == 1 or file_kind(Path(where)) in KINDS or Path(
-        where
-    ).is_dir() else 'neither a file, a folder nor owner/name; name where the rows are'
+    if files or where.count('/') == 1 or file_kind(Path(where)) in KINDS or Path(where).is_dir():
+        return where, ''
+    return where, 'neither a file, a folder nor owner/name; name where the rows are'
 
 
 def split_of(v) -> tuple:  # (split, rows or None, what is wrong with it)
     "A split, and how many of its first rows"
     m = re.fullmatch(r'(\w+)(?:\[:(\d+)\])?', str(v))
-    return (
-        (m[1], int(m[2]) if m[2] else None, '')
-        if m
-        else (
-            re.match(r'\w*', str(v))[0] or 'train',
-            None,
-            'part of a split; write those rows to a file, or set max_rows',
-        )
-    )
+    if m:
+        return m[1], int(m[2]) if m[2] else None, ''
+    name = re.match(r'\w*', str(v))[0] or 'train'
+    return name, None, 'part of a split; write those rows to a file, or set max_rows'
 
-
-def add_rows(d: Draft, name, path, files=None, split=None, subset=None, revision=None, **entry):
-    "One dataset of the source; its split may be cut"
-    where, bad = _place(path, files)
-    part, rows, wrong = split_of(split) if split else (None, None, '')
-    for what, v in (
-        (bad, where),
-        (wrong, split),
-        (
-            'a named part of a dataset, which cannot be asked for here; write its rows to a file' if subset else '',
-            subset,
-        ),
-    ):
-        if what:
-            d.leave(name, v, what)
+# %% ../../nbs/lint/other_tools.ipynb #195e6f3b
+def add_rows(
+    d: Draft,
+    name,  # Of the setting that names the rows
+    path,  # File, folder or owner/name
+    files=None,  # Of that path; None: all
+    split=None,  # May be cut, as in `train[:500]`
+    subset=None,  # A named part, which cannot be asked for here
+    revision=None,
+    **entry,  # More parameters of the dataset
+):
+    "One dataset of the source"
+    where, wrong_place = _place(path, files)
+    part, rows, wrong_split = split_of(split) if split else (None, None, '')
+    if wrong_place:
+        d.leave(name, where, wrong_place)
+    if wrong_split:
+        d.leave(name, split, wrong_split)
+    if subset:
+        d.leave(name, subset, 'a named part of a dataset, which cannot be asked for here; write its rows to a file')
     if rows:
         d.take(f'{name} split', split, "as many rows, though not the first ones", max_rows=rows)
-    got = {k: v for k, v in dict(dataset=where, dataset_split=part, dataset_revision=revision, **entry).items() if v}
+    got = dict(dataset=where, dataset_split=part, dataset_revision=revision, **entry)
+    got = {k: v for k, v in got.items() if v}
     d.data.append(got)
-    d.mapped.append(d._line(name, path if not files else files, got, ''))
+    d.note(name, files if files else path, '', got)
 
 # %% ../../nbs/lint/other_tools.ipynb #0fa182fb
-def _named(e, d):
+_ROLES = ('system', 'user', 'assistant', 'tool')
+
+
+def _roles(e) -> dict:
+    "Names of roles that an Axolotl entry uses, and ours"
+    named = e.get('roles') if isinstance(e.get('roles'), dict) else {}
+    pairs = [(y, k) for k, ys in named.items() if k in _ROLES and isinstance(ys, list) for y in ys]
+    return {str(y): k for y, k in pairs if y != k}
+
+
+def _turns(e, d):
     "How an Axolotl entry names columns and turns: (format, columns, roles)"
-    usual = ('from', 'value') if e.get('type') == 'sharegpt' else ('role', 'content')
-    names = e.get('message_property_mappings') or {}
-    field = e.get('field_messages') or ('conversations' if e.get('type') == 'sharegpt' else 'messages')
+    old = e.get('type') == 'sharegpt'
+    usual = dict(role='from', content='value') if old else dict(role='role', content='content')
+    names = e.get('message_property_mappings')
     names = names if isinstance(names, dict) else {}
-    role, text = (names.get(k) or e.get(f'message_field_{k}') or u for k, u in zip(('role', 'content'), usual))
+    role, text = (names.get(k) or e.get(f'message_field_{k}') or usual[k] for k in ('role', 'content'))
     fmt = 'sharegpt' if (role, text) == ('from', 'value') else 'messages'
     if fmt == 'messages' and (role, text) != ('role', 'content'):
         d.leave('datasets', names, f"turns with {role} and {text}; rename them to role and content")
+    field = e.get('field_messages') or ('conversations' if old else 'messages')
     own = dict(messages='messages', sharegpt='conversations')[fmt]
-    roles = (
-        {
-            str(y): k
-            for k, ys in (e.get('roles') or {}).items()
-            if isinstance(ys, list)
-            for y in ys
-            if y != k and k in ('system', 'user', 'assistant', 'tool')
-        }
-        if isinstance(e.get('roles'), dict)
-        else {}
-    )
-    return fmt, {own: field} if field != own else {}, roles
+    return fmt, {own: field} if field != own else {}, _roles(e)
 
 # %% ../../nbs/lint/other_tools.ipynb #40978962
-_fields = dict(field_system='system', field_instruction='instruction', field_input='input', field_output='output')
-_read_of_entry = {
-    'path',
-    'type',
-    'split',
-    'data_files',
-    'ds_type',
-    'name',
-    'revision',
-    'field_messages',
-    'message_property_mappings',
-    'message_field_role',
-    'message_field_content',
-    'roles',
-    'field',
-    'chat_template',
-    'roles_to_train',
-    'train_on_eos',
-    'trust_remote_code',
-    'text_column',
-    *_fields,
-}
+_PROMPT = (
+    'a prompt of your own; here rows are drawn by the Alpaca prompt or a chat template: '
+    'write the finished prompts as messages where the wording matters'
+)
+_COLUMNS = read_table('axolotl')['columns']
 
 
-def _axolotl_rows(d, name, entries):
-    if off(entries):
-        return d.skip(name, entries, 'nothing in it')
-    for e in entries if isinstance(entries, list) else [entries]:
-        if not isinstance(e, dict) or not e.get('path'):
-            d.leave(name, e, 'an entry without a path; name the rows: dataset=…')
-            continue
-        kind = str(e.get('type') or ('completion' if name == 'pretraining_dataset' else 'chat_template'))
-        more = {}
-        if isinstance(e.get('type'), dict):
-            kind = 'alpaca'
-            d.leave(
-                name,
-                e['type'],
-                'a prompt of your own; here rows are drawn by the Alpaca prompt or a chat template: write the finished prompts as messages where the wording matters',
-            )
-        base = kind.split(':')[0].split('.')[0]
-        if base == 'alpaca':
-            more = dict(
-                dataset_format='alpaca',
-                dataset_columns={o: e[k] for k, o in _fields.items() if e.get(k) and e[k] != o}
-                if not isinstance(e.get('type'), dict)
-                else {},
-            )
-            d.template = 'alpaca' if kind in ('alpaca', 'alpaca:') else 'chat'
-            if kind != 'alpaca':
-                d.leave(
-                    name, kind, "the Alpaca prompt in other words; rows are drawn by the model's chat template instead"
-                )
-        elif base in ('chat_template', 'sharegpt'):
-            more = dict(zip(('dataset_format', 'dataset_columns', 'dataset_roles'), _named(e, d)))
-        elif base in ('completion', 'pretrain'):
-            more = dict(
-                dataset_format='text',
-                dataset_columns={'text': c} if (c := e.get('field') or e.get('text_column')) and c != 'text' else {},
-            )
-            d.template = 'raw'
-            d.loss_on = 'everything'
-        else:
-            d.leave(name, kind, 'rows that Axolotl reads by code of its own; write them as messages and name the file')
-        files = e.get('data_files') or (e['path'] if e.get('ds_type') and '/' not in str(e['path']) else None)
-        add_rows(d, name, e['path'], files, e.get('split'), e.get('name'), e.get('revision'), **more)
-        _turns_rule(d, e)
-        for k in e.keys() - _read_of_entry:
-            d.leave(
-                f'{name}.{k}',
-                e[k],
-                'a detail of how Axolotl reads rows; look at what the loss sees: unsloth-nb data FILE --show 1',
-            )
+def _alpaca(d, name, e, kind):
+    "An entry that is drawn by the Alpaca prompt, or by one like it"
+    columns = {}
+    if isinstance(e.get('type'), dict):
+        d.leave(name, e['type'], _PROMPT)
+    else:
+        columns = {ours: e[k] for k, ours in _COLUMNS.items() if e.get(k) and e[k] != ours}
+    d.template = 'alpaca' if kind in ('alpaca', 'alpaca:') else 'chat'
+    if kind != 'alpaca':
+        why = "the Alpaca prompt in other words; rows are drawn by the model's chat template instead"
+        d.leave(name, kind, why)
+    return dict(dataset_format='alpaca', dataset_columns=columns)
+
+
+def _text(d, e):
+    "An entry of plain text"
+    column = e.get('field') or e.get('text_column')
+    d.template = 'raw'
+    d.loss_on = 'everything'
+    return dict(dataset_format='text', dataset_columns={'text': column} if column and column != 'text' else {})
+
+
+def _format(d, name, e):
+    "How the rows of an entry are read, as parameters of ours"
+    kind = str(e.get('type') or ('completion' if name == 'pretraining_dataset' else 'chat_template'))
+    if isinstance(e.get('type'), dict):
+        kind = 'alpaca'
+    base = kind.split(':')[0].split('.')[0]
+    if base == 'alpaca':
+        return _alpaca(d, name, e, kind)
+    if base in ('chat_template', 'sharegpt'):
+        return dict(zip(('dataset_format', 'dataset_columns', 'dataset_roles'), _turns(e, d)))
+    if base in ('completion', 'pretrain'):
+        return _text(d, e)
+    d.leave(name, kind, 'rows that Axolotl reads by code of its own; write them as messages and name the file')
+    return {}
 
 # %% ../../nbs/lint/other_tools.ipynb #700e95f4
-def _turns_rule(d, e):
+_ENTRY = {*read_table('axolotl')['entry'], *_COLUMNS}
+_DETAIL = 'a detail of how Axolotl reads rows; look at what the loss sees: unsloth-nb data FILE --show 1'
+
+
+def _trained_turns(d, e):
     "Which turns are trained"
     roles = e.get('roles_to_train')
     if roles is not None and roles != ['assistant']:
@@ -299,303 +166,225 @@ def _turns_rule(d, e):
     if e.get('train_on_eos') not in (None, 'turn', 'all'):
         d.leave('datasets.train_on_eos', e['train_on_eos'], 'here the model learns to end each of its answers')
 
+
+def _axolotl_rows(d, name, entries):
+    "each entry is a dataset, and several are a mix"
+    if is_off(entries):
+        return d.skip(name, entries, 'nothing in it')
+    for e in entries if isinstance(entries, list) else [entries]:
+        if not isinstance(e, dict) or not e.get('path'):
+            d.leave(name, e, 'an entry without a path; name the rows: dataset=…')
+            continue
+        read_as = _format(d, name, e)
+        alone = e.get('ds_type') and '/' not in str(e['path'])
+        files = e.get('data_files') or (e['path'] if alone else None)
+        more = dict(split=e.get('split'), subset=e.get('name'), revision=e.get('revision'))
+        add_rows(d, name, e['path'], files, **more, **read_as)
+        _trained_turns(d, e)
+        for k in e.keys() - _ENTRY:
+            d.leave(f'{name}.{k}', e[k], _DETAIL)
+
 # %% ../../nbs/lint/other_tools.ipynb #71244133
-_no_images = 'it trains on images or sound, and this package on text'
-_other_task = (
-    'it trains on something else than answers to questions; this package fine-tunes on conversations and on plain text'
-)
-_PREF = 'preference training is not there; to train on the better answers alone, write a finetune job with train_on_preferred=true'
+_NO_IMAGES = 'it trains on images or sound, and this package on text'
+_SAME_TURNS = 'the same turns; spaces and a default system message may differ: unsloth-nb data FILE --show 1'
+_NO_TEMPLATE = "no template of that name is there; the model's own is used: template='chat'"
+_LORA = 'a LoRA adapter is what a finetune job trains'
 
 
 def _adapter(d, name, v):
+    "LoRA, or QLoRA in 4 bits"
     if v == 'qlora':
         d.take(name, v, load_in_4bit=True)
     elif v != 'lora':
         d.leave(name, v, 'adapters here are LoRA')
     else:
-        d.mapped.append(d._line(name, v, {}, 'a LoRA adapter is what a finetune job trains'))
+        d.note(name, v, _LORA)
 
 
 def _axolotl_template(d, name, v):
+    "the template of that name, else the model's own"
+    ours = read_table('axolotl')['templates'].get(str(v))
+    d.named_template = ours or 'chat'
     if str(v).startswith('tokenizer_default'):
         d.named_template = 'chat'
-        d.mapped.append(d._line(name, v, dict(template='chat'), ''))
-    elif str(v) in _TEMPLATES:
-        d.named_template = _TEMPLATES[v]
-        d.mapped.append(
-            d._line(
-                name,
-                v,
-                dict(template=_TEMPLATES[v]),
-                'the same turns; spaces and a default system message may differ: unsloth-nb data FILE --show 1',
-            )
-        )
+        d.note(name, v, '', dict(template='chat'))
+    elif ours:
+        d.note(name, v, _SAME_TURNS, dict(template=ours))
     else:
-        d.named_template = 'chat'
-        d.leave(name, v, "no template of that name is there; the model's own is used: template='chat'")
+        d.leave(name, v, _NO_TEMPLATE)
 
 
 def _plugins(d, name, v):
-    fast = ('cut_cross_entropy', 'liger', 'kernels', 'spectrum')
+    "without effect when it makes things faster; other code is left"
+    fast = read_table('axolotl')['fast_plugins']
     for p in v if isinstance(v, list) and v else [v]:
-        if off(p) or any(f in str(p) for f in fast):
+        if is_off(p) or any(f in str(p) for f in fast):
             d.skip(name, p, 'makes it faster or smaller, and changes nothing of what is trained')
         else:
             d.leave(name, p, 'a plugin is code, which is not run')
 
-
-def _pads(d, name, v):
+# %% ../../nbs/lint/other_tools.ipynb #2cb2abe3
+def _special_tokens(d, name, v):
+    "the tokenizer's own; new ones are left"
     if isinstance(v, dict) and set(v) <= {'pad_token', 'bos_token', 'eos_token', 'unk_token'}:
         d.skip(name, v, "the tokenizer's own are used, and the end of an answer is the template's")
     else:
         d.leave(name, v, 'no token is added to the vocabulary here')
 
 
-_new_tokens = leaves('no token is added to the vocabulary here, and embeddings are not trained')
-_axolotl_own = leaves('a feature of Axolotl that is not there here')
+def _linear_targets(d, name, v):
+    "all linear layers, when it is on"
+    if v:
+        targets_rule(d, name, True)
+    else:
+        d.skip(name, v, 'off in the source')
+
+
+def _over_length(d, name, v):
+    "over_length in its words"
+    ours = {'raise': 'error', 'drop': 'drop', 'truncate': 'truncate'}
+    if isinstance(v, str) and v in ours:
+        d.take(name, v, over_length=ours[v])
+    else:
+        d.leave(name, v, 'over_length says what becomes of rows that are too long')
 
 # %% ../../nbs/lint/other_tools.ipynb #d6e3bbfa
-AXOLOTL = TRAINER | dict(
-    base_model=model_rule,
-    revision_of_model='revision',
-    load_in_4bit='load_in_4bit',
-    load_in_8bit='load_in_8bit',
+_AXOLOTL_RULES = dict(
     adapter=_adapter,
-    lora_r='r',
-    lora_alpha='lora_alpha',
-    lora_dropout='lora_dropout',
-    lora_target_modules=targets_rule,
-    lora_target_linear=lambda d, n, v: targets_rule(d, n, True) if v else d.skip(n, v, 'off in the source'),
-    peft_use_rslora=rslora_rule,
-    peft_use_dora=leaves('DoRA is not there; a plain adapter is trained'),
-    sequence_len='max_seq_length',
-    sample_packing='packing',
-    micro_batch_size='per_device_train_batch_size',
-    num_epochs=epochs_rule,
-    optimizer=optim_rule,
-    lr_scheduler=schedule_rule,
-    val_set_size=test_rule,
-    trust_remote_code=remote_rule,
-    datasets=_axolotl_rows,
-    pretraining_dataset=_axolotl_rows,
-    test_datasets=leaves('name held-out rows by test_dataset; one file or owner/name'),
-    chat_template=_axolotl_template,
-    train_on_inputs=lambda d, n, v: (
-        d.take(n, v, loss_on='everything') if v else d.skip(n, v, 'answers alone are trained here, too')
-    ),
-    torch_dtype=dtype_rule,
-    bfloat16=dtype_rule,
-    float16=dtype_rule,
+    rows=_axolotl_rows,
+    template=_axolotl_template,
     plugins=_plugins,
-    special_tokens=_pads,
-    lora_modules_to_save=_new_tokens,
-    tokens=_new_tokens,
-    added_tokens_overrides=_new_tokens,
-    resize_token_embeddings_to_32x=_new_tokens,
-    lora_model_dir=leaves('to go on from an adapter, name its folder as the model'),
-    unfrozen_parameters=leaves('here only the adapter is trained'),
-    eot_tokens=skips("an answer ends with the token of the template"),
-    batch_size=leaves(
-        'rows of all passes: batch_size; the source had micro_batch_size × gradient_accumulation_steps besides'
-    ),
-    rl=refuses(_PREF),
-    **_line_rules('reward_model process_reward_model', refuses(_other_task)),
-    **_line_rules('ebft diffusion trl vllm kd_trainer', refuses(_other_task)),
-    skip_prepare_dataset=refuses(_no_images),
-    **_line_rules(
-        'model_type tokenizer_type processor_type tokenizer_config is_llama_derived_model is_mistral_derived_model is_falcon_derived_model tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common strict type_of_model',
-        skips('the libraries find the classes themselves'),
-    ),
-    **_line_rules(
-        'dataset_prepared_path shuffle_merged_datasets experimental_skip_move_to_device',
-        skips('rows are read, shuffled and checked for each run'),
-    ),
-    **_line_rules(
-        'lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_fan_in_fan_out liger_rms_norm liger_glu_activation liger_layer_norm liger_rope liger_rms_norm_gated liger_fused_linear_cross_entropy cut_cross_entropy use_kernels fused_attn_kernel flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp flash_optimum flex_attn_compile_kwargs tiled_mlp bnb_config_kwargs gptq gptq_groupsize gptq_model_v1 max_packed_sequence_len torchdistx_path',
-        _speed,
-    ),
-    **_line_rules(
-        'loss_watchdog_threshold loss_watchdog_patience',
-        skips('a run that breaks is stopped by the guards, and says why'),
-    ),
-    excess_length_strategy=lambda d, n, v: (
-        d.take(n, v, over_length=dict({'raise': 'error'}, drop='drop', truncate='truncate')[v])
-        if v in ('raise', 'drop', 'truncate')
-        else d.leave(n, v, 'over_length says what becomes of rows that are too long')
-    ),
-    dataset_exact_deduplication=lambda d, n, v: (
-        d.take(n, v, duplicates='drop') if v else d.skip(n, v, 'off in the source')
-    ),
-    **_line_rules(
-        'qat quantize_moe_experts lora_target_parameters relora lisa_n_layers peft model_config chat_template_jinja use_eaft eaft_alpha eaft_k fp8 llmcompressor use_onebitllms reinit_weights curriculum_sampling streaming cosine_min_lr_ratio cosine_constant_lr_ratio eta_min',
-        _axolotl_own,
-    ),
+    special_tokens=_special_tokens,
+    linear_targets=_linear_targets,
+    over_length=_over_length,
 )
-AXOLOTL_DEFAULTS = dict(
-    max_seq_length=512,
-    per_device_train_batch_size=1,
-    gradient_accumulation_steps=1,
-    optim='adamw_torch_fused',
-    lr_scheduler_type='cosine',
-    weight_decay=0.0,
-    warmup_ratio=0.03,
-    lora_dropout=0.0,
-    packing=False,
-    load_in_4bit=False,
-    seed=42,
-    over_length='drop',
-)  # axolotl/utils/schemas and core/builders/base.py, 0.18
+AXOLOTL = TRAINER | make_rules(read_table('axolotl'), **_AXOLOTL_RULES)
+AXOLOTL_DEFAULTS = read_table('axolotl')['defaults']
 
-
-def read_axolotl(path, values, places) -> tuple:  # (Draft, defaults, epochs)
-    "An Axolotl file as a draft"
+# %% ../../nbs/lint/other_tools.ipynb #a3b91049
+def read_axolotl(
+    path,  # For messages
+    values: dict,  # Settings of the file
+    places: dict,  # Name to the line that it stands on
+) -> tuple:  # (Draft, defaults, epochs)
+    "An Axolotl file as a draft; raises `MigrationError` for one that stands for other work"
     d = Draft(path, 'Axolotl', places)
     d.template = d.named_template = d.loss_on = None
     if str(values.get('processor_type') or '') and values.get('skip_prepare_dataset'):
-        raise MigrationError(f"{path}: {_no_images}")
+        raise MigrationError(f"{path}: {_NO_IMAGES}")
     d.read(AXOLOTL, values)
-    if off(values.get('adapter')):
+    if is_off(values.get('adapter')):
         full_rule(d, 'adapter', values.get('adapter'))
-    template = d.template or d.named_template or 'chat'
-    d.params |= dict(template=template)
-    if 'loss_on' not in d.params:
-        d.params |= dict(loss_on=d.loss_on or 'responses')
+    d.params['template'] = d.template or d.named_template or 'chat'
+    d.params.setdefault('loss_on', d.loss_on or 'responses')
     return d, AXOLOTL_DEFAULTS, 1.0
 
 # %% ../../nbs/lint/other_tools.ipynb #ba55fc87
-_LF_TEMPLATES = dict(
-    llama2='llama',
-    llama3='llama-3',
-    gemma='gemma',
-    gemma2='gemma2',
-    gemma3='gemma-3',
-    gemma3n='gemma-3n',
-    gemma4='gemma-4',
-    mistral='mistral',
-    mistral_small='chat',
-    phi='phi-3',
-    phi4='phi-4',
-    phi4_mini='chat',
-    qwen='qwen-2.5',
-    qwen3='qwen-3',
-    qwen3_nothink='qwen3-instruct',
-    chatml='chatml',
-    vicuna='vicuna',
-    zephyr='zephyr',
-    yi='yi-chat',
-    gpt_oss='gpt-oss',
-    lfm2='lfm-2',
-    smollm='chat',
-    smollm2='chat',
-    alpaca='alpaca',
-    empty='raw',
-)
-_columns = dict(
-    alpaca=dict(prompt='instruction', query='input', response='output', system='system', history='history'),
-    sharegpt=dict(messages='conversations', system='system', tools='tools'),
-)
-_MEDIA = ('images', 'videos', 'audios')
+def _folders(path, folder):
+    "Where `dataset_info.json` may be: the folder, or one of that name next to the file or to its parents"
+    if Path(folder).is_absolute():
+        return [Path(folder)]
+    here = Path(path).resolve()
+    return [p / folder for p in here.parents]
 
 
-def dataset_info(path, folder) -> tuple:  # (names to entries, its folder)
-    "The nearest `dataset_info.json`"
-    near = (
-        [Path(folder)]
-        if Path(folder).is_absolute()
-        else [p / folder for p in (Path(path).resolve().parent, *Path(path).resolve().parents)]
-    )
-    for f in (p / 'dataset_info.json' for p in near):
+def dataset_info(
+    path,  # Of the training file
+    folder,  # That it names, or `data`
+) -> tuple:  # (names to entries, its folder), or (None, None)
+    "The nearest `dataset_info.json`; raises `MigrationError` when it is not JSON"
+    for f in (p / 'dataset_info.json' for p in _folders(path, folder)):
         try:
             if f.is_file():
-                return (info if isinstance(info := json.loads(read_text(f)), dict) else {}), f.parent
+                info = json.loads(read_text(f))
+                return info if isinstance(info, dict) else {}, f.parent
         except ValueError as e:
             raise MigrationError(f"{f} is not JSON: {e}") from None
     return None, None
 
 # %% ../../nbs/lint/other_tools.ipynb #ad1af43d
-def _lf_entry(d, name, e, folder):
-    "One entry of dataset_info.json"
+_LLAMA_FACTORY_TABLE = read_table('llama_factory')
+
+
+def _columns(d, name, e) -> tuple:  # (format or None, columns)
+    "How the rows of an entry are read"
+    names = _LLAMA_FACTORY_TABLE['columns']
     cols, tags = (v if isinstance(v, dict) else {} for v in (e.get('columns'), e.get('tags')))
-    if any(m in cols for m in _MEDIA):
-        raise MigrationError(
-            f"{d.path}: dataset {name!r} has {', '.join(m for m in _MEDIA if m in cols)}: {_no_images}"
-        )
     fmt = e.get('formatting', 'alpaca')
-    if fmt not in _columns:
-        d.leave(
-            'dataset',
-            name,
-            f"formatting {fmt!r}, which LLaMA-Factory reads by code of its own; write its rows as messages",
-        )
+    if fmt not in names:
+        why = f"formatting {fmt!r}, which LLaMA-Factory reads by code of its own; write its rows as messages"
+        d.leave('dataset', name, why)
         fmt = 'alpaca'
-    ours = {o: cols[k] for k, o in _columns[fmt].items() if k in cols}
-    openai = fmt == 'sharegpt' and tags.get('role_tag') == 'role'
-    if openai:
+    ours = {o: cols[k] for k, o in names[fmt].items() if k in cols}
+    if fmt == 'sharegpt' and tags.get('role_tag') == 'role':
         fmt = 'messages'
         ours = {('messages' if k == 'conversations' else k): v for k, v in ours.items()}
     if set(ours) == {'instruction'} and d.stage == 'pt':
         fmt = 'text'
         ours = {'text': ours['instruction']}
     if e.get('ranking') or 'kto_tag' in cols:
-        fmt = 'auto'
-        ours = {}
         d.leave('dataset', name, 'preference data; a finetune job refuses it unless train_on_preferred=true')
-    roles = {
-        v: k.removesuffix('_tag')
-        for k, v in tags.items()
-        if k in ('user_tag', 'assistant_tag', 'system_tag') and v != k.removesuffix('_tag')
-    }
-    where = e.get('hf_hub_url') or (str(folder / e['file_name']) if e.get('file_name') else None)
+        return None, {}
+    return fmt, {k: v for k, v in ours.items() if k != v}
+
+
+def _tagged_roles(e) -> dict:
+    "Names of roles that an entry uses, and ours"
+    tags = e.get('tags') if isinstance(e.get('tags'), dict) else {}
+    ours = dict(user_tag='user', assistant_tag='assistant', system_tag='system')
+    return {v: ours[k] for k, v in tags.items() if k in ours and v != ours[k]}
+
+# %% ../../nbs/lint/other_tools.ipynb #996ae879
+def _named_dataset(d, name, e, folder):
+    "One entry of dataset_info.json"
+    cols = e.get('columns') if isinstance(e.get('columns'), dict) else {}
+    media = [m for m in _LLAMA_FACTORY_TABLE['media'] if m in cols]
+    if media:
+        raise MigrationError(f"{d.path}: dataset {name!r} has {', '.join(media)}: {_NO_IMAGES}")
+    fmt, columns = _columns(d, name, e)
+    file = e.get('file_name')
+    where = e.get('hf_hub_url') or (str(folder / file) if file else None)
     if not where:
-        return d.leave(
-            'dataset', name, 'its entry says neither file_name nor hf_hub_url; name where the rows are: dataset=…'
-        )
-    more = dict(
-        dataset_format=fmt if fmt != 'auto' else None,
-        dataset_columns={k: v for k, v in ours.items() if k != v},
-        dataset_roles=roles,
-    )
-    add_rows(
-        d, 'dataset', where, [where] if e.get('file_name') else None, e.get('split'), e.get('subset'), None, **more
-    )
+        why = 'its entry says neither file_name nor hf_hub_url; name where the rows are: dataset=…'
+        return d.leave('dataset', name, why)
+    read_as = dict(dataset_format=fmt, dataset_columns=columns, dataset_roles=_tagged_roles(e))
+    more = dict(split=e.get('split'), subset=e.get('subset'))
+    add_rows(d, 'dataset', where, [where] if file else None, **more, **read_as)
     if e.get('num_samples'):
-        d.leave(
-            'dataset', e['num_samples'], 'a number of rows of one dataset; give it a weight in the mix, or set max_rows'
-        )
+        why = 'a number of rows of one dataset; give it a weight in the mix, or set max_rows'
+        d.leave('dataset', e['num_samples'], why)
 
 # %% ../../nbs/lint/other_tools.ipynb #470d8be9
-def _lf_rows(d, name, v):
-    names = [n.strip() for n in v.split(',')] if isinstance(v, str) else v if isinstance(v, list) else [v]
+def _llama_factory_rows(d, name, v):
+    "each name is looked up in dataset_info.json, and several are a mix"
+    names = v if isinstance(v, list) else [v]
+    if isinstance(v, str):
+        names = [n.strip() for n in v.split(',')]
     info, folder = dataset_info(d.path, d.folder)
     for n in names:
         e = (info or {}).get(n) if isinstance(n, str) else None
         if isinstance(e, dict):
-            _lf_entry(d, n, e, folder)
+            _named_dataset(d, n, e, folder)
         else:
             d.data.append(dict(dataset=str(n)))
-            d.leave(
-                name,
-                n,
-                f"no {d.folder}/dataset_info.json with this name is near; say where it is: --data-dir, or name the file: dataset=…",
+            why = (
+                f"no {d.folder}/dataset_info.json with this name is near; "
+                "say where it is: --data-dir, or name the file: dataset=…"
             )
+            d.leave(name, n, why)
 
 
-def _lf_template(d, name, v):
-    t = _LF_TEMPLATES.get(str(v))
-    if t:
-        d.take(
-            name,
-            v,
-            'the same turns; spaces and a default system message may differ: unsloth-nb data FILE --show 1'
-            if t != 'chat'
-            else "the model's own",
-            template=t,
-        )
+def _llama_factory_template(d, name, v):
+    "the template of that name, else the model's own"
+    ours = _LLAMA_FACTORY_TABLE['templates'].get(str(v))
+    if ours:
+        d.take(name, v, "the model's own" if ours == 'chat' else _SAME_TURNS, template=ours)
     else:
-        d.leave(name, v, "no template of that name is there; the model's own is used: template='chat'")
+        d.leave(name, v, _NO_TEMPLATE)
 
 # %% ../../nbs/lint/other_tools.ipynb #f6e22096
 def _bits(d, name, v):
+    "4 or 8 bits"
     if v in (4, 8):
         d.take(name, v, **{f'load_in_{v}bit': True})
     else:
@@ -603,92 +392,62 @@ def _bits(d, name, v):
 
 
 def _stage(d, name, v):
-    if v in ('dpo', 'kto', 'orpo', 'simpo'):
-        raise MigrationError(f"{d.path}: {name}: {v}: {_PREF}")
-    if v not in ('sft', 'pt'):
-        raise MigrationError(f"{d.path}: {name}: {shown(name, v)}: {_other_task}")
-    d.mapped.append(d._line(name, v, {}, 'answers are trained' if v == 'sft' else 'plain text is trained'))
+    "sft trains answers, pt plain text; other stages are refused"
+    trained = dict(sft='answers are trained', pt='plain text is trained')
+    stages = _LLAMA_FACTORY_TABLE['stages']
+    if str(v) in trained:
+        d.note(name, v, trained[str(v)])
+    elif str(v) in stages:
+        raise MigrationError(f"{d.path}: {name}: {v}: {stages[str(v)]}")
+    else:
+        raise MigrationError(f"{d.path}: {name}: {shown(name, v)}: {stages['other']}")
 
 
-def _lf_packing(d, name, v):
+def _packing(d, name, v):
+    "packing, in which rows do not see each other here"
     if v is not None:
         d.take(name, v, 'rows that are packed do not see each other here' if v else '', packing=bool(v))
 
 
-_loss = leaves('another loss than cross-entropy over the trained tokens, which is what there is')
-_lf_own = leaves('a way to train that is not there here; a LoRA adapter is trained')
+def _finetuning_type(d, name, v):
+    "LoRA; all weights are left"
+    if v == 'lora':
+        d.note(name, v, _LORA)
+    else:
+        full_rule(d, name, v)
+
+
+def _max_samples(d, name, v):
+    "taken over as max_rows, of all datasets together"
+    d.take(name, v, 'there it counts for each dataset, here for all together', max_rows=v)
+
+
+def _no_checkpointing(d, name, v):
+    "the opposite of gradient_checkpointing"
+    d.take(name, v, gradient_checkpointing=not v)
 
 # %% ../../nbs/lint/other_tools.ipynb #e3e0602f
-LLAMA_FACTORY = TRAINER | dict(
-    model_name_or_path=model_rule,
-    model_revision='revision',
+_LLAMA_FACTORY_RULES = dict(
     stage=_stage,
-    finetuning_type=lambda d, n, v: (
-        d.mapped.append(d._line(n, v, {}, 'a LoRA adapter is what a finetune job trains'))
-        if v == 'lora'
-        else full_rule(d, n, v)
-    ),
-    lora_rank='r',
-    lora_alpha='lora_alpha',
-    lora_dropout='lora_dropout',
-    lora_target=targets_rule,
-    use_rslora=rslora_rule,
-    quantization_bit=_bits,
-    cutoff_len='max_seq_length',
-    template=_lf_template,
-    dataset=_lf_rows,
-    max_samples=lambda d, n, v: d.take(n, v, 'there it counts for each dataset, here for all together', max_rows=v),
-    val_size=test_rule,
-    packing=_lf_packing,
-    neat_packing=_lf_packing,
-    train_on_prompt=lambda d, n, v: (
-        d.take(n, v, loss_on='everything') if v else d.skip(n, v, 'answers alone are trained here, too')
-    ),
-    mask_history=lambda d, n, v: d.take(n, v, loss_on='last_response') if v else d.skip(n, v, 'off in the source'),
-    trust_remote_code=remote_rule,
-    disable_gradient_checkpointing=lambda d, n, v: d.take(n, v, gradient_checkpointing=not v),
-    eval_dataset=leaves('name held-out rows by test_dataset: one file or owner/name'),
-    dataset_dir=skips('where dataset_info.json was looked for'),
-    adapter_name_or_path=leaves('to go on from an adapter, name its folder as the model'),
-    additional_target=leaves('here only adapters are trained'),
-    use_dora=leaves('DoRA is not there; a plain adapter is trained'),
-    default_system=leaves('a system message is part of the rows here: write it into them'),
-    enable_thinking=leaves("the template decides about thinking; see the guide to Qwen"),
-    rope_scaling=leaves('positions are not stretched here; take a model with a longer context'),
-    create_new_adapter=leaves('a fresh adapter is trained, unless the model is a folder with one'),
-    mix_strategy=leaves('a mix takes all rows, or shares by weight'),
-    interleave_probs=leaves('give the entries of the mix a weight'),
-    streaming=skips('rows are read one at a time, and kept on disk when they are many'),
-    **_line_rules(
-        'do_train do_predict predict_with_generate overwrite_cache use_unsloth use_unsloth_gc use_fast_tokenizer double_quantization quantization_method quantization_type pure_bf16 upcast_layernorm tokenized_path cache_dir infer_backend compute_accuracy fp8_backend use_v1_kernels media_dir image_max_pixels video_max_pixels video_fps video_maxlen freeze_vision_tower freeze_multi_modal_projector freeze_language_model',
-        _machine,
-    ),
-    **_line_rules('use_dft_loss use_asft_loss asft_alpha use_eaft_loss eaft_alpha pref_beta pref_loss', _loss),
-    **_line_rules(
-        'use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro loraplus_lr_ratio pissa_init pissa_convert mixture_of_depths oft_target oft_block_size freeze_trainable_layers freeze_trainable_modules use_kt fp8',
-        _lf_own,
-    ),
+    adapter=_finetuning_type,
+    bits=_bits,
+    template=_llama_factory_template,
+    rows=_llama_factory_rows,
+    max_samples=_max_samples,
+    packing=_packing,
+    no_checkpointing=_no_checkpointing,
 )
-LLAMA_FACTORY_DEFAULTS = dict(
-    learning_rate=5e-5,
-    per_device_train_batch_size=8,
-    gradient_accumulation_steps=1,
-    optim='adamw_torch_fused',
-    lr_scheduler_type='linear',
-    warmup_steps=0,
-    weight_decay=0.0,
-    seed=42,
-    r=8,
-    lora_dropout=0.0,
-    max_seq_length=2048,
-    packing=False,
-    load_in_4bit=False,
-    over_length='truncate',
-)  # llamafactory/hparams, August 2026, and TrainingArguments
+LLAMA_FACTORY = TRAINER | make_rules(_LLAMA_FACTORY_TABLE, **_LLAMA_FACTORY_RULES)
+LLAMA_FACTORY_DEFAULTS = _LLAMA_FACTORY_TABLE['defaults']
 
-
-def read_llama_factory(path, values, places, data_dir=None) -> tuple:  # (Draft, defaults, epochs)
-    "A LLaMA-Factory file as a draft"
+# %% ../../nbs/lint/other_tools.ipynb #1e7b3180
+def read_llama_factory(
+    path,  # For messages, and to look for dataset_info.json
+    values: dict,  # Settings of the file
+    places: dict,  # Name to the line that it stands on
+    data_dir=None,  # Folder with dataset_info.json; None: the file's own, or `data`
+) -> tuple:  # (Draft, defaults, epochs)
+    "A LLaMA-Factory file as a draft; raises `MigrationError` for one that stands for other work"
     d = Draft(path, 'LLaMA-Factory', places)
     d.folder = data_dir or str(values.get('dataset_dir') or 'data')
     d.stage = values.get('stage', 'sft')
@@ -698,8 +457,10 @@ def read_llama_factory(path, values, places, data_dir=None) -> tuple:  # (Draft,
         )
     if not values.get('do_train') and 'dataset' not in values:
         raise MigrationError(f"{path} trains nothing (no do_train and no dataset); to ask a model: unsloth-nb chat RUN")
-    d.read(LLAMA_FACTORY, {k: v for k, v in values.items()})
+    d.read(LLAMA_FACTORY, values)
+    text = d.stage == 'pt'
+    d.params['template'] = 'raw' if text else d.params.get('template', 'chat')
+    d.params.setdefault('loss_on', 'everything' if text else 'responses')
     rank = d.params.get('r', LLAMA_FACTORY_DEFAULTS['r'])
-    loss = {} if 'loss_on' in d.params else dict(loss_on='everything' if d.stage == 'pt' else 'responses')
-    d.params |= dict(template='raw' if d.stage == 'pt' else d.params.get('template', 'chat'), **loss)
-    return d, dict(LLAMA_FACTORY_DEFAULTS, lora_alpha=2 * rank if isinstance(rank, int) else 16), 3.0
+    alpha = 2 * rank if isinstance(rank, int) else 16
+    return d, dict(LLAMA_FACTORY_DEFAULTS, lora_alpha=alpha), 3.0

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'ScanError', 'Cell', 'notebook_cells', 'Shell', 'split_cell', 'Dotted', 'dotted', 'known_value',
-           'known_names', 'Found', 'Source', 'scan_cells', 'read_text', 'scan']
+           'known_names', 'Found', 'Source', 'scan_cells', 'read_text', 'scan', 'read_table']
 
 # %% ../../nbs/lint/scanning.ipynb #5815fb3d
 import ast
+import importlib.util
 import json
 import operator
 import re
 import warnings
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 
+import yaml
+from fastcore.basics import patch
 from ..core.schema import SpecError
 
 # %% ../../nbs/lint/scanning.ipynb #839b5400
@@ -55,52 +58,48 @@ def _dict(v):
 def _output(c) -> str:
     "Printed text, results as text and tracebacks"
     outs = _dicts(c.get('outputs'))
-    return '\n'.join(
-        filter(
-            None,
-            (
-                _text(p)
-                for o in outs
-                for p in (o.get('text'), _dict(o.get('data')).get('text/plain'), o.get('traceback'))
-            ),
-        )
-    )
+    parts = [(o.get('text'), _dict(o.get('data')).get('text/plain'), o.get('traceback')) for o in outs]
+    texts = (_text(p) for three in parts for p in three)
+    return '\n'.join(t for t in texts if t)
 
 
 def _cell(i, c):
     "A cell of nbformat 3 or 4"
     tags = _dict(c.get('metadata')).get('tags')
     kind = c.get('cell_type') if isinstance(c.get('cell_type'), str) else 'raw'
-    return Cell(
-        i,
-        kind,
-        _text(c.get('source', c.get('input'))),
-        _output(c),
-        tuple(t for t in tags if isinstance(t, str)) if isinstance(tags, list) else (),
-    )
+    tags = tuple(t for t in tags if isinstance(t, str)) if isinstance(tags, list) else ()
+    return Cell(i, kind, _text(c.get('source', c.get('input'))), _output(c), tags)
 
 # %% ../../nbs/lint/scanning.ipynb #bd21c81f
+def _language(nb) -> str:
+    "The language of a notebook's kernel"
+    meta = _dict(nb.get('metadata'))
+    return str(
+        _dict(meta.get('kernelspec')).get('language') or _dict(meta.get('language_info')).get('name') or 'python'
+    )
+
+
 def notebook_cells(
     text: str,  # The file's content
     name: str = 'notebook',  # For messages
 ) -> list[Cell]:
-    "The cells of a notebook, nbformat 3 or 4"
+    "The cells of a notebook, nbformat 3 or 4; raises `ScanError` for anything else"
     try:
         nb = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ScanError(f"{name} is not a notebook: not JSON ({e})") from None
-    sheets = _dicts(nb.get('worksheets')) if isinstance(nb, dict) else []
-    if not isinstance(nb, dict) or not (isinstance(nb.get('cells'), list) or sheets):
-        raise ScanError(f"{name} is not a notebook: it has no cells")
-    found = nb['cells'] if isinstance(nb.get('cells'), list) else [c for s in sheets for c in _dicts(s.get('cells'))]
-    meta = _dict(nb.get('metadata'))
-    lang = _dict(meta.get('kernelspec')).get('language') or _dict(meta.get('language_info')).get('name') or 'python'
+    nb = _dict(nb)
+    sheets = _dicts(nb.get('worksheets'))
+    found = nb.get('cells')
+    if not isinstance(found, list):
+        if not sheets:
+            raise ScanError(f"{name} is not a notebook: it has no cells")
+        found = [c for s in sheets for c in _dicts(s.get('cells'))]
     cells = [_cell(i, c) for i, c in enumerate(found, 1) if isinstance(c, dict)]
-    return (
-        cells
-        if str(lang).lower().startswith(('python', 'ipython'))
-        else [Cell(c.index, str(lang) if c.kind == 'code' else c.kind, c.text, c.output, c.tags) for c in cells]
-    )
+    lang = _language(nb)
+    if lang.lower().startswith(('python', 'ipython')):
+        return cells
+    return [replace(c, kind=lang) if c.kind == 'code' else c for c in cells]
 
 # %% ../../nbs/lint/scanning.ipynb #3568b58b
 _PYTHON_MAGICS = ('capture', 'time', 'timeit', 'prun', 'python', 'python3')
@@ -154,14 +153,13 @@ def _parse(text):
             return None, (1, str(e) or type(e).__name__)
 
 # %% ../../nbs/lint/scanning.ipynb #a0f5c52e
-def _cell_magic(lines):
+def _cell_magic(lines) -> tuple:  # (None, None): there is none
     "Index and name of a `%%` line that begins the cell"
     i = next((i for i, l in enumerate(lines) if l.strip() and not l.lstrip().startswith('#')), None)
-    return (
-        (i, (re.match(r'%%(\w+)', lines[i].strip()) or [0, ''])[1])
-        if i is not None and lines[i].lstrip().startswith('%%')
-        else (None, None)
-    )
+    if i is None or not lines[i].lstrip().startswith('%%'):
+        return None, None
+    name = re.match(r'%%(\w+)', lines[i].strip())
+    return i, name[1] if name else ''
 
 
 def split_cell(text: str) -> tuple:  # (Python tree or None, [(line, command)], (line, message) of an error or None)
@@ -182,7 +180,8 @@ def split_cell(text: str) -> tuple:  # (Python tree or None, [(line, command)], 
         magic = [i for i, l in enumerate(lines) if error and _MAGIC.match(l)]
         if tree or not magic:
             return tree, found, error
-        for j in [error[0] - 1] if error[0] - 1 in magic and len(found) < 200 else magic:
+        at = error[0] - 1
+        for j in [at] if at in magic and len(found) < 200 else magic:
             _blank(lines, j, found)
 
 # %% ../../nbs/lint/scanning.ipynb #246877b2
@@ -223,9 +222,11 @@ def dotted(n) -> str:  # `a.b.c`, or nothing
         return n.id
     if isinstance(n, ast.Attribute):
         return f'{dotted(n.value)}.{n.attr}'.lstrip('.')
-    return dotted(n.func) if isinstance(n, ast.Call) else dotted(n.value) if isinstance(n, ast.Subscript) else ''
+    if isinstance(n, ast.Call):
+        return dotted(n.func)
+    return dotted(n.value) if isinstance(n, ast.Subscript) else ''
 
-
+# %% ../../nbs/lint/scanning.ipynb #19bf9519
 _OPS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -235,15 +236,18 @@ _OPS = {
 }
 
 
+def _is_small(v) -> bool:
+    "A number that is worth counting with"
+    return isinstance(v, (int, float)) and abs(v) < 1e15
+
+
 def _arithmetic(a, op, b):
     "Sums and products of small numbers; texts and lists added"
-
-    def num(v):
-        return isinstance(v, (int, float)) and abs(v) < 1e15
-
-    ok = num(a) and num(b) or isinstance(op, ast.Add) and type(a) is type(b) and isinstance(a, (str, list, tuple))
+    adds = isinstance(op, ast.Add) and type(a) is type(b) and isinstance(a, (str, list, tuple))
+    if type(op) not in _OPS or not (adds or _is_small(a) and _is_small(b)):
+        return UNKNOWN
     try:
-        return _OPS[type(op)](a, b) if ok and type(op) in _OPS else UNKNOWN
+        return _OPS[type(op)](a, b)
     except ArithmeticError:
         return UNKNOWN
 
@@ -296,22 +300,27 @@ def known_value(n, names: dict):  # A Python value, `Dotted` or `UNKNOWN`
     return UNKNOWN
 
 # %% ../../nbs/lint/scanning.ipynb #1040d3aa
+def _stored(n):
+    "Names that a target of an assignment sets"
+    return [x.id for x in ast.walk(n) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
+
+
+def _assigned(target, value):
+    "Pairs (name, expression or None) of one target of an assignment"
+    lists = (ast.Tuple, ast.List)
+    if isinstance(target, lists) and isinstance(value, lists) and len(target.elts) == len(value.elts):
+        pairs = list(zip(target.elts, value.elts))
+    else:
+        pairs = [(target, value)]
+    for part, e in pairs:
+        yield from ((name, e if isinstance(part, ast.Name) else None) for name in _stored(part))
+
+
 def _bound(n):
     "Pairs (name, expression or None) that a node binds"
     if isinstance(n, ast.Assign):
         for t in n.targets:
-            both = (
-                isinstance(t, (ast.Tuple, ast.List))
-                and isinstance(n.value, (ast.Tuple, ast.List))
-                and len(t.elts) == len(n.value.elts)
-            )
-            pairs = zip(t.elts, n.value.elts) if both else [(t, n.value if isinstance(t, ast.Name) else None)]
-            for a, e in pairs:
-                yield from (
-                    (x.id, e if a is x else None)
-                    for x in ast.walk(a)
-                    if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
-                )
+            yield from _assigned(t, n.value)
     elif isinstance(n, (ast.AnnAssign, ast.NamedExpr)) and isinstance(n.target, ast.Name) and n.value:
         yield n.target.id, n.value
     elif isinstance(n, (ast.For, ast.AsyncFor, ast.comprehension, ast.AugAssign)):
@@ -379,11 +388,8 @@ def _never(test):
     "False for a test that is never true, True for one that always is, else None"
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return None if _never(test.operand) is None else not _never(test.operand)
-    return (
-        bool(test.value)
-        if isinstance(test, ast.Constant) and (test.value is None or isinstance(test.value, (bool, int)))
-        else None
-    )
+    fixed = isinstance(test, ast.Constant) and (test.value is None or isinstance(test.value, (bool, int)))
+    return bool(test.value) if fixed else None
 
 
 class _Reader(ast.NodeVisitor):
@@ -422,53 +428,65 @@ class _Reader(ast.NodeVisitor):
 
     visit_FunctionDef = visit_AsyncFunctionDef = visit_Lambda = later
 
-    def visit_With(self, n):
-        fails = any(re.search('fail|raises', dotted(i.context_expr)) for i in n.items)
-        self.within(ast.iter_child_nodes(n), nested=self.nested or fails)
+# %% ../../nbs/lint/scanning.ipynb #036151c5
+_FAILURE = re.compile('(?:Spec|Value|Type|Validation)Error')
 
-    def visit_Try(self, n):
-        fails = any(
-            h.type is not None and re.search('(?:Spec|Value|Type|Validation)Error', ast.unparse(h.type))
-            for h in n.handlers
-        )
-        self.within(n.body, nested=self.nested or fails)
-        self.within([*n.handlers, *n.orelse, *n.finalbody])
 
-    def visit_Import(self, n):
-        for a in n.names:
-            self.add('imports', a.name, n)
+@patch
+def visit_With(self: _Reader, n):
+    fails = any(re.search('fail|raises', dotted(i.context_expr)) for i in n.items)
+    self.within(ast.iter_child_nodes(n), nested=self.nested or fails)
 
-    def visit_ImportFrom(self, n):
-        if n.module and not n.level:
-            self.add('imports', n.module, n)
 
-    def visit_Constant(self, n):
-        if isinstance(n.value, str):
-            self.add('strings', n.value, n)
+@patch
+def visit_Try(self: _Reader, n):
+    fails = any(h.type is not None and _FAILURE.search(ast.unparse(h.type)) for h in n.handlers)
+    self.within(n.body, nested=self.nested or fails)
+    self.within([*n.handlers, *n.orelse, *n.finalbody])
 
-    def visit_Call(self, n):
-        kw = {}
-        lines = {}
-        more = any(isinstance(a, ast.Starred) for a in n.args)
-        for k in n.keywords:
-            v = known_value(k.value, self.src.names)
-            if k.arg:
-                kw[k.arg], lines[k.arg] = v, k.value.lineno
-            elif isinstance(v, dict):
-                kw |= v
-                lines |= dict.fromkeys(v, k.value.lineno)
-            else:
-                more = True
-        self.add(
-            'calls',
-            dotted(n.func),
-            n,
-            args=tuple(known_value(a, self.src.names) for a in n.args),
-            keywords=kw,
-            lines=lines,
-            open=more,
-        )
-        self.generic_visit(n)
+
+@patch
+def visit_Import(self: _Reader, n):
+    for a in n.names:
+        self.add('imports', a.name, n)
+
+
+@patch
+def visit_ImportFrom(self: _Reader, n):
+    if n.module and not n.level:
+        self.add('imports', n.module, n)
+
+
+@patch
+def visit_Constant(self: _Reader, n):
+    if isinstance(n.value, str):
+        self.add('strings', n.value, n)
+
+# %% ../../nbs/lint/scanning.ipynb #86aaf065
+def _keywords(n, names) -> tuple:  # (values, lines, are there more?)
+    "The named arguments of a call"
+    values = {}
+    lines = {}
+    more = any(isinstance(a, ast.Starred) for a in n.args)
+    for k in n.keywords:
+        v = known_value(k.value, names)
+        if k.arg:
+            values[k.arg] = v
+            lines[k.arg] = k.value.lineno
+        elif isinstance(v, dict):
+            values |= v
+            lines |= dict.fromkeys(v, k.value.lineno)
+        else:
+            more = True
+    return values, lines, more
+
+
+@patch
+def visit_Call(self: _Reader, n):
+    values, lines, more = _keywords(n, self.src.names)
+    args = tuple(known_value(a, self.src.names) for a in n.args)
+    self.add('calls', dotted(n.func), n, args=args, keywords=values, lines=lines, open=more)
+    self.generic_visit(n)
 
 # %% ../../nbs/lint/scanning.ipynb #f3a996a4
 def _read_cell(src, cell, parts):
@@ -485,13 +503,18 @@ def _read_cell(src, cell, parts):
     src.shell += [Shell(c, cell.index, l, l in r.dead_lines) for l, c in shell]
 
 
+def _parts(cell) -> tuple:  # (trees, shell, error)
+    "What a cell is made of"
+    tree, shell, error = split_cell(cell.text) if cell.kind == 'code' else (None, [], None)
+    if tree:
+        return [tree], shell, error
+    return list(_pieces(cell.text)) if error else [], shell, error
+
+
 def scan_cells(cells: list[Cell], path: str = '', kind: str = 'notebook') -> Source:
     "What cells say; nothing is run"
     src = Source(str(path), kind, cells)
-    parts = []
-    for c in cells:
-        tree, shell, error = split_cell(c.text) if c.kind == 'code' else (None, [], None)
-        parts.append((([tree] if tree else list(_pieces(c.text)) if error else []), shell, error))
+    parts = [_parts(c) for c in cells]
     try:
         src.names = known_names([t for p in parts for t in p[0]])
     except RecursionError:
@@ -518,3 +541,11 @@ def scan(path) -> Source:  # Of a `.ipynb` or `.py` file
     if suffix == '.ipynb':
         return scan_cells(notebook_cells(text, str(path)), path)
     return scan_cells([Cell(None, 'code', text)], path, 'script')
+
+# %% ../../nbs/lint/scanning.ipynb #04c02afd
+@cache
+def read_table(name: str) -> dict:  # Shared by all who ask: not to be changed
+    "The table `name`.yaml of this wing"
+    package = Path(importlib.util.find_spec('unsloth_nb').origin).parent
+    text = (package / 'lint' / f'{name}.yaml').read_text(encoding='utf-8')
+    return yaml.load(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
