@@ -466,7 +466,8 @@ def stop_command(
     trained = [l['state'] for l in read_lines(r.path / 'progress.jsonl') if l.get('stage') == 'training']
     if r.kind != 'finetune' or trained[-1:] == ['done']:
         raise RunError(
-            f"{r.name} has no training ahead, which alone is stopped from here; Ctrl-C or SIGTERM ends it where it was started, and what it has done is kept"
+            f"{r.name} has no training ahead, which alone is stopped from here; Ctrl-C or SIGTERM ends it where it "
+            "was started, and what it has done is kept"
         )
     r.stop('unsloth-nb runs stop')
     print(f"{r.name} will stop after its {'next' if trained else 'first'} step")
@@ -568,7 +569,10 @@ def serve_command(
     backend: Annotated[
         str,
         typer.Option(
-            help='vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits; vllm only on a GPU.'
+            help=(
+                'vllm, transformers, xllamacpp, llama_cpp, or auto: the first that is installed and fits; vllm only '
+                'on a GPU.'
+            )
         ),
     ] = 'auto',
     option: Annotated[
@@ -577,7 +581,9 @@ def serve_command(
             '-o',
             '--option',
             metavar='NAME=VALUE',
-            help="For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated.",
+            help=(
+                "For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated."
+            ),
         ),
     ] = None,
     runs_dir: RunsDir = None,
@@ -658,7 +664,8 @@ def modal_submit_command(
         typer.confirm('\nSend this to Modal?', abort=True)
     print(
         plain_text(
-            f"\n{submit(req, runs_dir)}\nwatch it with   unsloth-nb modal status {req.run_name}\nfetch it with   unsloth-nb modal fetch {req.run_name}"
+            f"\n{submit(req, runs_dir)}\nwatch it with   unsloth-nb modal status {req.run_name}\nfetch it with   "
+            f"unsloth-nb modal fetch {req.run_name}"
         )
     )
 
@@ -762,7 +769,10 @@ def sweep_command(
         str | None,
         typer.Option(
             metavar='ADDRESS',
-            help='Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this machine.',
+            help=(
+                'Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this '
+                'machine.'
+            ),
         ),
     ] = None,
     resume: Annotated[
@@ -785,7 +795,8 @@ def sweep_command(
 
     if bool(resume) == bool(job or file) or resume and (param or dry_run) or not resume and (not file or retry_failed):
         raise SpecError(
-            "sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume and the name of a sweep (with --retry-failed)"
+            "sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume "
+            "and the name of a sweep (with --retry-failed)"
         )
     if dry_run and scheduler:
         raise SpecError("scheduler: --dry-run predicts for this machine, not for a cluster; leave one of them out")

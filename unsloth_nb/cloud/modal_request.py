@@ -188,7 +188,8 @@ def uploads_of(job: Job) -> tuple[dict, list]:  # Parameters that change, and `U
             continue
         if find_source(v, getattr(job, 'dataset_split', 'train')).kind == 'mix':
             raise SpecError(
-                f"{k}: {v} is a mix, which names other files; a mix is not taken to another machine: write its rows into one file, or put them on the Hub"
+                f"{k}: {v} is a mix, which names other files; a mix is not taken to another machine: write its rows "
+                "into one file, or put them on the Hub"
             )
         found[k] = _upload(v, 'data')
     if v := getattr(job, 'task_dir', None):
@@ -229,13 +230,15 @@ def _check(kind, job):
         raise SpecError(f"modal: the {kind} job is not run there; finetune, evaluate and export are")
     if getattr(job, 'save', getattr(job, 'to', '')).startswith('gguf_'):
         raise SpecError(
-            "gguf: llama.cpp is not part of the image; save the adapter or merged_16bit there, fetch the run, and export it here"
+            "gguf: llama.cpp is not part of the image; save the adapter or merged_16bit there, fetch the run, and "
+            "export it here"
         )
     if getattr(job, 'vllm', False):
         raise SpecError("vllm: it is not part of the image; export there without it, fetch the run, and check it here")
     if getattr(job, 'nodes', 1) > 1:
         raise SpecError(
-            f"nodes: {job.nodes}; a container is one machine: use more of its GPUs, as in --gpu H100:8, or Slurm for several machines (deploy/finetune.slurm)"
+            f"nodes: {job.nodes}; a container is one machine: use more of its GPUs, as in --gpu H100:8, or Slurm for "
+            "several machines (deploy/finetune.slurm)"
         )
     if kind != 'finetune':
         return None
@@ -269,14 +272,16 @@ def _machine(job, kind, data, gpu):
     most = max(p.most for p in PRICES.values())
     if counts[0] > most:
         raise SpecError(
-            f"devices: {counts[0]}; one machine has {most} GPUs at most: set devices to {most} or fewer, or use Slurm for several machines (deploy/finetune.slurm)"
+            f"devices: {counts[0]}; one machine has {most} GPUs at most: set devices to {most} or fewer, or use Slurm "
+            "for several machines (deploy/finetune.slurm)"
         )
     offers = cheapest(job, data, counts)
     tried = [o for o in offers.offers if card in (None, PRICES[o.card].gpu)]
     best = tried[0] if card else offers.best
     if best is None:
         raise SpecError(
-            f"gpu: no card is known to fit{': ' + offers.offers[0].plan.mend if offers.offers[0].plan.mend else ''}; choose one by name, or change the job"
+            f"gpu: no card is known to fit{': ' + offers.offers[0].plan.mend if offers.offers[0].plan.mend else ''}; "
+            "choose one by name, or change the job"
         )
     if best.fits is False:
         tried.sort(key=lambda o: o.count)
@@ -322,7 +327,8 @@ def ask(
     )
     if req.estimate and req.estimate['seconds'] > (retries + 1) * (timeout - GRACE):
         raise SpecError(
-            f"timeout: about {duration(req.estimate['seconds'])} are predicted, and {retries + 1} attempts of {duration(timeout)} are allowed; raise --timeout or --retries, or choose a faster GPU"
+            f"timeout: about {duration(req.estimate['seconds'])} are predicted, and {retries + 1} attempts of "
+            f"{duration(timeout)} are allowed; raise --timeout or --retries, or choose a faster GPU"
         )
     return req
 
@@ -366,7 +372,8 @@ def facts(self: Request) -> list[tuple]:
         ('secrets', ', '.join(self.secrets) + ' (by name)' if self.secrets else 'none'),
         (
             'time',
-            f'{duration(self.timeout)} for an attempt, {self.retries} more where one ends early; each goes on from the last checkpoint',
+            f'{duration(self.timeout)} for an attempt, {self.retries} more where one ends early; each goes on from '
+            'the last checkpoint',
         ),
         *(
             ('upload', f'{u.local.name}, {u.bytes / 1e6:,.2f} MB, to {u.remote[:14]}…/{u.local.name}')
@@ -374,7 +381,8 @@ def facts(self: Request) -> list[tuple]:
         ),
         (
             'estimate',
-            f"{duration(e['seconds'])}, ${e['usd']:.2f}, at the list prices of {PRICES_DATE}; what it rests on stands below"
+            f"{duration(e['seconds'])}, ${e['usd']:.2f}, at the list prices of {PRICES_DATE}; what it rests on stands "
+            "below"
             if e
             else 'unknown',
         ),

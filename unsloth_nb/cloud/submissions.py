@@ -100,7 +100,8 @@ def _place(req, runs_dir):
         ) from None
     if f.exists():
         raise SpecError(
-            f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or make a new request for another run"
+            f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or "
+            "make a new request for another run"
         )
     return f
 
@@ -128,7 +129,8 @@ def _deployed(modal, req, say):
     except modal.exception.NotFoundError:
         if req.app != app_name():
             raise CloudError(
-                "the code here has changed since the request was made, and its app is not deployed; make the request again"
+                "the code here has changed since the request was made, and its app is not deployed; make the request "
+                "again"
             ) from None
         say(f'deploying {req.app}; a new image takes minutes, the first time …')
         deploy()

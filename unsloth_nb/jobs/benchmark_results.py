@@ -111,12 +111,14 @@ def facts(self: Benchmark) -> list[str]:
     j = self.job
     e = self.examples
     why = [
-        f"{m['name']}{', round ' + str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}"
+        f"{m['name']}{', round ' + str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: "
+        f"{m['status']}, {m['reason']}"
         for m in self.measurements
         if m['status'] != 'ok'
     ]
     return [
-        f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of {e['tokens'] / e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}",
+        f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of "
+        f"{e['tokens'] / e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}",
         *why,
     ]
 
@@ -222,7 +224,8 @@ def picture(self: Benchmark):
     buf = io.BytesIO()
     self.plot()[0].figure.savefig(buf, format='png', dpi=90)
     return HTML(
-        f'<img alt="tokens per second and peak memory of each configuration" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
+        '<img alt="tokens per second and peak memory of each configuration" '
+        f'src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
     )
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #32c24d77

@@ -641,7 +641,8 @@ def random_model(
     tok = AutoTokenizer.from_pretrained(source)
     if len(tok) > entries['vocab_size']:
         raise SpecError(
-            f"tokenizer: it has {len(tok):,} tokens, the shape {entries['vocab_size']:,}; give a folder with a smaller one"
+            f"tokenizer: it has {len(tok):,} tokens, the shape {entries['vocab_size']:,}; give a folder with a "
+            "smaller one"
         )
     special = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     config = AutoConfig.for_model(**entries | special)

@@ -81,7 +81,8 @@ def _attempts(run, name, show, retries, **watch):
 def _check_retries(job, retries):
     if retries and getattr(job, 'nodes', 1) > 1:
         raise SpecError(
-            'retries: where several machines train, the others end with an attempt, so the next one would wait for them in vain; set retries to 0, and go on with unsloth-nb run --resume RUN here and launch join RUN there'
+            'retries: where several machines train, the others end with an attempt, so the next one would wait for '
+            'them in vain; set retries to 0, and go on with unsloth-nb run --resume RUN here and launch join RUN there'
         )
 
 

@@ -349,7 +349,10 @@ def reason(
         return (
             'failed',
             sup.why
-            or 'the kernel died: it was killed, most often because memory ran out; see plan.json for what was predicted',
+            or (
+                'the kernel died: it was killed, most often because memory ran out; see plan.json for what was '
+                'predicted'
+            ),
             not told,
         )
     if isinstance(e, KeyboardInterrupt):

@@ -150,7 +150,8 @@ def board(self: SweepResult) -> Leaderboard:  # Raises RunError or SpecError whe
     side, _, score = self.sweep.objective.partition('.')
     if side not in ('tuned', 'base'):
         raise SpecError(
-            f"{self.sweep.objective} is one number a run, so it has no interval; repeat trials with other seeds to see how it varies"
+            f"{self.sweep.objective} is one number a run, so it has no interval; repeat trials with other seeds to "
+            "see how it varies"
         )
     top = self.ranking[:SHOWN]
     return compare_runs(
@@ -231,12 +232,18 @@ def _unfinished(self: SweepResult):
         yield (
             f"{len(failed)} of {len(states)} trials failed"
             + (f", all with {show_params(common)}" if common else '')
-            + f": {failed[0].reason.splitlines()[0][:160] if failed[0].reason else 'see their reports'}; once that is mended, repeat them with --retry-failed"
+            + (
+                f": {failed[0].reason.splitlines()[0][:160] if failed[0].reason else 'see their reports'}; once that "
+                "is mended, repeat them with --retry-failed"
+            )
         )
     if left:
         yield f"{left} trial{'s' * (left > 1)} not carried out yet: unsloth-nb sweep --resume {self.name}"
     if states.count('pruned') > len(states) / 2:
-        yield f"{states.count('pruned')} of {len(states)} trials were pruned; if good ones may be among them (slow starters, small learning rates), raise prune_after"
+        yield (
+            f"{states.count('pruned')} of {len(states)} trials were pruned; if good ones may be among them (slow "
+            "starters, small learning rates), raise prune_after"
+        )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #ff3a1fe3
 @patch
@@ -258,7 +265,10 @@ def _edges(self: SweepResult):
         beyond = v / 2 if near(low) else v * 2 if near(high) else v
         beyond = int(beyond) if is_whole(self.sweep, n) else beyond
         if beyond != v and self._accepts(n, beyond):
-            yield f"the best trial has {n}={show_value(v)}, at the edge of what was tried ({show_value(low)} to {show_value(high)}): try {n}={show_value(beyond)} too, and beyond"
+            yield (
+                f"the best trial has {n}={show_value(v)}, at the edge of what was tried ({show_value(low)} to "
+                f"{show_value(high)}): try {n}={show_value(beyond)} too, and beyond"
+            )
 
 
 @patch
@@ -282,7 +292,10 @@ def _undecided(self: SweepResult):
         yield why
     apart = [s for s in standings.values() if s.note.startswith('scored on other')]
     if apart:
-        yield f"{len(apart)} trial{'s' * (len(apart) > 1)} answered other held-out rows than the best one; name the rows for all by test_dataset"
+        yield (
+            f"{len(apart)} trial{'s' * (len(apart) > 1)} answered other held-out rows than the best one; name the "
+            "rows for all by test_dataset"
+        )
     few = caution(standings[best.number].estimate.n, confidence) if len(standings) > 1 else ''
     if 'too few' in few:
         yield f'whether trial {best.number} is better than others cannot be said: {few}'
@@ -293,11 +306,19 @@ def _undecided(self: SweepResult):
 
         cheap = min(ties, key=seconds)
         n = standings[best.number].estimate.n
-        yield f"trial {best.number} is not told apart from trial{'s' * (len(ties) > 1)} {', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
+        yield (
+            f"trial {best.number} is not told apart from trial{'s' * (len(ties) > 1)} "
+            f"{', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as "
+            "many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
+        )
         if seconds(cheap) < 0.8 * seconds(best):
             yield f"until then take the cheapest of them, trial {cheap.number} ({show_params(cheap.params)})"
     elif len(standings) > 1 and not apart:
-        yield f"trial {best.number} is told apart from the next {len(standings) - 1}; it was chosen on these rows, so expect a little less on new ones: score it once on rows that no trial has seen (unsloth-nb run evaluate -p run={best.run} -p dataset=…)"
+        yield (
+            f"trial {best.number} is told apart from the next {len(standings) - 1}; it was chosen on these rows, so "
+            "expect a little less on new ones: score it once on rows that no trial has seen (unsloth-nb run evaluate "
+            f"-p run={best.run} -p dataset=…)"
+        )
 
 
 @patch
@@ -314,7 +335,10 @@ def _falling(self: SweepResult):
     before = sum(loss[-2 * q : -q]) / q
     last = sum(loss[-q:]) / q
     if last < 0.95 * before:
-        yield f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): try more steps (max_steps)"
+        yield (
+            f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): "
+            "try more steps (max_steps)"
+        )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #91a932c7
 @patch
@@ -535,13 +559,15 @@ def comparison_cells(res: SweepResult) -> list:
     )
     return [
         md(
-            f'# Sweep {markdown_text(res.name)}\n\nAll trials, best first. Each is a run of its own beside this folder; `open_run(name)` opens one.'
+            f'# Sweep {markdown_text(res.name)}\n\nAll trials, best first. Each is a run of its own beside this '
+            'folder; `open_run(name)` opens one.'
         ),
         code("%matplotlib inline\nfrom unsloth_nb import open_sweep\nsweep = open_sweep('./')\nsweep"),
         md('## All trials at once\n\nA line a trial. Pruned trials are dashed, the best one is thick.'),
         code('sweep.plot();'),
         md(
-            '## How sure\n\nThe best trials on the same held-out rows. The intervals hold for all comparisons together; the best trial was chosen on these rows, so its score is a little too good.'
+            '## How sure\n\nThe best trials on the same held-out rows. The intervals hold for all comparisons '
+            'together; the best trial was chosen on these rows, so its score is a little too good.'
         ),
         *sure,
         md('## Which parameter matters\n\nEmpty with too few finished trials to say.'),

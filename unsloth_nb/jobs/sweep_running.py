@@ -87,7 +87,8 @@ def end_leftovers(
     while run.status == 'running':
         if time.time() > until:
             raise RunError(
-                f"{run.name} is still being written on {(read_json(run.path / 'heartbeat.json') or {}).get('host')}; two writers would mix their steps"
+                f"{run.name} is still being written on {(read_json(run.path / 'heartbeat.json') or {}).get('host')}; "
+                "two writers would mix their steps"
             )
         time.sleep(0.5)
 
@@ -288,12 +289,14 @@ def cluster_workers(
             ) from None
         if many := [a for a, n in client.nthreads().items() if n != 1]:
             raise SpecError(
-                f"scheduler: the worker {many[0]} has more than one thread, and trials in one process would mix; start workers with --nthreads 1"
+                f"scheduler: the worker {many[0]} has more than one thread, and trials in one process would mix; "
+                "start workers with --nthreads 1"
             )
         have = max(w['resources'].get('GPU', 0) for w in client.scheduler_info(n_workers=-1)['workers'].values())
         if have and have < gpus:
             raise SpecError(
-                f"scheduler: a trial takes {gpus} GPUs, and no worker has more than {have:g}; start workers with --resources GPU={gpus}"
+                f"scheduler: a trial takes {gpus} GPUs, and no worker has more than {have:g}; start workers with "
+                f"--resources GPU={gpus}"
             )
         client.gpus = gpus if have else 0
         yield client
@@ -390,7 +393,9 @@ def submit(self: Conductor, t: Trial):
     "Give a trial to whichever worker is free"
     run = self.res.run_of(t)
     self.say(
-        f"trial {t.number}: {show_params(t.params)}{'; goes on' if t.state != 'running' or (run.path / 'heartbeat.json').exists() else ''} ({t.run})"
+        f"trial {t.number}: "
+        f"{show_params(t.params)}{'; goes on' if t.state != 'running' or (run.path / 'heartbeat.json').exists() else ''} "
+        f"({t.run})"
     )
     t.state = 'running'
     t.reason = ''
@@ -432,7 +437,8 @@ def value_of(run: Run, objective: str) -> float:
     for part in objective.split('.'):
         if not isinstance(v, dict) or part not in v:
             raise RunError(
-                f"its result has no {objective}; {'.'.join(at) or 'it'} has: {', '.join(map(str, v)) if isinstance(v, dict) else v}"
+                f"its result has no {objective}; {'.'.join(at) or 'it'} has: "
+                f"{', '.join(map(str, v)) if isinstance(v, dict) else v}"
             )
         v, at = v[part], [*at, part]
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v):
@@ -559,7 +565,8 @@ def _conduct(res, parallel, scheduler, execute, show, retry_failed):
     parallel = read_parallel(parallel)
     if scheduler and parallel != 'auto':
         raise SpecError(
-            f"parallel: got {parallel}, and a scheduler, which does as many trials at once as it has workers; leave one of them out"
+            f"parallel: got {parallel}, and a scheduler, which does as many trials at once as it has workers; leave "
+            "one of them out"
         )
     if len(res.trials) == res.sweep.count() and not left_over(res, retry_failed):
         return _close(res, (lambda s: show and print(plain_text(s), flush=True)), **_before(res))

@@ -80,7 +80,8 @@ def _check_objective(job, objective):
     head, _, leaf = objective.partition('.')
     if not leaf:
         raise ValueError(
-            f"objective: got {objective!r}; expected a path in the result's metrics, as in tuned.loss or tuned.exact_match"
+            f"objective: got {objective!r}; expected a path in the result's metrics, as in tuned.loss or "
+            "tuned.exact_match"
         )
     if job != 'finetune':
         return
@@ -181,11 +182,14 @@ def _check_names(s):
         )
     if s.grid and s.method not in ('auto', 'grid') or s.search and s.method == 'grid':
         raise ValueError(
-            f"method: {s.method} does not go with {'grid' if s.grid else 'search'}; grid tries every combination of grid, random and tpe draw from search"
+            f"method: {s.method} does not go with {'grid' if s.grid else 'search'}; grid tries every combination of "
+            "grid, random and tpe draw from search"
         )
     if s.grid and s.trials is not None:
         raise ValueError(
-            f"trials: a grid has as many trials as combinations, {math.prod(len(v) for v in s.grid.values() if isinstance(v, list))} here; leave trials out, or use search"
+            "trials: a grid has as many trials as combinations, "
+            f"{math.prod(len(v) for v in s.grid.values() if isinstance(v, list))} here; leave trials out, or use "
+            "search"
         )
 
 
@@ -232,7 +236,8 @@ def _check_sweep(s):
     apart = sorted(set(s.grid or s.search) & _OTHER_LOSS)
     if apart:
         raise ValueError(
-            f"pruner: {s.pruner} compares training losses, and those of trials with different {', '.join(apart)} cannot be compared; leave the pruner out"
+            f"pruner: {s.pruner} compares training losses, and those of trials with different {', '.join(apart)} "
+            "cannot be compared; leave the pruner out"
         )
 
 # %% ../../nbs/jobs/sweeping.ipynb #badc26f7
@@ -421,7 +426,8 @@ def warnings(self: Sweep) -> list[str]:
     ]
     if self.job == 'finetune' and other and not ({'test_dataset'} & {*self.params} - {*self.names}):
         res.append(
-            f"trials that differ in {', '.join(other)} hold out other rows, and are not compared row by row; test_dataset names the same rows for all"
+            f"trials that differ in {', '.join(other)} hold out other rows, and are not compared row by row; "
+            "test_dataset names the same rows for all"
         )
     if self.objective.startswith('training.'):
         res.append(f'{self.objective} is measured in training, not on held-out rows')
@@ -460,7 +466,8 @@ def forecast(
         rows.append(dict(params=p, seconds=plan.seconds or None if plan else None, peak_bytes=plan.peak if plan else 0))
         if plan and plan.fits is False:
             raise SpecError(
-                f"trial {len(rows) - 1} ({show_params(p)}): {plan.peak / 2**30:.1f} GiB are needed, {usable(dev) / 2**30:.1f} GiB are there; {plan.mend}"
+                f"trial {len(rows) - 1} ({show_params(p)}): {plan.peak / 2**30:.1f} GiB are needed, "
+                f"{usable(dev) / 2**30:.1f} GiB are there; {plan.mend}"
             )
     places = slots(jobs, parallel, dev, max(r['peak_bytes'] for r in rows))
     return Forecast(s, rows, places, dev.name, dev.kind != 'cuda', s.warnings())
@@ -510,13 +517,15 @@ def slots(
             raise SpecError(f"devices: a trial asks for {each} GPUs, and there are {len(ids)}")
         if parallel != 'auto' and parallel > len(groups):
             raise SpecError(
-                f"parallel: {parallel} trials of {each} GPU{'s' * (each > 1)} at once, and there are {len(ids)}; at most {len(groups)}"
+                f"parallel: {parallel} trials of {each} GPU{'s' * (each > 1)} at once, and there are {len(ids)}; at "
+                f"most {len(groups)}"
             )
         return [dict(CUDA_VISIBLE_DEVICES=g) for g in groups[: None if parallel == 'auto' else parallel]]
     n = parallel if parallel != 'auto' else max(1, min(dev.cores // 2, usable(dev) // peak if peak else 1))
     if peak and n * peak > usable(dev):
         raise SpecError(
-            f"parallel: {n} trials of {peak / 2**30:.1f} GiB at once need more than the {usable(dev) / 2**30:.1f} GiB that are there"
+            f"parallel: {n} trials of {peak / 2**30:.1f} GiB at once need more than the {usable(dev) / 2**30:.1f} GiB "
+            "that are there"
         )
     return [
         dict(OMP_NUM_THREADS=str(max(1, dev.cores // n)), OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0')
@@ -537,7 +546,9 @@ def _lines(self: Forecast):
     s = self.seconds
     at_once = f"{n} trial{'s' * (n != 1)} on {self.device}, {self.parallel} at once"
     yield at_once + (
-        f'; training takes about {_duration(s)} in all, which is {s * (1 if self.shared else self.parallel) / 3600:.2g} device hours; loading, answering and saving come on top'
+        f'; training takes about {_duration(s)} in all, which is '
+        f'{s * (1 if self.shared else self.parallel) / 3600:.2g} device hours; loading, answering and saving come on '
+        'top'
         if s
         else '; the time is not known beforehand'
     )

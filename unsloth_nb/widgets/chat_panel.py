@@ -92,9 +92,16 @@ def _turn(question, answers, note=''):
     text = 'white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5'
 
     def cell(k, s):
-        return f'<div style="flex:1 1 16em;min-width:0"><b>{html_text(k)}</b><div style="{text}">{html_text(s)}</div></div>'
+        return (
+            f'<div style="flex:1 1 16em;min-width:0"><b>{html_text(k)}</b><div '
+            f'style="{text}">{html_text(s)}</div></div>'
+        )
 
-    return f'<div style="margin:.6em 0"><div style="{text};border-left:4px solid var(--jp-border-color1, #888);padding-left:.6em"><b>{html_text(question)}</b></div><div style="display:flex;flex-wrap:wrap;gap:.4em 1.6em;margin-top:.3em">{"".join(cell(k, s) for k, s in answers.items())}</div>{f"<i>{html_text(note)}</i>" if note else ""}</div>'
+    return (
+        f'<div style="margin:.6em 0"><div style="{text};border-left:4px solid var(--jp-border-color1, '
+        f'#888);padding-left:.6em"><b>{html_text(question)}</b></div><div style="display:flex;flex-wrap:wrap;gap:.4em '
+        f'1.6em;margin-top:.3em">{"".join(cell(k, s) for k, s in answers.items())}</div>{f"<i>{html_text(note)}</i>" if note else ""}</div>'
+    )
 
 # %% ../../nbs/widgets/chat_panel.ipynb #0e5e5c1c
 @patch
@@ -267,7 +274,10 @@ def _reset(self: ChatPanel):
 @patch
 def _save(self: ChatPanel):
     save_case(self.chat, self.file.value.strip(), self.expected.value.strip() or None)
-    return f'saved to {self.file.value.strip()}; score runs on it with: unsloth-nb run evaluate -p dataset={self.file.value.strip()}'
+    return (
+        f'saved to {self.file.value.strip()}; score runs on it with: unsloth-nb run evaluate -p '
+        f'dataset={self.file.value.strip()}'
+    )
 
 # %% ../../nbs/widgets/chat_panel.ipynb #b56ce34f
 @patch

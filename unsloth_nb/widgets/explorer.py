@@ -175,7 +175,8 @@ def _matcher(search, regex):
             return pattern.search(text, timeout=max(end - time.monotonic(), 1e-3)) is not None
         except TimeoutError:
             raise SpecError(
-                f"search: the pattern {search[:60]!r} takes more than {SECONDS:g} s on these rows; write it without nested repetitions, or filter more rows out first"
+                f"search: the pattern {search[:60]!r} takes more than {SECONDS:g} s on these rows; write it without "
+                "nested repetitions, or filter more rows out first"
             ) from None
 
     return found
@@ -205,7 +206,8 @@ def rows(
     ):
         if v not in known:
             raise SpecError(
-                f"{name}: there is no {v!r}{nearest(str(v), [k for k in known if k])}; there is {', '.join(k for k in known if k)}"
+                f"{name}: there is no {v!r}{nearest(str(v), [k for k in known if k])}; there is "
+                f"{', '.join(k for k in known if k)}"
             )
     if unit == 'tokens' and self.tokens is None:
         self.tokenize()
@@ -277,7 +279,10 @@ SHOWN = dict(characters=4000, tokens=1500)  # Of a row, on the screen
 
 def _turn_html(role, text):
     more = f' … ({len(text) - SHOWN["characters"]:,} characters more)' if len(text) > SHOWN['characters'] else ''
-    return f'<div style="margin:.4em 0"><b>{html_text(role)}</b><div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5">{html_text(text[: SHOWN["characters"]])}{more}</div></div>'
+    return (
+        f'<div style="margin:.4em 0"><b>{html_text(role)}</b><div '
+        f'style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5">{html_text(text[: SHOWN["characters"]])}{more}</div></div>'
+    )
 
 
 @patch
@@ -366,7 +371,10 @@ def books(self: DataExplorer) -> str:  # HTML
 @patch
 def _repr_html_(self: DataExplorer):
     lines = ''.join(f'<li>{html_text(r.line())}</li>' for r in self.rows()[:10])
-    return f'<div><b>{html_text(self.data.source)}</b>: {count_rows(self.size)}, {self._flagged()}</div><ul>{lines}</ul>{self.books()}{self.lengths()}'
+    return (
+        f'<div><b>{html_text(self.data.source)}</b>: {count_rows(self.size)}, '
+        f'{self._flagged()}</div><ul>{lines}</ul>{self.books()}{self.lengths()}'
+    )
 
 
 @patch

@@ -120,15 +120,22 @@ def memory_bar(plan: Plan) -> str:  # HTML; empty where the memory is not known
         for (k, v), c in zip(parts, _COLOURS)
     )
     mark = (
-        f'<span style="position:absolute;left:{100 * free / top:.2f}%;top:-3px;bottom:-3px;border-left:3px solid #e5484d"></span>'
+        f'<span style="position:absolute;left:{100 * free / top:.2f}%;top:-3px;bottom:-3px;border-left:3px solid '
+        '#e5484d"></span>'
         if plan.peak > free
         else ''
     )
     key = ''.join(
-        f'<span style="display:inline-block;margin-right:1em"><span style="display:inline-block;width:.7em;height:.7em;background:{c}"></span> {html_text(k)} {v / _GIB:.2f}</span>'
+        '<span style="display:inline-block;margin-right:1em"><span '
+        f'style="display:inline-block;width:.7em;height:.7em;background:{c}"></span> {html_text(k)} '
+        f'{v / _GIB:.2f}</span>'
         for (k, v), c in zip(parts, _COLOURS)
     )
-    return f'<div role="img" aria-label="predicted memory: {said}" style="position:relative;height:16px;border:1px solid;white-space:nowrap;line-height:0;margin:4px 0">{bar}{mark}</div><div style="font-size:.9em">{key}</div>'
+    return (
+        f'<div role="img" aria-label="predicted memory: {said}" style="position:relative;height:16px;border:1px '
+        f'solid;white-space:nowrap;line-height:0;margin:4px 0">{bar}{mark}</div><div '
+        f'style="font-size:.9em">{key}</div>'
+    )
 
 # %% ../../nbs/widgets/forms.ipynb #08a95337
 def plan_html(plan: Plan) -> str:
@@ -142,7 +149,10 @@ def plan_html(plan: Plan) -> str:
         for r in plan._rows()
     )
     facts = [f for f in plan._facts() if not f.startswith('By part')]
-    return f"{memory_bar(plan)}{''.join(f'<div style=margin-top:4px>{plain(f)}</div>' for f in facts)}<details><summary>What the plan decides, and why</summary><table>{rows}</table></details>"
+    return (
+        f"{memory_bar(plan)}{''.join(f'<div style=margin-top:4px>{plain(f)}</div>' for f in facts)}<details><summary>What "
+        f"the plan decides, and why</summary><table>{rows}</table></details>"
+    )
 
 # %% ../../nbs/widgets/forms.ipynb #a581c1c2
 _READ = 64e6  # [bytes] that are read while somebody types
@@ -216,7 +226,10 @@ def _note(r, problem=''):
         f"{r['expects']}{', in ' + r['unit'] if r['unit'] else ''}; default {value_text(r['default']) or 'none'}"
     )
     wrong = message(problem, error=True) if problem else ''
-    return f"<div style='line-height:1.35;margin:2px 0 6px'>{html_text(r['help'])}<div style='font-size:.88em;opacity:.8'>{takes}</div>{wrong}</div>"
+    return (
+        f"<div style='line-height:1.35;margin:2px 0 6px'>{html_text(r['help'])}<div "
+        f"style='font-size:.88em;opacity:.8'>{takes}</div>{wrong}</div>"
+    )
 
 # %% ../../nbs/widgets/forms.ipynb #3d5b92ba
 class JobForm(Panel):
@@ -349,7 +362,13 @@ def _typed(self: JobForm, change=None):
 def _copyable(title, text):
     "Text in a box, from which Ctrl+A and Ctrl+C copy it"
     rows = min(14, text.count('\n') + 1 + (len(text) > 90) * (len(text) // 60))
-    return f'<div style="line-height:1.6;margin-top:6px"><b>{title}</b></div><textarea aria-label="{title}" rows="{rows}" spellcheck="false" style="width:100%;box-sizing:border-box;font-family:var(--jp-code-font-family, monospace);font-size:.9em;color:inherit;background:transparent;border:1px solid;padding:4px">{html_text(text)}</textarea>'
+    return (
+        f'<div style="line-height:1.6;margin-top:6px"><b>{title}</b></div><textarea aria-label="{title}" '
+        f'rows="{rows}" spellcheck="false" '
+        'style="width:100%;box-sizing:border-box;font-family:var(--jp-code-font-family, '
+        'monospace);font-size:.9em;color:inherit;background:transparent;border:1px '
+        f'solid;padding:4px">{html_text(text)}</textarea>'
+    )
 
 # %% ../../nbs/widgets/forms.ipynb #b0c48e5c
 @patch
@@ -376,7 +395,10 @@ def _make_plan(self: JobForm):
 
 
 def _advice(f):
-    return f'<div style="margin-top:4px"><b>{html_text(f.severity)}</b>, {html_text(f.parameter)}: {html_text(f.message)}; {html_text(f.mend)}</div>'
+    return (
+        f'<div style="margin-top:4px"><b>{html_text(f.severity)}</b>, {html_text(f.parameter)}: '
+        f'{html_text(f.message)}; {html_text(f.mend)}</div>'
+    )
 
 
 @patch

@@ -141,7 +141,10 @@ def run_html(run: Run) -> str:
     m = (run.result or {}).get('metrics') or {}
     sides = [k for k in ('base', 'tuned') if isinstance(m.get(k), dict)]
     rows = [(n, *(_num(m[k].get(n)) for k in sides)) for n in dict.fromkeys(n for k in sides for n in m[k])]
-    return f"<div><b>{html_text(run.name)}</b>: {html_text(run.status)}{html_text(', ' + r['reason'] if r.get('reason') else '')}</div>{_table([('metric', *sides), *rows]) if rows else ''}"
+    return (
+        f"<div><b>{html_text(run.name)}</b>: "
+        f"{html_text(run.status)}{html_text(', ' + r['reason'] if r.get('reason') else '')}</div>{_table([('metric', *sides), *rows]) if rows else ''}"
+    )
 
 
 def diff_html(diff: RunDiff) -> str:
@@ -360,9 +363,9 @@ def _follow(self: RunBrowser, command):
     "Show what a command prints until it ends"
     while True:
         code = command.code
-        text = (
-            message(f"{command!r}", error=bool(code))
-            + f'<pre style="line-height:1.3;white-space:pre-wrap;overflow-wrap:anywhere">{html_text(command.tail())}</pre>'
+        text = message(f"{command!r}", error=bool(code)) + (
+            '<pre '
+            f'style="line-height:1.3;white-space:pre-wrap;overflow-wrap:anywhere">{html_text(command.tail())}</pre>'
         )
         if self.news.value != text:
             self.news.value = text
