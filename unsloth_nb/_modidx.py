@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.Job.auto_fields': ( 'core/schema.html#job.auto_fields',
                                                                                     'unsloth_nb/core/schema.py'),
+                                        'unsloth_nb.core.schema.Job.changed': ('core/schema.html#job.changed', 'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.Job.from_notebook': ( 'core/schema.html#job.from_notebook',
                                                                                       'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.Job.replace': ('core/schema.html#job.replace', 'unsloth_nb/core/schema.py'),
