@@ -220,15 +220,15 @@ def test_outcome(tmp_path, code, late, status, word):
 def test_out_of_memory():
     "Memory that ran out is told from other failures"
     import torch
-    from unsloth_nb.jobs.benchmarking import failure
+    from unsloth_nb.jobs.benchmarking import failure_row
 
     for e in (
         torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
         MemoryError(),
         RuntimeError('CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate'),
     ):
-        assert failure(e)['status'] == 'out_of_memory'
-    assert failure(RuntimeError('mat1 and mat2 shapes')) == dict(
+        assert failure_row(e)['status'] == 'out_of_memory'
+    assert failure_row(RuntimeError('mat1 and mat2 shapes')) == dict(
         status='failed', reason='RuntimeError: mat1 and mat2 shapes'
     )
 

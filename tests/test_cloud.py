@@ -20,7 +20,7 @@ pytest.importorskip('modal')
 from modal_server import TOKEN_ID, TOKEN_SECRET, ModalServer
 from unsloth_nb.runs.checkpoints import CheckpointError, check_whole
 from unsloth_nb.cloud import remote
-from unsloth_nb.cloud.modal_request import HOME, CloudError, ask, lock_file, uploads_of
+from unsloth_nb.cloud.modal_request import HOME, CloudError, lock_file, request_job, uploads_of
 from unsloth_nb.runs.run import Run, RunError, open_run, record_job, write_json
 from unsloth_nb.core.schema import SpecError
 from unsloth_nb.core.spec import JOBS, FinetuneJob
@@ -72,7 +72,9 @@ def sent(server, here, rows):
     from unsloth_nb.cloud.submissions import submit
 
     said = []
-    sub = submit(ask(dataset=str(rows), gpu='T4', secrets=['huggingface'], timeout=3600, **TINY), here, said.append)
+    sub = submit(
+        request_job(dataset=str(rows), gpu='T4', secrets=['huggingface'], timeout=3600, **TINY), here, said.append
+    )
     call = server.calls[sub.call]
     done = server.volume.committed / 'runs' / sub.run_name / 'checkpoints'
     until(lambda: call.result or [*done.glob('step-*')])
@@ -191,7 +193,7 @@ def test_evaluated_and_exported_over_there(server, sent, here):
 
     status(sent[0].run_name, here, timeout=400)
     asks = [
-        ask(
+        request_job(
             'evaluate',
             gpu='L4',
             run=sent[0].run_name,
@@ -200,7 +202,7 @@ def test_evaluated_and_exported_over_there(server, sent, here):
             max_new_tokens=8,
             compare_base=False,
         ),
-        ask('export', gpu='L4', run=sent[0].run_name, to='adapter', check_rows=1),
+        request_job('export', gpu='L4', run=sent[0].run_name, to='adapter', check_rows=1),
     ]
     runs = gather([submit(a, here) for a in asks], here, 400)
     for a, run in zip(asks, runs.values()):
@@ -231,7 +233,7 @@ def test_a_server_is_an_app_of_its_own_that_asks_for_a_token(server):
 def test_a_job_that_was_stopped_is_over(server, tmp_path):
     from unsloth_nb.cloud.submissions import cancel, find_submission, status, submit
 
-    sub = submit(ask(gpu='T4', max_steps=2), tmp_path, lambda _: None)
+    sub = submit(request_job(gpu='T4', max_steps=2), tmp_path, lambda _: None)
     until(lambda: server.calls[sub.call].process)
     assert status(sub.run_name, tmp_path).state == 'running'
     assert cancel('latest', tmp_path) == sub == find_submission('latest', tmp_path)
@@ -241,14 +243,14 @@ def test_a_job_that_was_stopped_is_over(server, tmp_path):
 def test_a_request_is_sent_once_and_with_a_place_for_its_record(server, tmp_path):
     from unsloth_nb.cloud.submissions import cancel, submit
 
-    req = ask(gpu='T4', max_steps=2)
+    req = request_job(gpu='T4', max_steps=2)
     submit(req, tmp_path, lambda _: None)
     n = len(server.calls)
     with pytest.raises(SpecError, match='submitted already'):
         submit(req, tmp_path, lambda _: None)
     (tmp_path / 'file').touch()
     with pytest.raises(SpecError, match='runs_dir: .*file.* cannot be written'):
-        submit(ask(gpu='T4', max_steps=2), tmp_path / 'file', lambda _: None)
+        submit(request_job(gpu='T4', max_steps=2), tmp_path / 'file', lambda _: None)
     assert len(server.calls) == n
     until(lambda: server.calls[f'fc-{n}'].process)
     cancel(req.run_name, tmp_path)
@@ -257,7 +259,7 @@ def test_a_request_is_sent_once_and_with_a_place_for_its_record(server, tmp_path
 def test_what_is_refused_over_there_is_not_tried_again(server, tmp_path):
     from unsloth_nb.cloud.submissions import fetch, status, submit
 
-    sub = submit(replace(ask(gpu='T4', max_steps=2), params=dict(max_step=2)), tmp_path, lambda _: None)
+    sub = submit(replace(request_job(gpu='T4', max_steps=2), params=dict(max_step=2)), tmp_path, lambda _: None)
     now = status(sub.run_name, tmp_path, timeout=120)
     assert (now.state, server.calls[sub.call].attempts) == ('failed', 1) and "did you mean 'max_steps'" in now.reason
     with pytest.raises(CloudError, match="left nothing on the disk: .*did you mean 'max_steps'"):
@@ -305,10 +307,10 @@ def test_a_mistyped_file_is_not_taken_for_the_hub_s(rows, monkeypatch):
     here = rows.parent.name
     for k in ('dataset', 'test_dataset'):
         with pytest.raises(SpecError, match="did you mean 'rows.jsonl'"):
-            ask(**{k: f'{here}/rowz.jsonl'})
+            request_job(**{k: f'{here}/rowz.jsonl'})
     with pytest.raises(SpecError, match='task_dir: there is no folder'):
-        ask('evaluate', gpu='L4', run='x', tasks=['t'], task_dir=f'{here}/tasks')
-    assert ask(dataset='yahma/alpaca-cleaned').params['dataset'] == 'yahma/alpaca-cleaned'
+        request_job('evaluate', gpu='L4', run='x', tasks=['t'], task_dir=f'{here}/tasks')
+    assert request_job(dataset='yahma/alpaca-cleaned').params['dataset'] == 'yahma/alpaca-cleaned'
 
 
 def test_a_link_keeps_its_name(rows, tmp_path):
@@ -327,16 +329,16 @@ def test_as_many_cards_as_there_are():
         devices='auto',
     )
     with pytest.raises(SpecError, match='devices: 16; one machine has 8'):
-        ask(devices=16)
+        request_job(devices=16)
     with pytest.raises(SpecError, match='expected a card and a count'):
-        ask(gpu='H100:0')
-    req = ask(gpu='H100', **big)
+        request_job(gpu='H100:0')
+    req = request_job(gpu='H100', **big)
     assert (
         req.gpu == next(o.gpu for o in req.offers.offers if o.card == 'H100') == f"H100:{req.params['devices']}"
         and req.params['devices'] > 1
     )
     with pytest.raises(SpecError, match='does not fit on T4, T4:2, T4:4'):
-        ask(gpu='T4', **big)
+        request_job(gpu='T4', **big)
 
 
 def test_the_stand_in_shows_no_half_commit(tmp_path, monkeypatch):
@@ -360,7 +362,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'modal', None)
     with pytest.raises(CloudError, match=r'unsloth_nb\[cloud\]'):
         make_app()
-    assert 'uv_pip_install' in str(ask(max_steps=2))  # What would be asked is known without it
+    assert 'uv_pip_install' in str(request_job(max_steps=2))  # What would be asked is known without it
 
 
 def test_a_missing_secret_is_told_before_anything_is_uploaded(server, here, rows):
@@ -368,12 +370,12 @@ def test_a_missing_secret_is_told_before_anything_is_uploaded(server, here, rows
 
     before = len(server.asked('VolumePutFiles'))
     with pytest.raises(CloudError, match="no secret 'wandb'"):
-        submit(ask(dataset=str(rows), secrets=['wandb'], **TINY), here)
+        submit(request_job(dataset=str(rows), secrets=['wandb'], **TINY), here)
     assert len(server.asked('VolumePutFiles')) == before
 
 
 def test_without_a_token_nothing_is_sent(tmp_path):
-    code = "from unsloth_nb.cloud.modal_request import ask; from unsloth_nb.cloud.submissions import submit; submit(ask(max_steps=2))"
+    code = "from unsloth_nb.cloud.modal_request import request_job; from unsloth_nb.cloud.submissions import submit; submit(request_job(max_steps=2))"
     env = {**os.environ, 'MODAL_CONFIG_PATH': str(tmp_path / 'none.toml'), 'MODAL_SERVER_URL': 'http://127.0.0.1:9'}
     for k in ('MODAL_TOKEN_ID', 'MODAL_TOKEN_SECRET'):
         env.pop(k, None)

@@ -289,7 +289,7 @@ def test_values(canary, tmp_path, value, way):
     assert job.revision == v
     stand_in(tmp_path / 'jobs')
     nb = parameterize_notebook(
-        papermill.iorw.load_notebook_node(str(tmp_path / 'jobs' / 'finetune.ipynb')), supervising._changed(job)
+        papermill.iorw.load_notebook_node(str(tmp_path / 'jobs' / 'finetune.ipynb')), job.changed()
     )
     cell = next(c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', []))
     ns = {}

@@ -60,7 +60,7 @@ _homes = {
     'jobs.sweep_report': 'SweepResult open_sweep',
     'jobs.sweep_running': 'resume_sweep run_sweep',
     'cloud.remote': 'run_remote',
-    'cloud.modal_request': 'CloudError ask',
+    'cloud.modal_request': 'CloudError request_job',
     'cloud.submissions': 'fetch gather submit submit_many',
 }
 _home = {name: module for module, names in _homes.items() for name in names.split()}

@@ -16,13 +16,22 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 
 from ..runs.checkpoints import MANIFEST, CheckpointError, check_whole
-from .modal_request import GRACE, CloudError, Request, app_name, ask, make_app, modal_client, server_app
+from unsloth_nb.cloud.modal_request import (
+    GRACE,
+    CloudError,
+    Request,
+    app_name,
+    request_job,
+    make_app,
+    modal_client,
+    server_app,
+)
 from ..core.escaping import markdown_code, mask_secrets, plain_text
 from ..core.settings import settings
-from ..planning.prices import duration
 from .remote import VOLUME
 from ..runs.run import Run, read_json, read_lines, sha256, write_json
 from ..core.schema import SpecError, nearest
+from ..core.show import duration
 
 # %% ../../nbs/cloud/submissions.ipynb #bc77a4d8
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def find_submission(
     raise SpecError(f"run: {ref!r} was not submitted from here{nearest(ref, [s.run_name for s in have][-10:])}")
 
 # %% ../../nbs/cloud/submissions.ipynb #5732da4f
-def _place(req, runs_dir):
+def _record_path(req, runs_dir):
     "Where a request's record goes; raises `SpecError` where it cannot be written, or is there already"
     f = _records(runs_dir) / f'{req.run_name}.json'
     try:
@@ -100,7 +109,8 @@ def _place(req, runs_dir):
         ) from None
     if f.exists():
         raise SpecError(
-            f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or make a new request for another run"
+            f"run: {req.run_name} was submitted already; watch it with: unsloth-nb modal status {req.run_name}, or "
+            "make a new request for another run"
         )
     return f
 
@@ -128,7 +138,8 @@ def _deployed(modal, req, say):
     except modal.exception.NotFoundError:
         if req.app != app_name():
             raise CloudError(
-                "the code here has changed since the request was made, and its app is not deployed; make the request again"
+                "the code here has changed since the request was made, and its app is not deployed; make the request "
+                "again"
             ) from None
         say(f'deploying {req.app}; a new image takes minutes, the first time …')
         deploy()
@@ -141,22 +152,27 @@ def deploy() -> str:  # The app's name
         return make_app().deploy().name
 
 # %% ../../nbs/cloud/submissions.ipynb #cd681695
+def _find_secret(modal, name):
+    "A secret by its name, which is there"
+    secret = modal.Secret.from_name(name)
+    try:
+        secret.hydrate()
+    except modal.exception.NotFoundError:
+        raise CloudError(
+            f"your Modal workspace has no secret {name!r}; make it with: modal secret create {name} HF_TOKEN=…"
+        ) from None
+    return secret
+
+# %% ../../nbs/cloud/submissions.ipynb #036b89b8
 def submit(
-    req: Request,  # From `ask`
+    req: Request,  # From `request_job`
     runs_dir=None,  # Where its record is kept, and the run will come back to
     say=print,  # Called with a line about what is being done
 ) -> Submission:
     "Send a job to Modal; returns when it has been accepted, not when it is done"
-    record = _place(req, runs_dir)
+    record = _record_path(req, runs_dir)
     with modal_client() as modal:
-        secrets = [modal.Secret.from_name(n) for n in req.secrets]
-        for n, s in zip(req.secrets, secrets):
-            try:
-                s.hydrate()
-            except modal.exception.NotFoundError:
-                raise CloudError(
-                    f"your Modal workspace has no secret {n!r}; make it with: modal secret create {n} HF_TOKEN=…"
-                ) from None
+        secrets = [_find_secret(modal, n) for n in req.secrets]
         volume = modal.Volume.from_name(VOLUME, create_if_missing=True)
         for u in req.uploads:
             _put(volume, u, say)
@@ -171,17 +187,17 @@ def submit(
         )
         call = f.spawn(run_name=req.run_name, seconds=req.timeout - GRACE, **req.params)
     sub = Submission(
-        req.run_name,
-        call.object_id,
-        req.app,
-        req.kind,
-        req.params,
-        req.gpu,
-        req.timeout,
-        req.retries,
-        list(req.secrets),
-        req.estimate,
-        datetime.now().astimezone().isoformat(),
+        run_name=req.run_name,
+        call=call.object_id,
+        app=req.app,
+        kind=req.kind,
+        params=req.params,
+        gpu=req.gpu,
+        timeout=req.timeout,
+        retries=req.retries,
+        secrets=list(req.secrets),
+        estimate=req.estimate,
+        submitted=datetime.now().astimezone().isoformat(),
     )
     write_json(record, asdict(sub))
     return sub
@@ -192,10 +208,10 @@ def submit_many(
     kind: str = 'finetune',  # Job
     runs_dir=None,  # As in `submit`
     say=print,  # As in `submit`
-    **how,  # As for `ask`: preset, gpu, secrets, timeout, retries
+    **how,  # As for `request_job`: preset, gpu, secrets, timeout, retries
 ) -> list[Submission]:
     "Send several jobs, each to a machine of its own"
-    return [submit(r, runs_dir, say) for r in [ask(kind, **how, **t) for t in trials]]
+    return [submit(r, runs_dir, say) for r in [request_job(kind, **how, **t) for t in trials]]
 
 # %% ../../nbs/cloud/submissions.ipynb #c1d9ce1e
 @dataclass(frozen=True)
@@ -225,7 +241,7 @@ class CallStatus:
     def _repr_markdown_(self):
         return markdown_code(str(self))
 
-
+# %% ../../nbs/cloud/submissions.ipynb #153be5d2
 def _state(modal, sub, timeout):
     "State and reason, as Modal has them"
     from grpclib import GRPCError

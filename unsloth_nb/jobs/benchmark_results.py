@@ -6,12 +6,12 @@
 __all__ = ['Benchmark', 'bars']
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #43df6ce8
-import base64
-import io
 from dataclasses import asdict, dataclass
 from fastcore.basics import patch
 
 from ..core.escaping import markdown_text, plain_text
+from ..core.show import GIB, gib, markdown_table, text_table
+from ..core.show import picture as show_picture
 from ..runs.run import read_json
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #29607bc2
@@ -61,15 +61,12 @@ class Benchmark:
         }
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #673f42f3
-_GIB = 2**30
-
-
 @patch
 def _cells(self: Benchmark):
     "Header, then one list of texts a configuration"
 
-    def gib(v):
-        return f'{v / _GIB:.2f}' if v else ''
+    def peak(v):
+        return gib(v, 2) if v else ''
 
     ref = self.reference
     yield [
@@ -86,7 +83,7 @@ def _cells(self: Benchmark):
     ]
     for r in self.rows:
         if r['status'] != 'ok':
-            yield [r['name'], r['status'], '', '', '', '', gib(r.get('predicted_peak_bytes')), '', '', '']
+            yield [r['name'], r['status'], '', '', '', '', peak(r.get('predicted_peak_bytes')), '', '', '']
             continue
         spread = f" ({r['slowest']:,.0f} to {r['fastest']:,.0f})" if r['slowest'] != r['fastest'] else ''
         speed = r.get('predicted_tokens_per_second')
@@ -96,8 +93,8 @@ def _cells(self: Benchmark):
             f"{r['tokens_per_second'] / ref['tokens_per_second']:.2f} x",
             f"{r['step_seconds']:.3f}",
             f"{r['tokens_per_step']:,.0f}",
-            gib(r['peak_bytes']),
-            gib(r.get('predicted_peak_bytes')),
+            peak(r['peak_bytes']),
+            peak(r.get('predicted_peak_bytes')),
             f'{speed:,.0f}' if speed else '',
             f"{r['load_seconds']:.1f}",
             f"{r['first_step_seconds']:.1f}",
@@ -111,50 +108,30 @@ def facts(self: Benchmark) -> list[str]:
     j = self.job
     e = self.examples
     why = [
-        f"{m['name']}{', round ' + str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: {m['status']}, {m['reason']}"
+        f"{m['name']}{', round ' + str(m['round']) if j['repeats'] > 1 and m['status'] != 'skipped' else ''}: "
+        f"{m['status']}, {m['reason']}"
         for m in self.measurements
         if m['status'] != 'ok'
     ]
     return [
-        f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of {e['tokens'] / e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}",
+        f"{d['name']}, {self.date}; {j['model']}, {j['dataset']}: {e['examples']:,} examples of "
+        f"{e['tokens'] / e['examples']:,.0f} tokens on average; {j['steps']} steps timed after {j['warmup']}",
         *why,
     ]
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #15cd3914
 @patch
 def _repr_markdown_(self: Benchmark):
-    head, *body = self._cells()
-
-    def line(c):
-        return f"| {' | '.join(c)} |"
-
-    return '\n'.join(
-        [
-            line(head),
-            line(['---', *['---:'] * (len(head) - 1)]),
-            *(line(map(markdown_text, r)) for r in body),
-            '',
-            *(f'- {markdown_text(f)}' for f in self.facts()),
-        ]
-    )
+    rows = [*self._cells()]
+    facts = '\n'.join(f'- {markdown_text(f)}' for f in self.facts())
+    return f'{markdown_table(rows, right=range(1, len(rows[0])))}\n\n{facts}'
 
 
 @patch
 def __repr__(self: Benchmark):
-    rows = list(self._cells())
-    w = [max(map(len, c)) for c in zip(*rows)]
-    return plain_text(
-        '\n'.join(
-            [
-                *(
-                    '  '.join(c.rjust(k) if i else c.ljust(k) for i, (c, k) in enumerate(zip(r, w))).rstrip()
-                    for r in rows
-                ),
-                '',
-                *self.facts(),
-            ]
-        )
-    )
+    rows = [*self._cells()]
+    facts = plain_text('\n'.join(self.facts()))
+    return f'{text_table(rows, right=range(1, len(rows[0])))}\n\n{facts}'
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #128153e4
 @patch
@@ -176,16 +153,16 @@ def losses(self: Benchmark):
     def cell(r, i):
         return f"{r['losses'][i]:.4f} ({r['grad_norms'][i]:.3f})"
 
-    out = [
+    steps = range(len(rows[0]['losses']) if rows else 0)
+    table = [
         ['step', *(r['name'] for r in rows)],
-        ['---', *['---:'] * len(rows)],
-        *([str(i + 1), *(cell(r, i) for r in rows)] for i in range(len(rows[0]['losses']) if rows else 0)),
+        *([str(i + 1), *(cell(r, i) for r in rows)] for i in steps),
         [
             f"largest difference from {self.reference['name'] if rows else ''}",
             *(f"{diff[r['name']]:.4f}" if r['name'] in diff else 'other rows' for r in rows),
         ],
     ]
-    return Markdown('\n'.join(f"| {' | '.join(r)} |" for r in out))
+    return Markdown(markdown_table(table, right=range(1, len(rows) + 1)))
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #f9516328
 @patch
@@ -194,13 +171,10 @@ def plot(self: Benchmark, axes=None):
     from matplotlib.figure import Figure
 
     rows = [r for r in self.rows if r['status'] == 'ok']
-    axes = (
-        Figure(figsize=(8, 0.9 + 0.35 * len(rows)), layout='tight').subplots(1, 2, sharey=True)
-        if axes is None
-        else axes
-    )
+    if axes is None:
+        axes = Figure(figsize=(8, 0.9 + 0.35 * len(rows)), layout='tight').subplots(1, 2, sharey=True)
     for ax, key, scale, label in zip(
-        axes, ('tokens_per_second', 'peak_bytes'), (1, _GIB), ('tokens per second', 'peak memory [GiB]')
+        axes, ('tokens_per_second', 'peak_bytes'), (1, GIB), ('tokens per second', 'peak memory [GiB]')
     ):
         ax.barh([r['name'] for r in rows], [r[key] / scale for r in rows])
         for i, r in enumerate(rows):
@@ -213,17 +187,13 @@ def plot(self: Benchmark, axes=None):
         axes[1].legend(named.values(), named)
     return axes
 
-
+# %% ../../nbs/jobs/benchmark_results.ipynb #43594fa0
 @patch
 def picture(self: Benchmark):
     "The plot as an image"
     from IPython.display import HTML
 
-    buf = io.BytesIO()
-    self.plot()[0].figure.savefig(buf, format='png', dpi=90)
-    return HTML(
-        f'<img alt="tokens per second and peak memory of each configuration" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
-    )
+    return HTML(show_picture(self.plot()[0].figure, 'tokens per second and peak memory of each configuration'))
 
 # %% ../../nbs/jobs/benchmark_results.ipynb #32c24d77
 def bars(

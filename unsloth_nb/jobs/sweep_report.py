@@ -16,9 +16,10 @@ from fastcore.basics import patch
 from ..core.escaping import markdown_text, plain_text
 from ..evaluation.leaderboard import Leaderboard, compare_runs
 from ..core.settings import settings
-from ..runs.run import Run, RunError, _num, read_json, read_lines
+from ..runs.run import Run, RunError, read_json, read_lines
 from ..core.schema import SpecError, nearest
-from ..evaluation.significance import caution, interval, number
+from ..core.show import markdown_table, number, text_table
+from ..evaluation.significance import caution, interval
 from .supervising import write_notebook
 from unsloth_nb.jobs.sweeping import (
     Range,
@@ -26,11 +27,9 @@ from unsloth_nb.jobs.sweeping import (
     distributions,
     is_whole,
     key_of,
-    markdown_table,
     need,
     show_params,
     show_value,
-    text_table,
 )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #544f8e0d
@@ -96,6 +95,9 @@ class SweepResult:
     def run_of(self, t: Trial) -> Run:
         return Run(self.runs_dir / Path(t.run).name)
 
+    def seconds_of(self, t: Trial) -> float:  # [s] of all stages of its run
+        return sum(self.run_of(t).seconds().values())
+
 # %% ../../nbs/jobs/sweep_report.ipynb #ad32e2cc
 @patch(as_prop=True)
 def ranking(self: SweepResult) -> list[Trial]:
@@ -140,8 +142,8 @@ def open_sweep(
     return SweepResult(found[hits[0]])
 
 # %% ../../nbs/jobs/sweep_report.ipynb #73e67f3c
-TOGETHER = 0.95
-SHOWN = 10  # Confidence of all comparisons together; how many trials are compared
+TOGETHER = 0.95  # Confidence of all comparisons together
+SHOWN = 10  # Trials that are compared
 
 
 @patch
@@ -150,7 +152,8 @@ def board(self: SweepResult) -> Leaderboard:  # Raises RunError or SpecError whe
     side, _, score = self.sweep.objective.partition('.')
     if side not in ('tuned', 'base'):
         raise SpecError(
-            f"{self.sweep.objective} is one number a run, so it has no interval; repeat trials with other seeds to see how it varies"
+            f"{self.sweep.objective} is one number a run, so it has no interval; repeat trials with other seeds to "
+            "see how it varies"
         )
     top = self.ranking[:SHOWN]
     return compare_runs(
@@ -162,7 +165,7 @@ def board(self: SweepResult) -> Leaderboard:  # Raises RunError or SpecError whe
 
 
 @patch
-def _compared(self: SweepResult):
+def _standings(self: SweepResult):
     "Standing of each compared trial by its number, the confidence, and why there is none"
     try:
         board = self.board()
@@ -175,7 +178,7 @@ def _compared(self: SweepResult):
 @patch
 def ties(self: SweepResult) -> list[Trial]:
     "Trials that cannot be told apart from the best one on the rows that both have answered"
-    standings, confidence, _ = self._compared()
+    standings, confidence, _ = self._standings()
     return [
         t
         for t in self.ranking[1:]
@@ -231,12 +234,18 @@ def _unfinished(self: SweepResult):
         yield (
             f"{len(failed)} of {len(states)} trials failed"
             + (f", all with {show_params(common)}" if common else '')
-            + f": {failed[0].reason.splitlines()[0][:160] if failed[0].reason else 'see their reports'}; once that is mended, repeat them with --retry-failed"
+            + (
+                f": {failed[0].reason.splitlines()[0][:160] if failed[0].reason else 'see their reports'}; once that "
+                "is fixed, repeat them with --retry-failed"
+            )
         )
     if left:
         yield f"{left} trial{'s' * (left > 1)} not carried out yet: unsloth-nb sweep --resume {self.name}"
     if states.count('pruned') > len(states) / 2:
-        yield f"{states.count('pruned')} of {len(states)} trials were pruned; if good ones may be among them (slow starters, small learning rates), raise prune_after"
+        yield (
+            f"{states.count('pruned')} of {len(states)} trials were pruned; if good ones may be among them (slow "
+            "starters, small learning rates), raise prune_after"
+        )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #ff3a1fe3
 @patch
@@ -250,15 +259,13 @@ def _edges(self: SweepResult):
             continue
         spec = self.sweep.search.get(n)
         low, high = (float(spec['low']), float(spec['high'])) if isinstance(spec, dict) else (tried[0], tried[-1])
-        near = (
-            (lambda a: abs(math.log(v / a)) < 0.05 * math.log(high / low))
-            if low > 0 and high / low >= 10
-            else (lambda a: abs(v - a) < 0.05 * (high - low))
-        )
-        beyond = v / 2 if near(low) else v * 2 if near(high) else v
+        beyond = _beyond(v, low, high)
         beyond = int(beyond) if is_whole(self.sweep, n) else beyond
         if beyond != v and self._accepts(n, beyond):
-            yield f"the best trial has {n}={show_value(v)}, at the edge of what was tried ({show_value(low)} to {show_value(high)}): try {n}={show_value(beyond)} too, and beyond"
+            yield (
+                f"the best trial has {n}={show_value(v)}, at the edge of what was tried ({show_value(low)} to "
+                f"{show_value(high)}): try {n}={show_value(beyond)} too, and beyond"
+            )
 
 
 @patch
@@ -270,6 +277,19 @@ def _accepts(self: SweepResult, name, v):
         return False
 
 
+def _beyond(v, low, high):
+    "Half or twice a value at an end of what was tried, the value itself elsewhere"
+    if low > 0 and high / low >= 10:
+        below, above = math.log(v / low), math.log(high / v)
+        edge = 0.05 * math.log(high / low)
+    else:
+        below, above = v - low, high - v
+        edge = 0.05 * (high - low)
+    if abs(below) < edge:
+        return v / 2
+    return v * 2 if abs(above) < edge else v
+
+
 def _is_number(v):
     return isinstance(v, (int, float)) and not isinstance(v, bool)
 
@@ -277,29 +297,38 @@ def _is_number(v):
 @patch
 def _undecided(self: SweepResult):
     "Is the winner told apart from the others?"
-    ties, (standings, confidence, why), best = self.ties(), self._compared(), self.best
+    ties = self.ties()
+    standings, confidence, why = self._standings()
+    best = self.best
     if why:
         yield why
     apart = [s for s in standings.values() if s.note.startswith('scored on other')]
     if apart:
-        yield f"{len(apart)} trial{'s' * (len(apart) > 1)} answered other held-out rows than the best one; name the rows for all by test_dataset"
+        yield (
+            f"{len(apart)} trial{'s' * (len(apart) > 1)} answered other held-out rows than the best one; name the "
+            "rows for all by test_dataset"
+        )
     few = caution(standings[best.number].estimate.n, confidence) if len(standings) > 1 else ''
     if 'too few' in few:
         yield f'whether trial {best.number} is better than others cannot be said: {few}'
     elif ties:
-
-        def seconds(t):
-            return sum(self.run_of(t).seconds().values())
-
-        cheap = min(ties, key=seconds)
+        cheap = min(ties, key=self.seconds_of)
         n = standings[best.number].estimate.n
-        yield f"trial {best.number} is not told apart from trial{'s' * (len(ties) > 1)} {', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
-        if seconds(cheap) < 0.8 * seconds(best):
+        yield (
+            f"trial {best.number} is not told apart from trial{'s' * (len(ties) > 1)} "
+            f"{', '.join(str(t.number) for t in ties)} on {n} held-out rows: score them on more rows (four times as "
+            "many halve the intervals), or repeat them with other seeds on the same rows (test_dataset)"
+        )
+        if self.seconds_of(cheap) < 0.8 * self.seconds_of(best):
             yield f"until then take the cheapest of them, trial {cheap.number} ({show_params(cheap.params)})"
     elif len(standings) > 1 and not apart:
-        yield f"trial {best.number} is told apart from the next {len(standings) - 1}; it was chosen on these rows, so expect a little less on new ones: score it once on rows that no trial has seen (unsloth-nb run evaluate -p run={best.run} -p dataset=…)"
+        yield (
+            f"trial {best.number} is told apart from the next {len(standings) - 1}; it was chosen on these rows, so "
+            "expect a little less on new ones: score it once on rows that no trial has seen (unsloth-nb run evaluate "
+            f"-p run={best.run} -p dataset=…)"
+        )
 
-
+# %% ../../nbs/jobs/sweep_report.ipynb #58bd0b10
 @patch
 def _falling(self: SweepResult):
     "Was the best trial's loss still falling?"
@@ -314,7 +343,10 @@ def _falling(self: SweepResult):
     before = sum(loss[-2 * q : -q]) / q
     last = sum(loss[-q:]) / q
     if last < 0.95 * before:
-        yield f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): try more steps (max_steps)"
+        yield (
+            f"the training loss of the best trial was still falling ({before:.3g} to {last:.3g} over its last half): "
+            "try more steps (max_steps)"
+        )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #91a932c7
 @patch
@@ -323,7 +355,9 @@ def _head(self: SweepResult) -> str:
     counts = ', '.join(f'{k} {s}' for s, k in n.items() if k) or 'none carried out'
     b = self.best
     return f"{self.name}: {self.sweep.count()} trials, {counts}" + (
-        f"; best is trial {b.number} with {self.sweep.objective} {_num(b.value)}: {show_params(b.params)}" if b else ''
+        f"; best is trial {b.number} with {self.sweep.objective} {number(b.value)}: {show_params(b.params)}"
+        if b
+        else ''
     )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #fd62633c
@@ -355,14 +389,32 @@ def _notes(self: SweepResult):
     "What stands below the table"
     if len(self.trials) > TABLE:
         yield f'and {len(self.trials) - TABLE} more, in trials.jsonl'
-    if len(self._compared()[0]) > 2:
+    if len(self._standings()[0]) > 2:
         yield f'intervals and differences: all comparisons together have {100 * TOGETHER:g}%'
+
+# %% ../../nbs/jobs/sweep_report.ipynb #05c815b0
+@patch
+def _row(self: SweepResult, t: Trial, s) -> list[str]:  # s: its Standing, where it was compared
+    "The cells of one trial"
+    e = self._estimate(s) if s else None
+    d = s.difference if s else None
+    return [
+        str(t.number),
+        *(show_value(v) for v in t.params.values()),
+        number(t.value),
+        interval(e) if e else '',
+        f"{number(d.difference, sign=True, missing='–')} {interval(d, True)}" if d else '',
+        t.state,
+        str(self.run_of(t).attempt),
+        f'{self.seconds_of(t) / 60:.1f}',
+        t.run,
+    ]
 
 
 @patch
 def _rows(self: SweepResult):
     "The table: a head, and a row for each trial, the best first"
-    standings, confidence, _ = self._compared()
+    standings, confidence, _ = self._standings()
     rest = sorted((t for t in self.trials if t.state != 'finished'), key=lambda t: (STATES.index(t.state), t.number))
     yield [
         'trial',
@@ -376,20 +428,7 @@ def _rows(self: SweepResult):
         'run',
     ]
     for t in [*self.ranking, *rest][:TABLE]:
-        s = standings.get(t.number)
-        run = self.run_of(t)
-        e, d = (self._estimate(s), s.difference) if s else (None, None)
-        yield [
-            str(t.number),
-            *(show_value(v) for v in t.params.values()),
-            _num(t.value),
-            interval(e) if e else '',
-            f'{number(d.difference, True)} {interval(d, True)}' if d else '',
-            t.state,
-            str(run.attempt),
-            f'{sum(run.seconds().values()) / 60:.1f}',
-            t.run,
-        ]
+        yield self._row(t, standings.get(t.number))
 
 # %% ../../nbs/jobs/sweep_report.ipynb #d2b3e447
 @patch
@@ -399,7 +438,7 @@ def __repr__(self: SweepResult):
         [
             plain_text(self._head()),
             '',
-            text_table([*self._rows()]),
+            text_table(self._rows()),
             *map(plain_text, self._notes()),
             *(['', 'What to try next', *map(plain_text, steps)] if steps else []),
         ]
@@ -413,7 +452,7 @@ def _repr_markdown_(self: SweepResult):
         [
             f'**{markdown_text(self._head())}**',
             '',
-            markdown_table([*self._rows()]),
+            markdown_table(self._rows()),
             '',
             *map(markdown_text, self._notes()),
             *(['', '**What to try next**', '', *steps] if steps else []),
@@ -459,39 +498,33 @@ def plot(self: SweepResult, ax=None):
     if self.best:
         axes.append(_scale([t.value for t in self.ranking], False))
     for t in shown:
-        ys = [at(t.params[n]) for n, (at, _) in zip(names, axes)] + (
-            [axes[-1][0](t.value)] if t.value is not None else []
-        )
-        colour = plt.cm.viridis(ys[-1] if self.sweep.larger else 1 - ys[-1]) if t.value is not None else 'grey'
-        ax.plot(
-            range(len(ys)),
-            ys,
-            color=colour,
-            lw=3 if t == self.best else 1.2,
-            ls='-' if t.state == 'finished' else '--',
-            alpha=0.9,
-        )
+        heights = [at(t.params[n]) for n, (at, _) in zip(names, axes)]
+        colour = 'grey'
+        if t.value is not None:
+            heights.append(axes[-1][0](t.value))
+            colour = plt.cm.viridis(heights[-1] if self.sweep.larger else 1 - heights[-1])
+        width = 3 if t == self.best else 1.2
+        dashes = '-' if t.state == 'finished' else '--'
+        ax.plot(range(len(heights)), heights, color=colour, lw=width, ls=dashes, alpha=0.9)
+    _draw_scales(ax, axes, [*names, self.sweep.objective])
+    return ax
+
+# %% ../../nbs/jobs/sweep_report.ipynb #a7d18b1c
+def _draw_scales(ax, axes, labels):
+    "The vertical axes with their ticks and names"
+    box = dict(fc='white', ec='none', alpha=0.7, pad=0.5)
     for x, (_, ticks) in enumerate(axes):
         ax.axvline(x, color='black', lw=0.8)
         for y, text in ticks:
-            ax.annotate(
-                text,
-                (x, y),
-                xytext=(4, 0),
-                textcoords='offset points',
-                fontsize=8,
-                va='center',
-                bbox=dict(fc='white', ec='none', alpha=0.7, pad=0.5),
-            )
+            ax.annotate(text, (x, y), xytext=(4, 0), textcoords='offset points', fontsize=8, va='center', bbox=box)
     ax.set(
         xticks=range(len(axes)),
-        xticklabels=[*names, self.sweep.objective][: len(axes)],
+        xticklabels=labels[: len(axes)],
         yticks=[],
         xlim=(-0.1, max(len(axes) - 1, 0) + 0.6),
     )
     for s in ax.spines.values():
         s.set_visible(False)
-    return ax
 
 # %% ../../nbs/jobs/sweep_report.ipynb #c56ab338
 @patch
@@ -499,7 +532,7 @@ def plot_intervals(self: SweepResult, ax=None):
     "The objective of the best trials with its intervals; returns the axes"
     import matplotlib.pyplot as plt
 
-    standings, confidence, why = self._compared()
+    standings, confidence, why = self._standings()
     ax = ax or plt.figure(figsize=(6, 0.8 + 0.28 * max(1, len(standings))), layout='tight').gca()
     for y, (n, s) in enumerate(standings.items()):
         e = self._estimate(s)
@@ -527,7 +560,9 @@ def comparison_cells(res: SweepResult) -> list:
     "The notebook that compares a sweep's trials"
     import nbformat
 
-    md, code, (_, _, why) = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell, res._compared()
+    md = nbformat.v4.new_markdown_cell
+    code = nbformat.v4.new_code_cell
+    *_, why = res._standings()
     sure = (
         [md(markdown_text(f'Nothing to compare row by row: {why}.'))]
         if why
@@ -535,13 +570,15 @@ def comparison_cells(res: SweepResult) -> list:
     )
     return [
         md(
-            f'# Sweep {markdown_text(res.name)}\n\nAll trials, best first. Each is a run of its own beside this folder; `open_run(name)` opens one.'
+            f'# Sweep {markdown_text(res.name)}\n\nAll trials, best first. Each is a run of its own next to this '
+            'folder; `open_run(name)` opens one.'
         ),
         code("%matplotlib inline\nfrom unsloth_nb import open_sweep\nsweep = open_sweep('./')\nsweep"),
         md('## All trials at once\n\nA line a trial. Pruned trials are dashed, the best one is thick.'),
         code('sweep.plot();'),
         md(
-            '## How sure\n\nThe best trials on the same held-out rows. The intervals hold for all comparisons together; the best trial was chosen on these rows, so its score is a little too good.'
+            '## How sure\n\nThe best trials on the same held-out rows. The intervals hold for all comparisons '
+            'together; the best trial was chosen on these rows, so its score is a little too good.'
         ),
         *sure,
         md('## Which parameter matters\n\nEmpty with too few finished trials to say.'),
@@ -552,7 +589,7 @@ def comparison_cells(res: SweepResult) -> list:
         code('sweep.sweep'),
     ]
 
-
+# %% ../../nbs/jobs/sweep_report.ipynb #fbb8b5ba
 def write_sweep_notebook(res: SweepResult) -> Path:
     "Write and execute `sweep.ipynb` in the sweep's directory"
     import nbformat

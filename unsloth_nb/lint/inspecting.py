@@ -52,17 +52,24 @@ def inspect_data(
     return data, examples, profile_examples(examples, data.train, job.rows_at_once(), job.seed), problem
 
 # %% ../../nbs/lint/inspecting.ipynb #19ee7b43
-def print_data(data, examples, profile, show):
+_PREFERENCES = (
+    '\nnote: preference data; a finetune job refuses it unless train_on_preferred=true, '
+    'and what follows is about the better answers\n'
+)
+
+
+def print_data(
+    data,
+    examples,
+    profile,
+    show,  # How many examples
+):
     "The report of `data`, as text"
-    note = (
-        "\nnote: preference data; a finetune job refuses it unless train_on_preferred=true, and what follows is about the better answers\n"
-        if 'preference' in data.format
-        else ''
-    )
+    formatter = examples.formatter
     parts = [
         data,
-        note,
-        f"template {examples.formatter.template}: {examples.formatter.reason}; loss on {examples.formatter.loss_on}",
+        _PREFERENCES if 'preference' in data.format else '',
+        f"template {formatter.template}: {formatter.reason}; loss on {formatter.loss_on}",
         '',
         examples.rows,
         examples.tokens,

@@ -610,6 +610,10 @@ def _others(self: Plan):
         for r in self.runners_up
     ]
 
+# %% ../../nbs/planning/plan.ipynb #b18d6f8f
+Plan.rows = Plan._rows
+Plan.facts = Plan._facts
+
 # %% ../../nbs/planning/plan.ipynb #f52a4fae
 @patch
 def _repr_markdown_(self: Plan):

@@ -292,7 +292,7 @@ def _percent(v):
 
 # %% ../../nbs/runs/comparing.ipynb #87595a54
 @patch
-def _sections(self: RunDiff):
+def sections(self: RunDiff):
     "Title and rows of each table that has something to say"
     for what in ('parameters', 'plan', 'environment', 'data'):
         rows = getattr(self, what)
@@ -351,14 +351,14 @@ def _table(rows):
 @patch
 def __repr__(self: RunDiff):
     who = [f'{k}  {_text(n)}  {_text(s)}' for k, n, s in zip('ab', (self.a, self.b), self.status)]
-    return '\n'.join([*who, _text(self.verdict)] + ['\n' + _columns(rows) for _, rows in self._sections()])
+    return '\n'.join([*who, _text(self.verdict)] + ['\n' + _columns(rows) for _, rows in self.sections()])
 
 
 @patch
 def _repr_markdown_(self: RunDiff):
     who = [f'{k}: {markdown_text(n)}, {markdown_text(s)}  ' for k, n, s in zip('ab', (self.a, self.b), self.status)]
     return '\n'.join(
-        [*who, f'**{markdown_text(self.verdict)}**'] + ['\n' + _table(rows) for _, rows in self._sections()]
+        [*who, f'**{markdown_text(self.verdict)}**'] + ['\n' + _table(rows) for _, rows in self.sections()]
     )
 
 # %% ../../nbs/runs/comparing.ipynb #198830b4
