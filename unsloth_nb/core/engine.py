@@ -97,7 +97,10 @@ def device_info() -> Device:
 @patch
 def _repr_markdown_(self: Device):
     gib = 2**30
-    return f"**{self.name}** ({self.kind}, {self.cores} threads): {self.memory_free / gib:.1f} of {self.memory_total / gib:.1f} GiB free, bfloat16 {'native' if self.bf16 else 'emulated'}"
+    return (
+        f"**{self.name}** ({self.kind}, {self.cores} threads): {self.memory_free / gib:.1f} of "
+        f"{self.memory_total / gib:.1f} GiB free, bfloat16 {'native' if self.bf16 else 'emulated'}"
+    )
 
 # %% ../../nbs/core/engine.ipynb #21169bff
 class EngineError(UnslothNbError, RuntimeError):
@@ -165,7 +168,8 @@ def start_engine() -> Device:
         early = [m for m in ('transformers', 'trl', 'peft') if m in sys.modules]
         if early:
             raise EngineError(
-                f"{', '.join(early)} was imported before Unsloth, whose speed-ups would then not apply: restart the kernel and import from unsloth_nb first"
+                f"{', '.join(early)} was imported before Unsloth, whose speed-ups would then not apply: "
+                "restart the kernel and import from unsloth_nb first"
             )
         set_environment()
         _import_unsloth()
@@ -223,5 +227,6 @@ def check_hub(
             why = f'{u.hostname}: {e}'
     if why:
         raise Unreachable(
-            f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, or use the embedded model 'smollm2-135m' and dataset 'events'"
+            f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, "
+            "or use the embedded model 'smollm2-135m' and dataset 'events'"
         )

@@ -62,7 +62,10 @@ def message(text='', error=False) -> str:  # HTML
     if not text:
         return '<div role="status"></div>'
     edge = 'var(--jp-error-color1, #c62828)' if error else 'var(--jp-brand-color1, #1976d2)'
-    return f'<div role="{"alert" if error else "status"}" style="border-left:4px solid {edge};padding-left:.6em;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere">{"<b>Error:</b> " if error else ""}{html_text(text)}</div>'
+    return (
+        f'<div role="{"alert" if error else "status"}" style="border-left:4px solid '
+        f'{edge};padding-left:.6em;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere">{"<b>Error:</b> " if error else ""}{html_text(text)}</div>'
+    )
 
 # %% ../../nbs/core/panels.ipynb #46339e42
 def while_busy(widget):

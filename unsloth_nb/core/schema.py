@@ -23,7 +23,8 @@ from .escaping import find_secrets, markdown_code, mask_secrets, plain_text
 
 # %% ../../nbs/core/schema.ipynb #4d2751c9
 class SpecError(UnslothNbError, ValueError):
-    "A job that cannot be run as written; the message names each parameter and the mend, and shows no secret and no control character"
+    "A job that cannot be run as written; the message names each parameter and the mend, "
+    "and shows no secret and no control character"
 
     exit_code = 2
 
@@ -134,7 +135,11 @@ def _leaks(data):
     for k, v in data.items():
         texts = v if isinstance(v, (list, tuple)) else [*v, *v.values()] if isinstance(v, dict) else [v]
         if any(isinstance(t, str) and (find_secrets(t) or _LOGIN.search(t)) for t in texts):
-            yield f"{k}: the value holds a token or a password, which every file of the run would show; give it by an environment variable (HF_TOKEN, WANDB_API_KEY, …) or by `hf auth login`, and revoke it where it has been written down"
+            yield (
+                f"{k}: the value holds a token or a password, which every file of the run would show; "
+                "give it by an environment variable (HF_TOKEN, WANDB_API_KEY, …) or by `hf auth login`, "
+                "and revoke it where it has been written down"
+            )
 
 # %% ../../nbs/core/schema.ipynb #6b52b485
 def _explain(cls, e, data):
@@ -212,7 +217,8 @@ def _repr_markdown_(self: Job):
     for r in fields(type(self)):
         v = markdown_code(vals[r['name']])
         out.append(
-            f"| {r['name']} | {v if vals[r['name']] == r['default'] else f'**{v}**'} | {r['unit']} | {_cell(r['help'])} |"
+            f"| {r['name']} | {v if vals[r['name']] == r['default'] else f'**{v}**'} | {r['unit']} | "
+            f"{_cell(r['help'])} |"
         )
     return '\n'.join(out)
 
@@ -226,7 +232,8 @@ class ParamTable:
     def _repr_markdown_(self):
         out = ['| parameter | default | accepts | unit | meaning | source |', '|---|---|---|---|---|---|']
         out += [
-            f"| {r['name']} | `{_cell(r['default'])}` | {_cell(r['expects'])} | {r['unit']} | {_cell(r['help'])} | {r['source']} |"
+            f"| {r['name']} | `{_cell(r['default'])}` | {_cell(r['expects'])} | {r['unit']} | {_cell(r['help'])} | "
+            f"{r['source']} |"
             for r in fields(self.cls)
         ]
         return '\n'.join(out)

@@ -123,4 +123,7 @@ def picture(fig, alt: str) -> str:  # HTML
     buf = io.BytesIO()
     with _drawing:
         fig.savefig(buf, format='png', dpi=90, transparent=True)
-    return f'<img alt="{html_text(alt)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
+    return (
+        f'<img alt="{html_text(alt)}" style="max-width:100%" '
+        f'src="data:image/png;base64,{base64.b64encode(buf.getvalue()).decode()}">'
+    )

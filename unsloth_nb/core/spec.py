@@ -91,7 +91,8 @@ def resolve_model(
     )
     if p and p.remote_code and allow_remote_code != p.hub:
         raise SpecError(
-            f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, then allow it by name: allow_remote_code={p.hub!r}"
+            f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, "
+            f"then allow it by name: allow_remote_code={p.hub!r}"
         )
     if p and p.name == model:
         return ModelRef('embedded' if p.embedded else 'hub', model if p.embedded else p.hub, p)
@@ -289,7 +290,8 @@ class TrainParams(Job):
 
     batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal['auto', 'fastest'] = param(
         'auto',
-        'Rows per optimizer step, of all devices together; auto: about 8; fastest: larger steps where the device is faster with them',
+        'Rows per optimizer step, of all devices together; auto: about 8; fastest: '
+        'larger steps where the device is faster with them',
         _TRAIN,
         'rows',
         _classic + ': 2 x 4',
@@ -375,7 +377,8 @@ class DeviceParams(Job):
     )
     parallel: Literal['auto', 'ddp', 'fsdp', 'device_map'] = param(
         'auto',
-        'How devices share the work. ddp: each holds the model and takes a part of the rows; fsdp: each holds a part of the weights as well; device_map: each holds some of the layers, and they work in turn',
+        'How devices share the work. ddp: each holds the model and takes a part of the rows; fsdp: '
+        'each holds a part of the weights as well; device_map: each holds some of the layers, and they work in turn',
         _DEVICES,
         '',
         'DDP, arXiv:2006.15704; FSDP, arXiv:2304.11277',
@@ -400,7 +403,8 @@ def split_batch(
     if b and a:
         if n and n != b * a * ranks:
             raise ValueError(
-                f"batch_size: {n}, while {b} rows a pass times {a} passes{of} are {b * a * ranks}; leave one of the three out"
+                f"batch_size: {n}, while {b} rows a pass times {a} passes{of} are {b * a * ranks}; "
+                "leave one of the three out"
             )
         return b * a * ranks, b, a
     if batch == 'fastest':
@@ -410,7 +414,8 @@ def split_batch(
     for name, v in (('devices', 1), ('per_device_train_batch_size', b), ('gradient_accumulation_steps', a)):
         if v and n % (v * ranks):
             raise ValueError(
-                f"{name}: {ranks if v == 1 else v}{of if v > 1 else ''} does not divide an optimizer step of {n} rows; set batch_size to a multiple of {v * ranks}"
+                f"{name}: {ranks if v == 1 else v}{of if v > 1 else ''} does not divide an optimizer step of {n} "
+                f"rows; set batch_size to a multiple of {v * ranks}"
             )
     return n, b or (n // a // ranks if a else None), a or (n // b // ranks if b else None)
 
@@ -426,13 +431,15 @@ class FinetuneJob(GenerateParams, DeviceParams, TrainParams, LoraParams, FormatP
     def _consistent(self):
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError(
-                f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; training ends by one of them: set max_steps to null, or leave num_train_epochs out"
+                f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; "
+                "training ends by one of them: set max_steps to null, or leave num_train_epochs out"
             )
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps: null, and num_train_epochs is null too; set one of them")
         if self.load_in_8bit and self.load_in_4bit is True:
             raise ValueError(
-                "load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: leave one of them out"
+                "load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: "
+                "leave one of them out"
             )
         if self.parallel == 'device_map' and self.nodes > 1:
             raise ValueError(
@@ -462,7 +469,8 @@ class EvaluateJob(GenerateParams):
     compare_base: bool = param(True, 'Score the base model as well', _EVAL)
     scorers: list[str] = param(
         [],
-        "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; empty: what suits the rows",
+        "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; "
+        "empty: what suits the rows",
         _EVAL,
     )
     confidence: float = param(0.95, 'Confidence of the intervals', _EVAL, gt=0, lt=1)
@@ -563,7 +571,8 @@ class BenchmarkJob(Job):
     repeats: int = param(1, 'Rounds, each of all configurations; the median counts', _BENCH, 'rounds', ge=1, le=100)
     preload: int = param(
         1,
-        'Child processes at once: 1, one after the other; more, others load meanwhile, and their weights share the memory',
+        'Child processes at once: 1, one after the other; more, others load meanwhile, '
+        'and their weights share the memory',
         _BENCH,
         'processes',
         ge=1,

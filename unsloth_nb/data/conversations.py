@@ -146,17 +146,20 @@ def detect_format(
     other = sorted(cols & {'chosen', 'rejected', 'label', *({'tools'} if set(hits) <= {'alpaca', 'text'} else ())})
     if hits and other:
         raise DataError(
-            f"dataset: {source} has {' and '.join(FORMATS[hits[0]][0])}, but also {', '.join(other)}, which supervised fine-tuning would ignore; if that is what you mean, say dataset_format={hits[0]!r}"
+            f"dataset: {source} has {' and '.join(FORMATS[hits[0]][0])}, but also {', '.join(other)}, "
+            f"which supervised fine-tuning would ignore; if that is what you mean, say dataset_format={hits[0]!r}"
         )
     if len(hits) == 1:
         return hits[0], f"it has {' and '.join(FORMATS[hits[0]][0])}"
     have = ', '.join(map(str, sorted(cols, key=str)))
     if hits:
         raise DataError(
-            f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: dataset_format={hits[0]!r}"
+            f"dataset: {source} has columns {have}, which fit {' and '.join(hits)}; say which: "
+            f"dataset_format={hits[0]!r}"
         )
     raise DataError(
-        f"dataset: {source} has columns {have}, which fit no known format; {_suggest(cols)}. Known are {'; '.join(f'{f}: {w}' for f, (_, w) in FORMATS.items())}"
+        f"dataset: {source} has columns {have}, which fit no known format; {_suggest(cols)}. "
+        f"Known are {'; '.join(f'{f}: {w}' for f, (_, w) in FORMATS.items())}"
     )
 
 # %% ../../nbs/data/conversations.ipynb #9191b9c4
@@ -217,7 +220,8 @@ def _call(v, where):
     f = v.get('function', v) if isinstance(v, dict) else None
     if not isinstance(f, dict) or not isinstance(f.get('name'), str):
         raise DataError(
-            f"{where}: a tool call needs a name and arguments, got {json.dumps(v, ensure_ascii=False, default=str)[:80]}"
+            f"{where}: a tool call needs a name and arguments, got "
+            f"{json.dumps(v, ensure_ascii=False, default=str)[:80]}"
         )
     args = _parsed(f.get('arguments') or {}, f"{where}, arguments of {f['name']}")
     if not isinstance(args, dict):
@@ -249,7 +253,8 @@ def _parts(v, where):
             (text if kind == 'text' else reasoning).append(_part_text(p))
         else:
             raise DataError(
-                f"{where}, part {n}: expected a part of type text, reasoning or tool_call, got {kind or type(p).__name__!r}; only text can be trained here"
+                f"{where}, part {n}: expected a part of type text, reasoning or tool_call, "
+                f"got {kind or type(p).__name__!r}; only text can be trained here"
             )
     return '\n'.join(text), '\n'.join(reasoning), calls
 
@@ -288,13 +293,15 @@ def _message(t, where, names):
     )  # function_call: OpenAI's older form
     if not isinstance(t, dict) or role_key not in t or (text_key not in t and not given):
         raise DataError(
-            f"{where}: expected a dict with {role_key!r} and {text_key!r}, got {sorted(t) if isinstance(t, dict) else type(t).__name__}"
+            f"{where}: expected a dict with {role_key!r} and {text_key!r}, got "
+            f"{sorted(t) if isinstance(t, dict) else type(t).__name__}"
         )
     role = t[role_key]
     v = t.get(text_key)
     if not isinstance(role, str) or role not in roles:
         raise DataError(
-            f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}"
+            f"{where}: unknown role {role!r}{nearest(str(role), roles)}; or say "
+            f"dataset_roles={role}:{ROLES.get(next(iter(difflib.get_close_matches(str(role), ROLES, 1)), ''), 'user')}"
         )
     if role in ('function_call', 'tool_call'):
         return dict(role='assistant', content='', tool_calls=_calls(v, where))
@@ -336,7 +343,8 @@ def _turns(row, col, i, roles=ROLES):
     turns = row.get(col)
     if not isinstance(turns, list) or not turns:
         raise DataError(
-            f"row {i}: column {col!r} must be a list of turns, got {type(turns).__name__ if turns is not None else 'null'}{' with none' if turns == [] else ''}"
+            f"row {i}: column {col!r} must be a list of turns, got "
+            f"{type(turns).__name__ if turns is not None else 'null'}{' with none' if turns == [] else ''}"
         )
     first = turns[0] if isinstance(turns[0], dict) else {}
     names = (

@@ -91,7 +91,11 @@ class Faults:
 
     def notes(self):  # For rows that were left out as the job wanted it
         for r, n in self.counts.items():
-            yield f"{count_rows(n)} left out, {r.replace('_', ' ')}: {', '.join(map(str, self.rows[r]))}{', …' if n > len(self.rows[r]) else ''}; the first: {self.messages[r].split('; ')[0]}"
+            yield (
+                f"{count_rows(n)} left out, {r.replace('_', ' ')}: "
+                f"{', '.join(map(str, self.rows[r]))}{', …' if n > len(self.rows[r]) else ''}; the first: "
+                f"{self.messages[r].split('; ')[0]}"
+            )
 
 
 @patch
@@ -118,7 +122,8 @@ def check(self: Faults, policy, rows, max_dropped, error=DataError):
         raise error(
             '\n'.join(
                 [
-                    f"max_dropped: {gone:,} of {rows:,} rows ({gone / rows:.0%}) would be dropped, more than {max_dropped:.0%}; mend the data, or raise max_dropped",
+                    f"max_dropped: {gone:,} of {rows:,} rows ({gone / rows:.0%}) would be dropped, "
+                    f"more than {max_dropped:.0%}; mend the data, or raise max_dropped",
                     *self.lines(),
                 ]
             ),

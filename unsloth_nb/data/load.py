@@ -140,12 +140,14 @@ def _reading(job, cols, name):
     clash = sorted((std & set(cols)) - own)
     if clash:
         raise DataError(
-            f"dataset_columns: {name} has a column {clash[0]!r} already, besides {job.dataset_columns[clash[0]]!r}; remove or rename one of them"
+            f"dataset_columns: {name} has a column {clash[0]!r} already, besides {job.dataset_columns[clash[0]]!r}; "
+            "remove or rename one of them"
         )
     wrong = next((v for v in job.dataset_roles.values() if v not in ('system', 'user', 'assistant', 'tool')), None)
     if wrong:
         raise DataError(
-            f"dataset_roles: {wrong!r} is no role; expected yours:standard, where the standard ones are system, user, assistant, tool"
+            f"dataset_roles: {wrong!r} is no role; expected yours:standard, where the standard ones are system, "
+            "user, assistant, tool"
         )
     known = [c for c in cols if c not in own] + list(std)
     f, why = detect_format(known, name) if job.dataset_format == 'auto' else (job.dataset_format, 'asked for')
@@ -262,7 +264,8 @@ def split_rows(
         raise DataError(f"test_size: {test_size} rows cannot be held out of {len(keys)}; at most {len(keys) - 1}")
     if test_size > len(single):
         raise DataError(
-            f"test_size: {test_size} rows cannot be held out, for only {len(single)} of {len(keys)} rows occur once; say duplicates='drop', or hold out fewer"
+            f"test_size: {test_size} rows cannot be held out, for only {len(single)} of {len(keys)} rows occur once; "
+            "say duplicates='drop', or hold out fewer"
         )
     out = np.zeros(len(keys), bool)
     out[random.Random(seed).sample(single, test_size)] = True
@@ -382,7 +385,9 @@ def check_supervised(self: Data):
     "Raise `DataError` for preference data, which a finetune job would not use as it was meant"
     if not self.supervised:
         raise DataError(
-            f"dataset: {self.source} is preference data ({self.reason}), and supervised fine-tuning trains on one answer a row; say train_on_preferred=true to train on the {'chosen' if self.format == 'preference' else 'good'} answers, or give dataset_format another value"
+            f"dataset: {self.source} is preference data ({self.reason}), and supervised fine-tuning trains on one "
+            "answer a row; say train_on_preferred=true to train on the "
+            f"{'chosen' if self.format == 'preference' else 'good'} answers, or give dataset_format another value"
         )
 
 # %% ../../nbs/data/load.ipynb #9c017bc1
@@ -441,7 +446,8 @@ def _source(job, test=False):
     src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
     if src.kind == 'mix':
         raise DataError(
-            f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; name its sources"
+            f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; "
+            "name its sources"
         )
     if src.kind == 'events':
         return Source(
@@ -495,7 +501,8 @@ def _without_duplicates(convs, job, books):
         like = 'equal to' if name == 'duplicates' else 'much like'
         if job.duplicates == 'error':
             raise DataError(
-                f"duplicates: {count_rows(copy.sum())} {like} an earlier one: {_rows(convs, copy)}; say duplicates='drop' or 'keep'",
+                f"duplicates: {count_rows(copy.sum())} {like} an earlier one: {_rows(convs, copy)}; "
+                "say duplicates='drop' or 'keep'",
                 'duplicates',
             )
         if job.duplicates == 'drop':
@@ -520,7 +527,9 @@ def _without_overlap(train, test, job, books):
         return train
     if job.overlap == 'error':
         raise DataError(
-            f"overlap: {count_rows(both.sum())} to train on held out as well, so the comparison would flatter the model: {_rows(train, both)}; say overlap='drop' to leave them out of training",
+            f"overlap: {count_rows(both.sum())} to train on held out as well, "
+            f"so the comparison would flatter the model: {_rows(train, both)}; "
+            "say overlap='drop' to leave them out of training",
             'overlap',
         )
     if job.overlap == 'keep':
@@ -592,7 +601,8 @@ def load_data(
 def _check_left(train, got, books):
     if not len(train):
         raise DataError(
-            f"dataset: no row of {got[0]['name']} is left to train on ({', '.join(f'{k}: {v}' for k, v in books['left'].items() if v)})"
+            f"dataset: no row of {got[0]['name']} is left to train on "
+            f"({', '.join(f'{k}: {v}' for k, v in books['left'].items() if v)})"
         )
 
 

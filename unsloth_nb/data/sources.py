@@ -151,7 +151,8 @@ def _read_json(f):
         j = _Json(h)
         if (first := j.peek()) != '[':
             raise DataError(
-                f"dataset: {f} must hold a JSON list of rows, got a {'dict' if first == '{' else 'single value' if first else 'file that is empty'}; put the rows into a list at the top"
+                f"dataset: {f} must hold a JSON list of rows, got a "
+                f"{'dict' if first == '{' else 'single value' if first else 'file that is empty'}; put the rows into a list at the top"
             )
         j.at += 1
         n = 0
@@ -191,7 +192,8 @@ def _read_csv(f):
 
 # %% ../../nbs/data/sources.ipynb #32a2891d
 def plain(v):
-    "A cell of a table as plain Python: arrays as lists, missing values as null, and no entries that a table only added to make its structs alike"
+    "A cell of a table as plain Python: arrays as lists, missing values as null, "
+    "and no entries that a table only added to make its structs alike"
     if hasattr(v, 'tolist'):
         v = v.tolist()
     if isinstance(v, dict):
@@ -312,7 +314,9 @@ def _folder(p, name, split):
     kinds = sorted({file_kind(f) for f in mine})
     if len(kinds) != 1:
         raise DataError(
-            f"dataset: folder {name} holds {'files of several kinds (' + ', '.join(kinds) + ')' if kinds else 'no ' + ', '.join(KINDS) + ' file'}; expected files of one kind"
+            f"dataset: folder {name} holds "
+            f"{'files of several kinds (' + ', '.join(kinds) + ')' if kinds else 'no ' + ', '.join(KINDS) + ' file'}; "
+            "expected files of one kind"
         )
     return Source(name, 'files', mine, split, left_out=[f.name for f in files if f not in mine])
 
@@ -333,7 +337,8 @@ def find_source(
             return Source(dataset, 'mix', [p])
         if file_kind(p) not in _readers:
             raise DataError(
-                f"dataset: {dataset} is a {p.suffix or 'nameless'} file; expected one of {', '.join(KINDS)}, also with .gz or .zst, or a mix (.yaml)"
+                f"dataset: {dataset} is a {p.suffix or 'nameless'} file; expected one of {', '.join(KINDS)}, "
+                "also with .gz or .zst, or a mix (.yaml)"
             )
         return Source(dataset, 'files', [p], split)
     if dataset.count('/') == 1 and file_kind(p) not in _readers and not dataset.startswith(('.', '/', '~')):
@@ -373,7 +378,8 @@ def rows_of(obj):  # Yields a dict a row
     if isinstance(obj, (list, tuple)):
         return iter(obj)
     raise DataError(
-        f"dataset: rows are a {name}; expected a datasets.Dataset, a pandas DataFrame, an Arrow table or a list of dicts"
+        f"dataset: rows are a {name}; expected a datasets.Dataset, a pandas DataFrame, "
+        "an Arrow table or a list of dicts"
     )
 
 # %% ../../nbs/data/sources.ipynb #f0bd8dcd
@@ -385,7 +391,8 @@ def _hub_rows(src):
         return _of_dataset(load_dataset(src.name, split=src.split, revision=src.revision))
     except Exception as e:
         raise DataError(
-            f"dataset: {src.name!r} (split {src.split!r}, revision {src.revision or 'main'}) cannot be loaded from the Hub: {type(e).__name__}: {str(e).splitlines()[0]}"
+            f"dataset: {src.name!r} (split {src.split!r}, revision {src.revision or 'main'}) cannot be loaded from "
+            f"the Hub: {type(e).__name__}: {str(e).splitlines()[0]}"
         ) from e
 
 

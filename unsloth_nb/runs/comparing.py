@@ -31,7 +31,8 @@ def _read(run, name):
         raise RunError(f"{run.name}: {name}.json is not JSON ({e}); its run cannot be compared") from None
     if not isinstance(d, dict):
         raise RunError(
-            f"{run.name}: {name}.json holds a {type(d).__name__} where names and values belong; its run cannot be compared"
+            f"{run.name}: {name}.json holds a {type(d).__name__} where names and values belong; "
+            "its run cannot be compared"
         )
     return d
 
@@ -443,7 +444,10 @@ def _problem(self: Replay):
     worst = next((c for c, band in ((loss, self.band), (grad, 10 * self.band)) if c.largest > band), None)
     since = ''.join(f'; {o}' for o in d._others('plan', 'environment'))
     if worst:
-        return f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step {worst.at}){since}'
+        return (
+            f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step '
+            f'{worst.at}){since}'
+        )
     if d.same_adapter is False and not self.band:
         return f'parted: the same curves, yet other adapter weights{since}'
 

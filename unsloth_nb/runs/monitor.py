@@ -112,11 +112,15 @@ def samples_html(rows, n=5) -> str:  # Rows of `samples.jsonl`, how many to show
     keys = [k for k in _SIDES if any(k in r for r in rows)]
 
     def cell(s):
-        return f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em .6em">{html_text(cut(str(s)))}</td>'
+        return (
+            '<td style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:.2em '
+            f'.6em">{html_text(cut(str(s)))}</td>'
+        )
 
     body = ''.join('<tr>' + ''.join(cell(r.get(k, '')) for k in keys) + '</tr>' for r in rows[:n])
     return (
-        f'<table style="line-height:1.5"><caption style="text-align:left">answers to held-out rows, {min(n, len(rows))} of {len(rows)}</caption><tr>'
+        '<table style="line-height:1.5"><caption style="text-align:left">answers to held-out rows, '
+        f'{min(n, len(rows))} of {len(rows)}</caption><tr>'
         + ''.join(f'<th style="text-align:left;padding:.2em .6em">{k}</th>' for k in keys)
         + f'</tr>{body}</table>'
     )
@@ -374,7 +378,10 @@ def _notes(self: TrainingMonitor, n=4):
 
 @patch
 def _repr_html_(self: TrainingMonitor):
-    return f'<div><b>{html_text(self.run.name)}</b> {html_text(self.look())}</div>{self.progress._repr_html_()}{self._notes()}'
+    return (
+        f'<div><b>{html_text(self.run.name)}</b> '
+        f'{html_text(self.look())}</div>{self.progress._repr_html_()}{self._notes()}'
+    )
 
 
 @patch

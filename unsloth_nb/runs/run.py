@@ -461,7 +461,8 @@ def run_dirs(runs_dir=None) -> list[Path]:  # Oldest first
 
 
 def _is_directory(ref):
-    "May a reference be a directory? A path given as such may be anywhere; text only without a way up, and only where a file system can hold it"
+    "May a reference be a directory? A path given as such may be anywhere; text only without a way up, "
+    "and only where a file system can hold it"
     if isinstance(ref, Path):
         return True
     if not ref or len(ref) > 1024 or not ref.isprintable():
