@@ -23,7 +23,7 @@ from . import remote
 from ..core.errors import UnslothNbError
 from ..runs.attempts import hash_of
 from ..data.load import load_data
-from ..core.engine import _env
+from ..core.engine import ENVIRONMENT
 from ..core.escaping import markdown_code, mask_secrets, plain_text
 from ..training.loading import check_model
 from ..planning.prices import CORES, PRICES, PRICES_DATE, Offers, cheapest, duration, gpu_string
@@ -32,7 +32,6 @@ from ..runs.run import fingerprint, sha256
 from ..core.schema import Job, SpecError
 from ..data.sources import KINDS, file_kind, find_source
 from ..core.spec import JOBS, FinetuneJob, jobs_dir, make_job, resolve_model
-from ..jobs.supervising import _changed
 
 # %% ../../nbs/cloud/modal_request.ipynb #64333b57
 class CloudError(UnslothNbError, RuntimeError):
@@ -82,7 +81,7 @@ def container_environment() -> dict:
         'HF_HOME': f'{ROOT}/hf',
         'UNSLOTH_COMPILE_LOCATION': '/tmp/unsloth_compiled',
     }
-    return {**_env, **places, 'PYTHONPATH': HOME}
+    return {**ENVIRONMENT, **places, 'PYTHONPATH': HOME}
 
 
 def layers(packages=()) -> list:  # (method of `modal.Image`, arguments, keywords)
@@ -309,7 +308,7 @@ def ask(
     moved, files = uploads_of(job)
     req = Request(
         kind,
-        {**_changed(job), **moved},
+        {**job.changed(), **moved},
         new_name(kind),
         name,
         cores,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'BENCHMARKS', 'JOBS', 'jobs_dir', 'Preset', 'presets', 'preset', 'ModelRef',
            'resolve_model', 'DataParams', 'RowParams', 'GenerateParams', 'ModelParams', 'LoraParams', 'FormatParams',
-           'TrainParams', 'DeviceParams', 'split_batch', 'FinetuneJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob',
-           'make_job']
+           'StepParams', 'OptimizerParams', 'TrainParams', 'DeviceParams', 'split_batch', 'FinetuneJob', 'EvaluateJob',
+           'ExportJob', 'BenchmarkJob', 'make_job']
 
 # %% ../../nbs/core/spec.ipynb #f9b1ec1b
 import importlib.util
@@ -115,67 +115,18 @@ _TRAIN = 'Training'
 _DEVICES = 'Devices'
 _EVAL = 'Evaluation and output'
 _BENCH = 'Benchmark'
-TEMPLATES = (
-    'auto',
-    'chat',
-    'alpaca',
-    'raw',  # ours; the others are Unsloth's
-    'unsloth',
-    'zephyr',
-    'chatml',
-    'mistral',
-    'llama',
-    'vicuna',
-    'vicuna_old',
-    'vicuna old',
-    'alpaca-turns',
-    'gemma',
-    'gemma_chatml',
-    'gemma2',
-    'gemma2_chatml',
-    'llama-3',
-    'llama3',
-    'phi-3',
-    'phi-35',
-    'phi-3.5',
-    'llama-3.1',
-    'llama-31',
-    'llama-3.2',
-    'llama-3.3',
-    'llama-32',
-    'llama-33',
-    'qwen-2.5',
-    'qwen-25',
-    'qwen25',
-    'qwen2.5',
-    'qwen-2.5-coder',
-    'qwen-25-coder',
-    'qwen2.5-coder',
-    'qwen25-coder',
-    'phi-4',
-    'gemma-3',
-    'gemma3',
-    'qwen-3',
-    'qwen3',
-    'gemma-3n',
-    'gemma3n',
-    'gemma-4',
-    'gemma4',
-    'gemma-4-thinking',
-    'gemma4-thinking',
-    'gpt-oss',
-    'gptoss',
-    'qwen3-instruct',
-    'qwen3-thinking',
-    'lfm-2',
-    'lfm-2.5',
-    'starling',
-    'yi-chat',
-)
+_UNSLOTH_TEMPLATES = '''
+unsloth, zephyr, chatml, mistral, llama, vicuna, vicuna_old, vicuna old, alpaca-turns, gemma, gemma_chatml,
+gemma2, gemma2_chatml, llama-3, llama3, phi-3, phi-35, phi-3.5, llama-3.1, llama-31, llama-3.2, llama-3.3,
+llama-32, llama-33, qwen-2.5, qwen-25, qwen25, qwen2.5, qwen-2.5-coder, qwen-25-coder, qwen2.5-coder,
+qwen25-coder, phi-4, gemma-3, gemma3, qwen-3, qwen3, gemma-3n, gemma3n, gemma-4, gemma4, gemma-4-thinking,
+gemma4-thinking, gpt-oss, gptoss, qwen3-instruct, qwen3-thinking, lfm-2, lfm-2.5, starling, yi-chat
+'''
+TEMPLATES = ('auto', 'chat', 'alpaca', 'raw', *(name.strip() for name in _UNSLOTH_TEMPLATES.split(',')))
 EXPORTS = ('adapter', 'merged_16bit', 'merged_4bit', 'gguf_f16', 'gguf_q8_0', 'gguf_q4_k_m')
 LINEARS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
-
+# %% ../../nbs/core/spec.ipynb #f3f5b81f
 class DataParams(Job):
     "Where rows come from and how they are read"
 
@@ -285,8 +236,8 @@ class FormatParams(RowParams):
         return v
 
 # %% ../../nbs/core/spec.ipynb #66590f55
-class TrainParams(Job):
-    "The optimizer's side"
+class StepParams(Job):
+    "What one optimizer step sees, and how many there are"
 
     batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal['auto', 'fastest'] = param(
         'auto',
@@ -308,6 +259,11 @@ class TrainParams(Job):
     num_train_epochs: float | None = param(
         None, 'Passes over the data, when max_steps is null', _TRAIN, 'epochs', gt=0, le=1000
     )
+
+# %% ../../nbs/core/spec.ipynb #78642e72
+class OptimizerParams(StepParams):
+    "How a step changes the weights"
+
     learning_rate: float = param(
         2e-4, 'Peak learning rate', _TRAIN, '', 'QLoRA, arXiv:2305.14314, table 9; ' + _classic, gt=0, le=1
     )
@@ -330,6 +286,11 @@ class TrainParams(Job):
     max_grad_norm: float = param(
         1.0, 'Gradients are clipped to this norm', _TRAIN, '', 'transformers TrainingArguments', gt=0
     )
+
+# %% ../../nbs/core/spec.ipynb #69123506
+class TrainParams(OptimizerParams):
+    "All that training needs to know"
+
     gradient_checkpointing: Literal['unsloth', 'auto'] | bool = param(
         'auto', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174'
     )
@@ -386,9 +347,9 @@ class DeviceParams(Job):
 
     @property
     def ranks(self) -> int:  # Processes that train; 1 where the plan decides, and where one process drives all devices
-        return (
-            1 if self.parallel == 'device_map' else self.nodes * (self.devices if isinstance(self.devices, int) else 1)
-        )
+        if self.parallel == 'device_map' or not isinstance(self.devices, int):
+            return 1 if self.parallel == 'device_map' else self.nodes
+        return self.nodes * self.devices
 
 # %% ../../nbs/core/spec.ipynb #c780823e
 def split_batch(
@@ -475,25 +436,14 @@ class EvaluateJob(GenerateParams):
     )
     confidence: float = param(0.95, 'Confidence of the intervals', _EVAL, gt=0, lt=1)
     bootstrap_samples: int = param(
-        9999,
-        'Samples of the bootstrap and of permutation tests',
-        _EVAL,
-        'samples',
-        'scipy.stats.bootstrap',
-        ge=99,
-        le=1000000,
+        9999, 'Samples of bootstrap and permutation tests', _EVAL, 'samples', 'scipy.stats.bootstrap', ge=99, le=1000000
     )
     seed: int = param(0, 'Seed of the bootstrap and of permutation tests', _EVAL, ge=0, lt=2**32)
     tasks: list[str] = param([], 'Tasks of the lm-evaluation-harness, by name; empty: none', _EVAL)
     task_dir: str | None = param(None, 'Folder with tasks of your own (.yaml) and their data', _EVAL)
     task_limit: int | None = param(None, 'Rows of each task; null: all', _EVAL, 'rows', ge=1)
     num_fewshot: int | None = param(
-        None,
-        'Solved examples in front of each question of a task; null: what the task says',
-        _EVAL,
-        'examples',
-        ge=0,
-        le=1000,
+        None, 'Solved examples before each question; null: what the task says', _EVAL, 'examples', ge=0, le=1000
     )
     apply_chat_template: bool = param(
         False, "Ask the tasks through the model's chat template", _EVAL, '', 'lm-evaluation-harness'
@@ -540,19 +490,13 @@ BENCHMARKS = (
     'plan_fastest',
 )
 
-
+# %% ../../nbs/core/spec.ipynb #9084c4e8
 class BenchmarkJob(Job):
     "Measure ways to train a model on this machine, side by side"
 
     model: str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
     max_seq_length: int = param(
-        2048,
-        'Longest example, and length of a packed row; longer ones are cut',
-        _MODEL,
-        'tokens',
-        _classic,
-        ge=8,
-        le=1048576,
+        2048, 'Length of a packed row; longer examples are cut', _MODEL, 'tokens', _classic, ge=8, le=1048576
     )
     dataset: str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
     dataset_format: Literal[
@@ -570,13 +514,7 @@ class BenchmarkJob(Job):
     )
     repeats: int = param(1, 'Rounds, each of all configurations; the median counts', _BENCH, 'rounds', ge=1, le=100)
     preload: int = param(
-        1,
-        'Child processes at once: 1, one after the other; more, others load meanwhile, '
-        'and their weights share the memory',
-        _BENCH,
-        'processes',
-        ge=1,
-        le=16,
+        1, 'Processes at once; above 1 the next ones load meanwhile and hold memory', _BENCH, 'processes', ge=1, le=16
     )
     time_limit: float = param(600, 'Longest time for a configuration, waiting for its turn left out', _BENCH, 's', gt=0)
 

@@ -192,7 +192,7 @@ def _read_csv(f):
 
 # %% ../../nbs/data/sources.ipynb #32a2891d
 def plain(v):
-    "A cell of a table as plain Python: arrays as lists, missing values as null, "
+    "A cell of a table as plain Python: arrays as lists, missing values as null,"
     "and no entries that a table only added to make its structs alike"
     if hasattr(v, 'tolist'):
         v = v.tolist()

@@ -20,7 +20,6 @@ from ..core.escaping import mask_secrets, plain_text
 from ..training.launching import tidy_after
 from ..core.settings import settings
 from ..runs.run import RUN_DIR_VARIABLE, Run, read_json, read_lines
-from ..core.schema import fields
 from ..core.spec import jobs_dir
 
 # %% ../../nbs/jobs/supervising.ipynb #dd3470c9
@@ -269,12 +268,6 @@ def _passing_on(sup):
             signal.signal(s, h)
 
 # %% ../../nbs/jobs/supervising.ipynb #ef01f071
-def _changed(job):
-    "Parameters that differ from their defaults"
-    default = {f['name']: f['default'] for f in fields(type(job))}
-    return {k: v for k, v in job.to_dict().items() if v != default[k]}
-
-
 @contextmanager
 def _environment(**vals):
     "Environment variables for the kernel that is started inside"
@@ -312,7 +305,7 @@ def execute(job, name, run, sup):
         pm.execute_notebook(
             _literal(jobs_dir() / f'{name}.ipynb'),
             None,
-            _changed(job),
+            job.changed(),
             engine_name='unsloth_nb',
             kernel_name=settings().kernel,
             cwd=Path.cwd(),

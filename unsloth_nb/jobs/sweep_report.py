@@ -16,8 +16,9 @@ from fastcore.basics import patch
 from ..core.escaping import markdown_text, plain_text
 from ..evaluation.leaderboard import Leaderboard, compare_runs
 from ..core.settings import settings
-from ..runs.run import Run, RunError, _num, read_json, read_lines
+from ..runs.run import Run, RunError, read_json, read_lines
 from ..core.schema import SpecError, nearest
+from ..core import show
 from ..evaluation.significance import caution, interval, number
 from .supervising import write_notebook
 from unsloth_nb.jobs.sweeping import (
@@ -323,7 +324,9 @@ def _head(self: SweepResult) -> str:
     counts = ', '.join(f'{k} {s}' for s, k in n.items() if k) or 'none carried out'
     b = self.best
     return f"{self.name}: {self.sweep.count()} trials, {counts}" + (
-        f"; best is trial {b.number} with {self.sweep.objective} {_num(b.value)}: {show_params(b.params)}" if b else ''
+        f"; best is trial {b.number} with {self.sweep.objective} {show.number(b.value)}: {show_params(b.params)}"
+        if b
+        else ''
     )
 
 # %% ../../nbs/jobs/sweep_report.ipynb #fd62633c
@@ -382,7 +385,7 @@ def _rows(self: SweepResult):
         yield [
             str(t.number),
             *(show_value(v) for v in t.params.values()),
-            _num(t.value),
+            show.number(t.value),
             interval(e) if e else '',
             f'{number(d.difference, True)} {interval(d, True)}' if d else '',
             t.state,

@@ -31,7 +31,6 @@ from unsloth_nb.runs.run import (
     RUN_DIR_VARIABLE,
     Run,
     RunError,
-    _num,
     append_line,
     new_run_dir,
     read_json,
@@ -39,6 +38,7 @@ from unsloth_nb.runs.run import (
     write_json,
 )
 from ..core.schema import SpecError
+from ..core.show import number
 from ..core.spec import JOBS
 from .sweep_report import SweepResult, Trial, open_sweep, write_sweep_notebook
 from unsloth_nb.jobs.sweeping import (
@@ -470,7 +470,7 @@ def conclude(self: Conductor, t: Trial, task):
     self.say(
         f"trial {t.number}: {t.state}"
         + (
-            f", {self.res.sweep.objective} {_num(t.value)}"
+            f", {self.res.sweep.objective} {number(t.value)}"
             if t.value is not None
             else f': {t.reason}'
             if t.reason

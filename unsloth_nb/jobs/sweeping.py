@@ -22,7 +22,7 @@ from ..data.load import load_data
 from ..core.escaping import markdown_text, plain_text
 from .runner import preflight
 from ..planning.plan import make_plan
-from ..core.schema import Job, SpecError, _parts, nearest, param, read_params
+from ..core.schema import Job, SpecError, choices, nearest, param, read_params
 from ..core.scoring import SCORERS
 from ..evaluation.significance import caution
 from ..data.sources import find_source
@@ -129,7 +129,7 @@ class SweepSpace(Job):
 def _as_read(job, name, x):
     "A choice as the job reads it: YAML takes 1e-4 for a text, and it is a number"
     f = JOBS[job].model_fields.get(name) if job in JOBS else None
-    if f is None or isinstance(x, bool) and bool not in _parts(f.annotation):
+    if f is None or isinstance(x, bool) and bool not in choices(f.annotation):
         return x  # Pydantic would make a 1 of True
     try:
         return TypeAdapter(f.annotation).validate_python(x)
@@ -204,7 +204,7 @@ def _combinations(s):
 
 def is_whole(s: Sweep, name: str) -> bool:
     "Does this parameter take whole numbers only?"
-    parts = _parts(JOBS[s.job].model_fields[name].annotation)
+    parts = choices(JOBS[s.job].model_fields[name].annotation)
     return int in parts and float not in parts
 
 

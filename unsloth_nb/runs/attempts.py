@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fastcore.basics import patch
-from .run import Run, RunError, _plain, append_line, fingerprint, read_json, read_lines, write_json
+from .run import Run, RunError, plain_data, append_line, fingerprint, read_json, read_lines, write_json
 
 # %% ../../nbs/runs/attempts.ipynb #804d8e52
 @patch
@@ -99,7 +99,7 @@ def stop_asked(self: Run) -> str | None:  # By whom
 # %% ../../nbs/runs/attempts.ipynb #6275e562
 def hash_of(o) -> str:
     "SHA-256 of plain data, whatever the order of its keys"
-    return hashlib.sha256(json.dumps(_plain(o), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain_data(o), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/runs/attempts.ipynb #19d08d95
 def _put_aside(run, name):
@@ -149,7 +149,7 @@ def keep(
         return kept['value']
     for f in folders:
         _put_aside(self, f)
-    value = _plain(make())
+    value = plain_data(make())
     self._record(
         name, dict(key=key, inputs=inputs, value=value, folders={f: fingerprint(self.path / f) for f in folders})
     )

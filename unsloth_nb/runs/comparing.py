@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 from fastcore.basics import patch
 from ..core.escaping import markdown_text, plain_text
-from .run import STATUSES, RunError, RunList, _plain, open_run, read_json
+from .run import STATUSES, RunError, RunList, plain_data, open_run, read_json
 from ..core.schema import SpecError, nearest
 from ..core.spec import JOBS
 
@@ -190,7 +190,7 @@ class RunDiff:
     runs: tuple = field(default=(), repr=False)  # The Run objects
 
     def to_dict(self) -> dict:
-        return _plain(
+        return plain_data(
             {k: v for k, v in asdict(self).items() if k != 'runs'}
             | dict(verdict=self.verdict, identical=self.identical)
         )

@@ -14,7 +14,7 @@ from functools import cached_property
 from fastcore.basics import patch
 import numpy as np
 
-from ..data.conversations import Conversation, _turn_text, check_characters
+from ..data.conversations import Conversation, turn_text, check_characters
 from ..data.load import Data, duplicate_rows
 from ..core.escaping import html_text, plain_text
 from ..tokens.examples import Examples
@@ -103,7 +103,7 @@ class Row:
 
 def all_text(conv: Conversation) -> str:
     "All turns of a conversation as text"
-    return conv.text if conv.text is not None else '\n'.join(map(_turn_text, conv.messages + (conv.rejected or [])))
+    return conv.text if conv.text is not None else '\n'.join(map(turn_text, conv.messages + (conv.rejected or [])))
 
 
 @patch
@@ -295,8 +295,8 @@ def _repr_html_(self: Row):
         [('text', c.text)]
         if c.text is not None
         else [
-            *((m['role'], _turn_text(m)) for m in c.messages),
-            *((m['role'] + ', rejected', _turn_text(m)) for m in c.rejected or []),
+            *((m['role'], turn_text(m)) for m in c.messages),
+            *((m['role'] + ', rejected', turn_text(m)) for m in c.rejected or []),
         ]
     )
     fault = message(self.fault, error=True) if self.fault else ''

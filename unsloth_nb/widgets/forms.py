@@ -24,16 +24,15 @@ from ..core.escaping import html_text, mask_secrets
 from ..jobs.runner import read_pairs, run_job
 from ..core.panels import Panel, message
 from ..planning.plan import Plan, make_plan
-from ..core.schema import Job, SpecError, _parts, fields, read_value
+from ..core.schema import Job, SpecError, choices, fields, read_value
 from ..data.sources import find_source
 from ..core.spec import BENCHMARKS, JOBS, TEMPLATES, DataParams, FinetuneJob, RowParams, preset, presets
-from ..jobs.supervising import _changed
 
 # %% ../../nbs/widgets/forms.ipynb #80a2df0f
 def job_code(job: Job) -> str:  # Source of a notebook cell
     "The cell that makes this job; it holds what differs from the defaults"
     name = type(job).__name__
-    args = [f'{k}={v!r}' for k, v in _changed(job).items()]
+    args = [f'{k}={v!r}' for k, v in job.changed().items()]
     line = f"job = {name}({', '.join(args)})"
     if len(line) > 100:
         line = '\n'.join([f'job = {name}(', *(f'    {a},' for a in args), ')'])
@@ -66,7 +65,7 @@ def _pair(job, name, v):
 def job_command(job: Job) -> str:  # One line for a POSIX shell
     "The command that runs this job; it holds what differs from the defaults"
     kind = next(k for k, cls in JOBS.items() if type(job) is cls)
-    vals = _changed(job)
+    vals = job.changed()
     pairs = {k: _pair(job, k, v) for k, v in vals.items()}
     line = ' '.join(['unsloth-nb', 'run', kind, *(f'-p {shlex.quote(p)}' for p in pairs.values() if p)])
     odd = {k: v for k, v in vals.items() if not pairs[k]}
@@ -198,7 +197,7 @@ _KNOWN = dict(model=presets, template=lambda: TEMPLATES, configurations=lambda: 
 
 def _control(cls, r, value):
     "The control of one parameter"
-    parts = _parts(cls.model_fields[r['name']].annotation)
+    parts = choices(cls.model_fields[r['name']].annotation)
     words = [p.strip("'") for p in parts if isinstance(p, str)]
     kw = dict(
         description=r['name'], tooltip=r['help'], style=dict(description_width='17em'), layout=w.Layout(width='29em')
@@ -334,7 +333,7 @@ def _typed(self: JobForm, change=None):
         message('\n'.join(lines), error=True)
         if bad
         else message(
-            f'A valid job; {len(_changed(self.job))} of {len(self.params)} parameters differ from the defaults.'
+            f'A valid job; {len(self.job.changed())} of {len(self.params)} parameters differ from the defaults.'
         )
     )
     self.texts.value = (

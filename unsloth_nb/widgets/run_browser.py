@@ -17,8 +17,8 @@ from fastcore.basics import patch
 from ..runs.comparing import RunDiff, diff_runs
 from ..core.escaping import html_text, plain_text
 from ..core.panels import Command, Panel, message
-from ..core.show import picture
-from ..runs.run import list_runs, STATUSES, Run, RunError, RunList, _num, open_run
+from ..core.show import number, picture
+from ..runs.run import list_runs, STATUSES, Run, RunError, RunList, open_run
 from ..core.schema import SpecError
 from ..core.spec import EXPORTS, JOBS
 
@@ -140,7 +140,7 @@ def run_html(run: Run) -> str:
     r = run.result or {}
     m = (run.result or {}).get('metrics') or {}
     sides = [k for k in ('base', 'tuned') if isinstance(m.get(k), dict)]
-    rows = [(n, *(_num(m[k].get(n)) for k in sides)) for n in dict.fromkeys(n for k in sides for n in m[k])]
+    rows = [(n, *(number(m[k].get(n)) for k in sides)) for n in dict.fromkeys(n for k in sides for n in m[k])]
     return f"<div><b>{html_text(run.name)}</b>: {html_text(run.status)}{html_text(', ' + r['reason'] if r.get('reason') else '')}</div>{_table([('metric', *sides), *rows]) if rows else ''}"
 
 
