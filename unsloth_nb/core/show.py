@@ -9,6 +9,7 @@ __all__ = ['GIB', 'GREY', 'number', 'gib', 'duration', 'Markup', 'text_table', '
 import base64
 import io
 import math
+import re
 import threading
 
 from .escaping import html_text, markdown_text, plain_text
@@ -72,6 +73,13 @@ def text_table(
     return "\n".join(map(line, rows))
 
 # %% ../../nbs/core/show.ipynb #1fef24a6
+_NUMERAL = re.compile(r'-?[\d.,]+(e[+-]?\d+)?%?')  # Markdown in a cell of a table makes nothing of it
+
+
+def _markdown_cell(c):
+    return c if isinstance(c, Markup) or _NUMERAL.fullmatch(str(c)) else markdown_text(c)
+
+
 def markdown_table(
     rows,  # The head first; cells are escaped, but for `Markup`
     right=(),  # Columns set to the right, by position
@@ -79,13 +87,16 @@ def markdown_table(
     "The same in markdown"
 
     def line(row):
-        return "| " + " | ".join(c if isinstance(c, Markup) else markdown_text(c) for c in row) + " |"
+        return "| " + " | ".join(str(_markdown_cell(c)) for c in row) + " |"
 
     head, *body = _columns(rows)
     rule = "|" + "".join("---:|" if i in right else "---|" for i in range(len(head)))
     return "\n".join([line(head), rule, *map(line, body)])
 
 # %% ../../nbs/core/show.ipynb #69a71baa
+_WRAPPED = ';vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere'
+
+
 def html_table(
     rows,  # The head first; cells are escaped, but for `Markup`
     right=(),  # Columns set to the right, by position
@@ -96,7 +107,7 @@ def html_table(
 
     def cell(tag, i, c):
         side = "right" if i in right else "left"
-        style = f"text-align:{side};padding:.1em .6em" + (";vertical-align:top;white-space:pre-wrap" if wrap else "")
+        style = f"text-align:{side};padding:.1em .6em" + (_WRAPPED if wrap else '')
         return f'<{tag} style="{style}">{c if isinstance(c, Markup) else html_text(c)}</{tag}>'
 
     def line(tag, row):

@@ -29,6 +29,7 @@ from ..core.errors import UnslothNbError
 from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
 from ..core.schema import Job, SpecError, nearest
+from ..core.show import markdown_table, number, text_table
 from ..core.spec import EXPORTS, JOBS
 
 # %% ../../nbs/runs/run.ipynb #7af3b48f
@@ -160,11 +161,12 @@ class Run:
         self.path = Path(path)
 
     @property
-    def name(self):
+    def name(self) -> str:
         return self.path.name
 
     @property
-    def kind(self):
+    def kind(self) -> str:
+        "Which job it does"
         try:
             return (read_json(self.path / 'job.json') or {}).get('job', '?')
         except ValueError:
@@ -177,13 +179,13 @@ class Run:
         return JOBS[d['job']](**d['parameters'])
 
     @property
-    def result(self):
+    def result(self) -> dict | None:
+        "How it ended; None while it has not"
         return read_json(self.path / 'result.json')
 
     @property
-    def status(
-        self,
-    ):  # finished, failed, interrupted; without a result: running, or unfinished when its process is gone; damaged: what it is or was cannot be read
+    def status(self) -> str:  # One of `STATUSES`
+        "How it ended; without a result `running`, or `unfinished` when its process is gone; `damaged`: unreadable"
         try:
             res = read_json(self.path / 'job.json') and self.result
         except ValueError:
@@ -191,22 +193,21 @@ class Run:
         return (res or {}).get('status') or ('running' if self.alive else 'unfinished')
 
     @property
-    def alive(self) -> bool:
-        "Has its process said so within half a minute?"
-        beat = read_json(self.path / 'heartbeat.json')
-        return (
-            bool(beat)
-            and time.time() - beat['time'] < 30
-            and not (self.path / 'result.json').exists()
-            and _exists(beat)
-        )
-
-    @property
-    def metrics(self):
+    def metrics(self) -> list[dict]:
+        "What was logged, step by step"
         return read_lines(self.path / 'metrics.jsonl')
 
     def __repr__(self):
         return plain_text(f"Run({self.name}, {self.status})")
+
+# %% ../../nbs/runs/run.ipynb #3c4e0161
+@patch(as_prop=True)
+def alive(self: Run) -> bool:
+    "Has its process said so within half a minute?"
+    beat = read_json(self.path / 'heartbeat.json')
+    if not beat or time.time() - beat['time'] >= 30 or (self.path / 'result.json').exists():
+        return False
+    return _exists(beat)
 
 # %% ../../nbs/runs/run.ipynb #68ef242c
 _HEARTS = weakref.WeakValueDictionary()  # Directory to Heart, in this process
@@ -411,18 +412,12 @@ def fail(self: Run, reason: str, **more):
     return self._end('failed', reason=mask_secrets(reason, named=False), metrics={}, artifacts=self.artifacts(), **more)
 
 # %% ../../nbs/runs/run.ipynb #84591f05
-def _num(v):
-    return f'{v:.4g}' if isinstance(v, float) else '' if v is None else str(v)
-
-
 def before_after(metrics: dict) -> str:  # Markdown
     "Table of the base and the tuned model's metrics"
     sides = [k for k in ('base', 'tuned') if k in metrics]
-    if not sides:
-        return ''
-    names = list(dict.fromkeys(n for s in sides for n in metrics[s]))
-    rows = [f"| {markdown_text(n)} | " + ' | '.join(_num(metrics[s].get(n)) for s in sides) + ' |' for n in names]
-    return '\n'.join([f"| metric | {' | '.join(sides)} |", '|---|' + '---|' * len(sides), *rows])
+    names = dict.fromkeys(n for s in sides for n in metrics[s])
+    rows = [(n, *(number(metrics[s].get(n)) for s in sides)) for n in names]
+    return markdown_table([('metric', *sides), *rows]) if sides else ''
 
 
 @patch
@@ -452,11 +447,10 @@ def _repr_markdown_(self: Run):
 def run_dirs(runs_dir=None) -> list[Path]:  # Oldest first
     "All run directories"
     runs_dir = Path(runs_dir or settings().runs_dir)
-    dirs = (
-        [p for p in runs_dir.iterdir() if (p / 'job.json').exists() and p.resolve().parent == runs_dir.resolve()]
-        if runs_dir.is_dir()
-        else []
-    )  # No link that leads elsewhere
+    if not runs_dir.is_dir():
+        return []
+    here = runs_dir.resolve()  # No link that leads elsewhere
+    dirs = [p for p in runs_dir.iterdir() if (p / 'job.json').exists() and p.resolve().parent == here]
     return sorted(dirs, key=lambda p: (p / 'job.json').stat().st_mtime_ns)
 
 
@@ -475,7 +469,7 @@ def open_run(
     runs_dir=None,  # Where runs are
     kind: str | None = None,  # Only runs of this job
 ) -> Run:
-    "A run to read"
+    "A run to read; raises `SpecError` when there is none of that name, or several"
     if isinstance(ref, Run):
         return ref
     if _is_directory(ref) and (Path(ref) / 'job.json').exists():
@@ -510,7 +504,7 @@ class RunList(list):
             res = r.result or {}
             m = res.get('metrics', {})
             steps = r.metrics
-            em = [_num(m.get(s, {}).get('exact_match')) for s in ('base', 'tuned')]
+            em = [number(m.get(s, {}).get('exact_match')) for s in ('base', 'tuned')]
             yield (
                 r.name,
                 r.kind,
@@ -523,20 +517,10 @@ class RunList(list):
             )
 
     def _repr_markdown_(self):
-        return '\n'.join(
-            [
-                '| ' + ' | '.join(self.columns) + ' |',
-                '|' + '---|' * len(self.columns),
-                *('| ' + ' | '.join(map(markdown_text, x)) + ' |' for x in self.rows()),
-            ]
-        )
+        return markdown_table([self.columns, *self.rows()])
 
     def __repr__(self):
-        rows = [self.columns, *self.rows()]
-        w = [max(len(r[i]) for r in rows) for i in range(len(self.columns))]
-        return plain_text(
-            '\n'.join('  '.join(c.replace('\n', ' ').ljust(n) for c, n in zip(r, w)).rstrip() for r in rows)
-        )
+        return text_table([self.columns, *self.rows()])
 
 
 def list_runs(runs_dir=None) -> RunList:

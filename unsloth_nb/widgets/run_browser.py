@@ -149,7 +149,7 @@ def diff_html(diff: RunDiff) -> str:
     who = ''.join(
         f'<div>{k}: {html_text(n)}, {html_text(s)}</div>' for k, n, s in zip('ab', (diff.a, diff.b), diff.status)
     )
-    return f'{who}<div><b>{html_text(diff.verdict)}</b></div>' + ''.join(_table(rows) for _, rows in diff._sections())
+    return f'{who}<div><b>{html_text(diff.verdict)}</b></div>' + ''.join(_table(rows) for _, rows in diff.sections())
 
 
 @patch
