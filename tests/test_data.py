@@ -1714,3 +1714,10 @@ def test_events_are_the_same_to_the_letter(split, want):
     "Golden traces and published numbers are of these rows"
     rows = json.dumps(make_events(2000, split=split), ensure_ascii=False)
     assert hashlib.sha256(rows.encode()).hexdigest() == want
+
+
+@pytest.mark.parametrize('rows, want', [([dict(text=f'{i}') for i in range(4)], True), (CHATS, False)])
+def test_is_text(rows, want):
+    data = load_data(FinetuneJob(test_size=1), rows=rows)
+    assert (data.is_text, data.test.is_text, data.train[0].is_text) == (want, want, want)
+    assert not data.train[:0].is_text

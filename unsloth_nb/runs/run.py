@@ -275,7 +275,7 @@ def start_run(
     job: Job,  # What is to be done
     runs_dir=None,  # Where runs go; default: `settings().runs_dir`
 ) -> Run:
-    "A new run, or the one that the runner has made for this notebook"
+    "A new run, or the one that the runner has made; raises `RunError` when that one is over or was for another job"
     path = os.environ.pop(RUN_DIR_VARIABLE, None)
     if path is None:
         path = new_run_dir(next(k for k, v in JOBS.items() if type(job) is v), runs_dir)
