@@ -2,11 +2,13 @@
 
 import functools
 import gzip
+import hashlib
 import json
 import re
 from collections import Counter
 from pathlib import Path
 import pytest
+from unsloth_nb.data.events import make_events
 from unsloth_nb.data.load import DataError, load_data
 from unsloth_nb.core.schema import SpecError, read_value
 from unsloth_nb.core.spec import FinetuneJob
@@ -1699,3 +1701,23 @@ def test_columns_that_turn_up_later():
         dict(prompt='x', completion='y', note='late')
     ]
     assert load_data(FinetuneJob(test_size=2), rows=rows).unused == ['note']
+
+
+@pytest.mark.parametrize(
+    'split, want',
+    [
+        ('train', 'c2c9a699231a57d70f2bd60d71e65dae102fd6f1064c53553bb0b32192887f9a'),
+        ('test', '6bee982afdb0074cf8f64fa59a3c42603161d04d00901894c0ccbaad6f622535'),
+    ],
+)
+def test_events_are_the_same_to_the_letter(split, want):
+    "Golden traces and published numbers are of these rows"
+    rows = json.dumps(make_events(2000, split=split), ensure_ascii=False)
+    assert hashlib.sha256(rows.encode()).hexdigest() == want
+
+
+@pytest.mark.parametrize('rows, want', [([dict(text=f'{i}') for i in range(4)], True), (CHATS, False)])
+def test_is_text(rows, want):
+    data = load_data(FinetuneJob(test_size=1), rows=rows)
+    assert (data.is_text, data.test.is_text, data.train[0].is_text) == (want, want, want)
+    assert not data.train[:0].is_text

@@ -23,6 +23,7 @@ from .errors import UnslothNbError
 from .settings import settings
 from .template_sandbox import bound_templates
 from .schema import SpecError
+from .show import gib
 
 # %% ../../nbs/core/engine.ipynb #b1bc06a5
 PROCESS_ENVIRONMENT = dict(
@@ -78,26 +79,34 @@ def device_info() -> Device:
     mem = psutil.virtual_memory()
     cores = torch.get_num_threads()
     if torch.cuda.is_available():
-        p, (free, total) = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info(0)
+        card = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)
         return Device(
-            'cuda',
-            p.name,
-            total,
-            free,
-            torch.cuda.is_bf16_supported(including_emulation=False),
-            cores,
-            torch.cuda.device_count(),
-            f'{p.major}.{p.minor}',
+            kind='cuda',
+            name=card.name,
+            memory_total=total,
+            memory_free=free,
+            bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            cores=cores,
+            count=torch.cuda.device_count(),
+            capability=f'{card.major}.{card.minor}',
         )
-    if torch.backends.mps.is_available():
-        return Device('mps', platform.machine(), mem.total, mem.available, True, cores)
-    return Device('cpu', _cpu_name(), mem.total, mem.available, torch.ops.mkldnn._is_mkldnn_bf16_supported(), cores)
+    apple = torch.backends.mps.is_available()
+    return Device(
+        kind='mps' if apple else 'cpu',
+        name=platform.machine() if apple else _cpu_name(),
+        memory_total=mem.total,
+        memory_free=mem.available,
+        bf16=True if apple else torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        cores=cores,
+    )
 
 # %% ../../nbs/core/engine.ipynb #035c59ef
 @patch
 def _repr_markdown_(self: Device):
-    gib = 2**30
-    return f"**{self.name}** ({self.kind}, {self.cores} threads): {self.memory_free / gib:.1f} of {self.memory_total / gib:.1f} GiB free, bfloat16 {'native' if self.bf16 else 'emulated'}"
+    memory = f"{gib(self.memory_free)} of {gib(self.memory_total)} GiB free"
+    bf16 = 'native' if self.bf16 else 'emulated'
+    return f"**{self.name}** ({self.kind}, {self.cores} threads): {memory}, bfloat16 {bf16}"
 
 # %% ../../nbs/core/engine.ipynb #21169bff
 class EngineError(UnslothNbError, RuntimeError):
@@ -156,16 +165,17 @@ def _import_unsloth():
     from transformers.utils.logging import disable_progress_bar
 
     for off in (disable_progress_bars, disable_progress_bar):
-        off()  # They are widgets, which an executed notebook keeps for ever
+        off()  # They are widgets, which an executed notebook keeps
 
 # %% ../../nbs/core/engine.ipynb #eca3be97
 def start_engine() -> Device:
-    "Import Unsloth first, once, quietly; returns the device"
+    "Import Unsloth first, once, quietly; raises `EngineError` where that is too late or fails"
     if 'unsloth' not in sys.modules:
         early = [m for m in ('transformers', 'trl', 'peft') if m in sys.modules]
         if early:
             raise EngineError(
-                f"{', '.join(early)} was imported before Unsloth, whose speed-ups would then not apply: restart the kernel and import from unsloth_nb first"
+                f"{', '.join(early)} was imported before Unsloth, whose speed-ups would then not apply: "
+                "restart the kernel and import from unsloth_nb first"
             )
         set_environment()
         _import_unsloth()
@@ -223,5 +233,6 @@ def check_hub(
             why = f'{u.hostname}: {e}'
     if why:
         raise Unreachable(
-            f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, or use the embedded model 'smollm2-135m' and dataset 'events'"
+            f"{what}: the Hugging Face Hub cannot be reached ({why}); give a local folder or file instead, "
+            "or use the embedded model 'smollm2-135m' and dataset 'events'"
         )

@@ -60,12 +60,12 @@ _PLACEHOLDER = re.compile(r'(?i)your|token|example|placeholder|xxx|\*\*\*|\.\.\.
 _VARIABLE = re.compile(r'(?i)(?:TOKEN|API_?KEY|SECRET(?:_ACCESS_KEY)?|PASSWORD)$')
 
 
-def _real(s):
+def _looks_real(s):
     "Does it look like a secret, not like a placeholder?"
     return len(set(s)) > 6 and not _PLACEHOLDER.search(s) and bool(re.search(r'\d', s) and re.search('[A-Za-z]', s))
 
 
-def _own():
+def _own_secrets():
     "The secrets of this process's environment"
     return [re.escape(v) for k, v in os.environ.items() if len(v) >= 12 and _VARIABLE.search(k)]
 
@@ -76,8 +76,8 @@ def _spans(text, named):
         return []
     spans = [m.span(1) for m in KEYS.finditer(text) if len(set(m[1])) > 9 and not re.search('(?i)example|xxxx', m[1])]
     if named:
-        spans += [m.span(1) for p in (_NAMED, _LOGIN) for m in p.finditer(text) if _real(m[1])]
-    spans += [m.span() for m in re.finditer('|'.join(_own()) or '(?!)', text)]
+        spans += [m.span(1) for p in (_NAMED, _LOGIN) for m in p.finditer(text) if _looks_real(m[1])]
+    spans += [m.span() for m in re.finditer('|'.join(_own_secrets()) or '(?!)', text)]
     res = []
     for s in sorted(set(spans)):
         if not res or s[0] >= res[-1][1]:
@@ -92,7 +92,7 @@ def find_secrets(text: str) -> list[tuple[int, int]]:  # Where each begins and e
 
 def mask_secrets(
     text: str,  # Any text
-    named: bool = True,  # Also what is assigned to a name like `api_key`? False: keys of known form and those of this process's environment
+    named: bool = True,  # Also what is assigned to a name like `api_key`? False: keys of known form, and our own
 ) -> str:
     "The same text, of each secret only the kind"
     for a, b in reversed(_spans(text, named)):

@@ -50,11 +50,9 @@ class Panel:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         kept = {'text/plain': repr(self), 'text/html': self._repr_html_()}
-        return (
-            kept | {k: v for k, v in self.widget._repr_mimebundle_().items() if 'widget-view' in k}
-            if in_browser()
-            else kept
-        )
+        if not in_browser():
+            return kept
+        return kept | {k: v for k, v in self.widget._repr_mimebundle_().items() if 'widget-view' in k}
 
 # %% ../../nbs/core/panels.ipynb #3550471f
 def message(text='', error=False) -> str:  # HTML
@@ -62,7 +60,11 @@ def message(text='', error=False) -> str:  # HTML
     if not text:
         return '<div role="status"></div>'
     edge = 'var(--jp-error-color1, #c62828)' if error else 'var(--jp-brand-color1, #1976d2)'
-    return f'<div role="{"alert" if error else "status"}" style="border-left:4px solid {edge};padding-left:.6em;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere">{"<b>Error:</b> " if error else ""}{html_text(text)}</div>'
+    style = (
+        f'border-left:4px solid {edge};padding-left:.6em;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere'
+    )
+    role = 'alert' if error else 'status'
+    return f'<div role="{role}" style="{style}">{"<b>Error:</b> " if error else ""}{html_text(text)}</div>'
 
 # %% ../../nbs/core/panels.ipynb #46339e42
 def while_busy(widget):
@@ -75,9 +77,9 @@ class Pace:
     "Says when it is time to draw again"
 
     def __init__(self, every=2.0):
-        self.every = every
+        self.every = every  # [s] between two pictures, at least
         self.due = 0.0
-        self.first = True  # [s] between two pictures, at least
+        self.first = True
 
     def draw(self, f, now=False):  # Draw in any case?
         "Call `f` if it is time"

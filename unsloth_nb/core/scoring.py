@@ -83,7 +83,8 @@ def regex(
         raise ScorerError(f"{pattern[:60]!r} is not a regular expression: {e}") from None
     except TimeoutError:
         raise ScorerError(
-            f"the pattern {pattern[:60]!r} takes more than {SECONDS:g} s on this answer; write it without nested repetitions"
+            f"the pattern {pattern[:60]!r} takes more than {SECONDS:g} s on this answer; "
+            "write it without nested repetitions"
         ) from None
 
 # %% ../../nbs/core/scoring.ipynb #8631ec3a
@@ -127,7 +128,8 @@ def _with_options(name, text):
         tols = []
     if not (1 <= len(tols) <= 2 and all(0 <= t < math.inf for t in tols)):
         raise ScorerError(
-            f"{name}: {text!r} is no option for it; regex takes a pattern (regex:\\d+), numeric takes tolerances (numeric:0.01, or numeric:0:0.5 for an absolute one), the others take none"
+            f"{name}: {text!r} is no option for it; regex takes a pattern (regex:\\d+), "
+            "numeric takes tolerances (numeric:0.01, or numeric:0:0.5 for an absolute one), the others take none"
         )
     return partial(numeric, **dict(zip(('rel_tol', 'abs_tol'), tols)))
 

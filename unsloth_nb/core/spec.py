@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'BENCHMARKS', 'JOBS', 'jobs_dir', 'Preset', 'presets', 'preset', 'ModelRef',
            'resolve_model', 'SourceParams', 'DataParams', 'RowParams', 'GenerateParams', 'ModelParams', 'LoraParams',
-           'FormatParams', 'TrainParams', 'DeviceParams', 'split_batch', 'SaveParams', 'TrainingJob', 'find_objective',
-           'FinetuneJob', 'PretrainJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob', 'trains', 'make_job']
+           'FormatParams', 'StepParams', 'OptimizerParams', 'TrainParams', 'DeviceParams', 'split_batch', 'SaveParams',
+           'TrainingJob', 'find_objective', 'FinetuneJob', 'PretrainJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob',
+           'trains', 'make_job']
 
 # %% ../../nbs/core/spec.ipynb #f9b1ec1b
 import importlib
@@ -92,7 +93,8 @@ def resolve_model(
     )
     if p and p.remote_code and allow_remote_code != p.hub:
         raise SpecError(
-            f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, then allow it by name: allow_remote_code={p.hub!r}"
+            f"model: {model!r} runs Python code from its Hub repository {p.hub}; read that code, "
+            f"then allow it by name: allow_remote_code={p.hub!r}"
         )
     if p and p.name == model:
         return ModelRef('embedded' if p.embedded else 'hub', model if p.embedded else p.hub, p)
@@ -115,67 +117,18 @@ _TRAIN = 'Training'
 _DEVICES = 'Devices'
 _EVAL = 'Evaluation and output'
 _BENCH = 'Benchmark'
-TEMPLATES = (
-    'auto',
-    'chat',
-    'alpaca',
-    'raw',  # ours; the others are Unsloth's
-    'unsloth',
-    'zephyr',
-    'chatml',
-    'mistral',
-    'llama',
-    'vicuna',
-    'vicuna_old',
-    'vicuna old',
-    'alpaca-turns',
-    'gemma',
-    'gemma_chatml',
-    'gemma2',
-    'gemma2_chatml',
-    'llama-3',
-    'llama3',
-    'phi-3',
-    'phi-35',
-    'phi-3.5',
-    'llama-3.1',
-    'llama-31',
-    'llama-3.2',
-    'llama-3.3',
-    'llama-32',
-    'llama-33',
-    'qwen-2.5',
-    'qwen-25',
-    'qwen25',
-    'qwen2.5',
-    'qwen-2.5-coder',
-    'qwen-25-coder',
-    'qwen2.5-coder',
-    'qwen25-coder',
-    'phi-4',
-    'gemma-3',
-    'gemma3',
-    'qwen-3',
-    'qwen3',
-    'gemma-3n',
-    'gemma3n',
-    'gemma-4',
-    'gemma4',
-    'gemma-4-thinking',
-    'gemma4-thinking',
-    'gpt-oss',
-    'gptoss',
-    'qwen3-instruct',
-    'qwen3-thinking',
-    'lfm-2',
-    'lfm-2.5',
-    'starling',
-    'yi-chat',
-)
+_UNSLOTH_TEMPLATES = '''
+unsloth, zephyr, chatml, mistral, llama, vicuna, vicuna_old, vicuna old, alpaca-turns, gemma, gemma_chatml,
+gemma2, gemma2_chatml, llama-3, llama3, phi-3, phi-35, phi-3.5, llama-3.1, llama-31, llama-3.2, llama-3.3,
+llama-32, llama-33, qwen-2.5, qwen-25, qwen25, qwen2.5, qwen-2.5-coder, qwen-25-coder, qwen2.5-coder,
+qwen25-coder, phi-4, gemma-3, gemma3, qwen-3, qwen3, gemma-3n, gemma3n, gemma-4, gemma4, gemma-4-thinking,
+gemma4-thinking, gpt-oss, gptoss, qwen3-instruct, qwen3-thinking, lfm-2, lfm-2.5, starling, yi-chat
+'''
+TEMPLATES = ('auto', 'chat', 'alpaca', 'raw', *(name.strip() for name in _UNSLOTH_TEMPLATES.split(',')))
 EXPORTS = ('adapter', 'merged_16bit', 'merged_4bit', 'gguf_f16', 'gguf_q8_0', 'gguf_q4_k_m')
 LINEARS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
-
+# %% ../../nbs/core/spec.ipynb #f3f5b81f
 class SourceParams(Job):
     "Where rows come from"
 
@@ -290,12 +243,13 @@ class FormatParams(Job):
         return v
 
 # %% ../../nbs/core/spec.ipynb #66590f55
-class TrainParams(Job):
-    "The optimizer's side"
+class StepParams(Job):
+    "What one optimizer step sees, and how many there are"
 
     batch_size: Annotated[int, Field(ge=1, le=65536)] | Literal['auto', 'fastest'] = param(
         'auto',
-        'Rows per optimizer step, of all devices together; auto: about 8; fastest: larger steps where the device is faster with them',
+        'Rows per optimizer step, of all devices together; auto: about 8; fastest: '
+        'larger steps where the device is faster with them',
         _TRAIN,
         'rows',
         _classic + ': 2 x 4',
@@ -312,6 +266,11 @@ class TrainParams(Job):
     num_train_epochs: float | None = param(
         None, 'Passes over the data, when max_steps is null', _TRAIN, 'epochs', gt=0, le=1000
     )
+
+# %% ../../nbs/core/spec.ipynb #78642e72
+class OptimizerParams(StepParams):
+    "How a step changes the weights"
+
     learning_rate: float = param(
         2e-4, 'Peak learning rate', _TRAIN, '', 'QLoRA, arXiv:2305.14314, table 9; ' + _classic, gt=0, le=1
     )
@@ -334,6 +293,11 @@ class TrainParams(Job):
     max_grad_norm: float = param(
         1.0, 'Gradients are clipped to this norm', _TRAIN, '', 'transformers TrainingArguments', gt=0
     )
+
+# %% ../../nbs/core/spec.ipynb #69123506
+class TrainParams(OptimizerParams):
+    "All that training needs to know"
+
     gradient_checkpointing: Literal['unsloth', 'auto'] | bool = param(
         'auto', 'Recompute activations to save memory', _TRAIN, '', 'arXiv:1604.06174'
     )
@@ -381,7 +345,8 @@ class DeviceParams(Job):
     )
     parallel: Literal['auto', 'ddp', 'fsdp', 'device_map'] = param(
         'auto',
-        'How devices share the work. ddp: each holds the model and takes a part of the rows; fsdp: each holds a part of the weights as well; device_map: each holds some of the layers, and they work in turn',
+        'How devices share the work. ddp: each holds the model and takes a part of the rows; fsdp: '
+        'each holds a part of the weights as well; device_map: each holds some of the layers, and they work in turn',
         _DEVICES,
         '',
         'DDP, arXiv:2006.15704; FSDP, arXiv:2304.11277',
@@ -389,9 +354,9 @@ class DeviceParams(Job):
 
     @property
     def ranks(self) -> int:  # Processes that train; 1 where the plan decides, and where one process drives all devices
-        return (
-            1 if self.parallel == 'device_map' else self.nodes * (self.devices if isinstance(self.devices, int) else 1)
-        )
+        if self.parallel == 'device_map' or not isinstance(self.devices, int):
+            return 1 if self.parallel == 'device_map' else self.nodes
+        return self.nodes * self.devices
 
 # %% ../../nbs/core/spec.ipynb #c780823e
 def split_batch(
@@ -406,7 +371,8 @@ def split_batch(
     if b and a:
         if n and n != b * a * ranks:
             raise ValueError(
-                f"batch_size: {n}, while {b} rows a pass times {a} passes{of} are {b * a * ranks}; leave one of the three out"
+                f"batch_size: {n}, while {b} rows a pass times {a} passes{of} are {b * a * ranks}; "
+                "leave one of the three out"
             )
         return b * a * ranks, b, a
     if batch == 'fastest':
@@ -416,7 +382,8 @@ def split_batch(
     for name, v in (('devices', 1), ('per_device_train_batch_size', b), ('gradient_accumulation_steps', a)):
         if v and n % (v * ranks):
             raise ValueError(
-                f"{name}: {ranks if v == 1 else v}{of if v > 1 else ''} does not divide an optimizer step of {n} rows; set batch_size to a multiple of {v * ranks}"
+                f"{name}: {ranks if v == 1 else v}{of if v > 1 else ''} does not divide an optimizer step of {n} "
+                f"rows; set batch_size to a multiple of {v * ranks}"
             )
     return n, b or (n // a // ranks if a else None), a or (n // b // ranks if b else None)
 
@@ -443,13 +410,15 @@ class TrainingJob(DeviceParams, TrainParams, LoraParams, RowParams, SourceParams
     def _consistent(self):
         if self.max_steps is not None and self.num_train_epochs is not None:
             raise ValueError(
-                f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; training ends by one of them: set max_steps to null, or leave num_train_epochs out"
+                f"num_train_epochs: got {self.num_train_epochs} while max_steps is {self.max_steps}; "
+                "training ends by one of them: set max_steps to null, or leave num_train_epochs out"
             )
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps: null, and num_train_epochs is null too; set one of them")
         if self.load_in_8bit and self.load_in_4bit is True:
             raise ValueError(
-                "load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: leave one of them out"
+                "load_in_8bit: true, and load_in_4bit is true too; the weights can have one precision: "
+                "leave one of them out"
             )
         if self.parallel == 'device_map' and self.nodes > 1:
             raise ValueError(
@@ -510,30 +479,20 @@ class EvaluateJob(GenerateParams):
     compare_base: bool = param(True, 'Score the base model as well', _EVAL)
     scorers: list[str] = param(
         [],
-        "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; empty: what suits the rows",
+        "How answers are scored: exact_match, valid_json, json_fields, numeric:TOLERANCE, regex:PATTERN, choice; "
+        "empty: what suits the rows",
         _EVAL,
     )
     confidence: float = param(0.95, 'Confidence of the intervals', _EVAL, gt=0, lt=1)
     bootstrap_samples: int = param(
-        9999,
-        'Samples of the bootstrap and of permutation tests',
-        _EVAL,
-        'samples',
-        'scipy.stats.bootstrap',
-        ge=99,
-        le=1000000,
+        9999, 'Samples of bootstrap and permutation tests', _EVAL, 'samples', 'scipy.stats.bootstrap', ge=99, le=1000000
     )
     seed: int = param(0, 'Seed of the bootstrap and of permutation tests', _EVAL, ge=0, lt=2**32)
     tasks: list[str] = param([], 'Tasks of the lm-evaluation-harness, by name; empty: none', _EVAL)
     task_dir: str | None = param(None, 'Folder with tasks of your own (.yaml) and their data', _EVAL)
     task_limit: int | None = param(None, 'Rows of each task; null: all', _EVAL, 'rows', ge=1)
     num_fewshot: int | None = param(
-        None,
-        'Solved examples in front of each question of a task; null: what the task says',
-        _EVAL,
-        'examples',
-        ge=0,
-        le=1000,
+        None, 'Solved examples before each question; null: what the task says', _EVAL, 'examples', ge=0, le=1000
     )
     apply_chat_template: bool = param(
         False, "Ask the tasks through the model's chat template", _EVAL, '', 'lm-evaluation-harness'
@@ -580,19 +539,13 @@ BENCHMARKS = (
     'plan_fastest',
 )
 
-
+# %% ../../nbs/core/spec.ipynb #9084c4e8
 class BenchmarkJob(Job):
     "Measure ways to train a model on this machine, side by side"
 
     model: str = param('smollm2-135m', 'Preset name, Hub id (owner/name) or local folder', _MODEL)
     max_seq_length: int = param(
-        2048,
-        'Longest example, and length of a packed row; longer ones are cut',
-        _MODEL,
-        'tokens',
-        _classic,
-        ge=8,
-        le=1048576,
+        2048, 'Length of a packed row; longer examples are cut', _MODEL, 'tokens', _classic, ge=8, le=1048576
     )
     dataset: str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
     dataset_format: Literal[
@@ -610,12 +563,7 @@ class BenchmarkJob(Job):
     )
     repeats: int = param(1, 'Rounds, each of all configurations; the median counts', _BENCH, 'rounds', ge=1, le=100)
     preload: int = param(
-        1,
-        'Child processes at once: 1, one after the other; more, others load meanwhile, and their weights share the memory',
-        _BENCH,
-        'processes',
-        ge=1,
-        le=16,
+        1, 'Processes at once; above 1 the next ones load meanwhile and hold memory', _BENCH, 'processes', ge=1, le=16
     )
     time_limit: float = param(600, 'Longest time for a configuration, waiting for its turn left out', _BENCH, 's', gt=0)
 

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 
+from ..core.show import markdown_table, text_table
 from .sources import DataError
 
 # %% ../../nbs/data/ledger.ipynb #7b64c239
@@ -34,7 +35,7 @@ class Ledger:
     def kept_total(self) -> int:
         return sum(self.kept.values())
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         return dict(
             unit=self.unit, came=self.came, kept=dict(self.kept), left_out=dict(self.left_out), noted=dict(self.noted)
         )
@@ -55,18 +56,16 @@ def lines(self: Ledger):  # (name, number)
 
 @patch
 def _repr_markdown_(self: Ledger):
-    return '| | |\n|---|---:|\n' + '\n'.join(f'| {k} | {v:,} |' for k, v in self.lines())
+    return markdown_table([('', ''), *((k, f'{v:,}') for k, v in self.lines())], right=(1,))
 
 
 @patch
 def __str__(self: Ledger):
-    rows = [(k, f'{v:,}') for k, v in self.lines()]
-    w = max(len(k) for k, _ in rows)
-    n = max(len(v) for _, v in rows)
-    return '\n'.join(f'{k:{w}}  {v:>{n}}' for k, v in rows)
+    return text_table([(k, f'{v:,}') for k, v in self.lines()], right=(1,))
 
 # %% ../../nbs/data/ledger.ipynb #b3753bef
 def count_rows(n: int) -> str:
+    "A number of rows, in words"
     return f"{n:,} row{'s' if n != 1 else ''}"
 
 
@@ -86,24 +85,26 @@ class Faults:
         if self.counts[e.reason] <= self.limit:
             self.rows.setdefault(e.reason, []).append(i)
 
-    def lines(self):
+    def lines(self) -> list[str]:
+        "Each kind of fault in a line"
         return [self.line(r) for r in self.counts]
 
-    def notes(self):  # For rows that were left out as the job wanted it
+    def notes(self):
+        "A line for each reason why rows were left out as the job wanted it"
         for r, n in self.counts.items():
-            yield f"{count_rows(n)} left out, {r.replace('_', ' ')}: {', '.join(map(str, self.rows[r]))}{', …' if n > len(self.rows[r]) else ''}; the first: {self.messages[r].split('; ')[0]}"
+            rows = ', '.join(map(str, self.rows[r])) + (', …' if n > len(self.rows[r]) else '')
+            first = self.messages[r].split('; ')[0]
+            yield f"{count_rows(n)} left out, {r.replace('_', ' ')}: {rows}; the first: {first}"
 
-
+# %% ../../nbs/data/ledger.ipynb #1b1ebd7a
 @patch
 def line(self: Faults, reason):
     "The first fault of a kind, and which other rows have it"
-    n = self.counts[reason]
+    others = self.counts[reason] - 1
     rows = self.rows[reason][1:]
-    more = (
-        ''
-        if n == 1
-        else f"; and {n - 1:,} more: rows {', '.join(map(str, rows))}" + (', …' if n - 1 > len(rows) else '')
-    )
+    if not others:
+        return self.messages[reason]
+    more = f"; and {others:,} more: rows {', '.join(map(str, rows))}" + (', …' if others > len(rows) else '')
     return self.messages[reason] + more
 
 
@@ -115,12 +116,8 @@ def check(self: Faults, policy, rows, max_dropped, error=DataError):
         raise error('\n'.join(map(self.line, bad)), bad[0])
     gone = sum(n for r, n in self.counts.items() if policy(r) == 'drop')
     if gone > max_dropped * rows:
-        raise error(
-            '\n'.join(
-                [
-                    f"max_dropped: {gone:,} of {rows:,} rows ({gone / rows:.0%}) would be dropped, more than {max_dropped:.0%}; mend the data, or raise max_dropped",
-                    *self.lines(),
-                ]
-            ),
-            'over_filtered',
+        why = (
+            f"max_dropped: {gone:,} of {rows:,} rows ({gone / rows:.0%}) would be dropped, "
+            f"more than {max_dropped:.0%}; mend the data, or raise max_dropped"
         )
+        raise error('\n'.join([why, *self.lines()]), 'over_filtered')

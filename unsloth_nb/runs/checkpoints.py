@@ -148,7 +148,8 @@ def only_writer(run: Run):
     except Timeout:
         who = read_json(run.path / 'writer.json') or {}
         raise RunError(
-            f"{run.name} is being written by process {who.get('pid', '?')} on {who.get('host', '?')}; two writers would mix their steps: wait for it, or stop it"
+            f"{run.name} is being written by process {who.get('pid', '?')} on {who.get('host', '?')}; "
+            "two writers would mix their steps: wait for it, or stop it"
         ) from None
     try:
         write_json(run.path / 'writer.json', dict(pid=os.getpid(), host=socket.gethostname()))

@@ -7,17 +7,20 @@ __all__ = ['Curve', 'compare_curves', 'RunDiff', 'diff_runs', 'Replay', 'replaye
 
 # %% ../../nbs/runs/comparing.ipynb #16d3e9dd
 import math
-import re
 from dataclasses import asdict, dataclass, field
 
 from fastcore.basics import patch
 from ..core.escaping import markdown_text, plain_text
-from .run import STATUSES, RunError, RunList, _plain, open_run, read_json
+from .run import STATUSES, RunError, RunList, plain_data, open_run, read_json
 from ..core.schema import SpecError, nearest
+from ..core.show import markdown_table, text_table
 from ..core.spec import JOBS
 
 # %% ../../nbs/runs/comparing.ipynb #e7c8fa60
-_PLAN = 'dtype load_in_4bit load_in_8bit per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim packing padding_free attention max_seq_length'.split()
+_PLAN = '''
+dtype load_in_4bit load_in_8bit per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing
+optim packing padding_free attention max_seq_length
+'''.split()
 _DATA = 'source revision format fingerprint system ledger'.split()
 _EXAMPLES = 'template loss_on rows tokens'.split()
 _PASSING = ('started', 'device.memory_free')
@@ -31,7 +34,8 @@ def _read(run, name):
         raise RunError(f"{run.name}: {name}.json is not JSON ({e}); its run cannot be compared") from None
     if not isinstance(d, dict):
         raise RunError(
-            f"{run.name}: {name}.json holds a {type(d).__name__} where names and values belong; its run cannot be compared"
+            f"{run.name}: {name}.json holds a {type(d).__name__} where names and values belong; "
+            "its run cannot be compared"
         )
     return d
 
@@ -96,6 +100,7 @@ def _side_by_side(a, b):
 def _artefacts(a, b) -> list[dict]:
     "Each artefact with the files that differ, and whether its weights are the same; None where only one run has it"
     x, y = (_read(r, 'result').get('artifacts') or {} for r in (a, b))
+    both = x.keys() & y.keys()
     res = []
     for n in dict.fromkeys([*x, *y]):
         files = [f for f in dict.fromkeys([*x.get(n, {}), *y.get(n, {})])]
@@ -104,8 +109,8 @@ def _artefacts(a, b) -> list[dict]:
         res.append(
             dict(
                 name=n,
-                same_weights=not set(weights) & set(differ) if n in x and n in y else None,
-                only='' if n in x and n in y else 'a' if n in x else 'b',
+                same_weights=not set(weights) & set(differ) if n in both else None,
+                only='' if n in both else 'ab'[n in y],
                 differ=differ,
             )
         )
@@ -161,14 +166,14 @@ def compare_curves(
     at = max(gaps, key=gaps.get, default=None)
     first = next((s for s, g in gaps.items() if g), None)
     return Curve(
-        name,
-        len(gaps),
-        len(x.keys() - y.keys()),
-        len(y.keys() - x.keys()),
-        first,
-        gaps.get(at, 0.0),
-        at if first is not None else None,
-        list(gaps.values())[-1] if gaps else 0.0,
+        name=name,
+        common=len(gaps),
+        only_a=len(x.keys() - y.keys()),
+        only_b=len(y.keys() - x.keys()),
+        first=first,
+        largest=gaps.get(at, 0.0),
+        at=at if first is not None else None,
+        final=list(gaps.values())[-1] if gaps else 0.0,
     )
 
 # %% ../../nbs/runs/comparing.ipynb #3f10e1ea
@@ -189,7 +194,7 @@ class RunDiff:
     runs: tuple = field(default=(), repr=False)  # The Run objects
 
     def to_dict(self) -> dict:
-        return _plain(
+        return plain_data(
             {k: v for k, v in asdict(self).items() if k != 'runs'}
             | dict(verdict=self.verdict, identical=self.identical)
         )
@@ -212,19 +217,20 @@ def diff_runs(
     b,  # The same, for the other run
     runs_dir=None,  # Where runs are
 ) -> RunDiff:
-    "Compare two runs by everything they wrote down"
+    "Compare two runs by everything they wrote down; raises `RunError` for a file that cannot be read"
     x, y = runs = open_run(a, runs_dir), open_run(b, runs_dir)
-    inputs = [_differing(f(x), f(y)) for f in (_parameters, _decided, _environment, _data)]
-    curves = {n: compare_curves(x.metrics, y.metrics, n) for n in ('loss', 'grad_norm')}
     return RunDiff(
-        x.name,
-        y.name,
-        (x.status, y.status),
-        *inputs,
-        _side_by_side(_metrics(x), _metrics(y)),
-        _artefacts(x, y),
-        curves,
-        runs,
+        a=x.name,
+        b=y.name,
+        status=(x.status, y.status),
+        parameters=_differing(_parameters(x), _parameters(y)),
+        plan=_differing(_decided(x), _decided(y)),
+        environment=_differing(_environment(x), _environment(y)),
+        data=_differing(_data(x), _data(y)),
+        metrics=_side_by_side(_metrics(x), _metrics(y)),
+        artefacts=_artefacts(x, y),
+        curves={n: compare_curves(x.metrics, y.metrics, n) for n in ('loss', 'grad_norm')},
+        runs=runs,
     )
 
 # %% ../../nbs/runs/comparing.ipynb #351501ff
@@ -244,16 +250,13 @@ def _course(self: RunDiff):
     if parts:
         return f'curves part at step {min(parts)}'
     over = f'same curves over {loss.common} common steps'
-    return (
-        over
-        + {True: ', same adapter', False: ', the adapters differ', None: ', no two adapters to compare'}[
-            self.same_adapter
-        ]
-    )
+    adapters = {True: 'same adapter', False: 'the adapters differ', None: 'no two adapters to compare'}
+    return f'{over}, {adapters[self.same_adapter]}'
 
 
 @patch
-def _others(self: RunDiff, *parts):
+def others(self: RunDiff, *parts) -> list[str]:
+    "A line for each of these parts of the inputs that differs"
     return [f'other {p} ({_names(rows)})' for p in parts if (rows := getattr(self, p))]
 
 
@@ -267,7 +270,7 @@ def verdict(self: RunDiff) -> str:
         )
     if differ:
         return f'{differ}; {self._course()}'
-    return '; '.join([f'same parameters, {self._course()}', *self._others('plan', 'data', 'environment')])
+    return '; '.join([f'same parameters, {self._course()}', *self.others('plan', 'data', 'environment')])
 
 # %% ../../nbs/runs/comparing.ipynb #7f38092c
 def _text(v):
@@ -291,6 +294,24 @@ def _percent(v):
     return '' if v == 0 else f'{100 * v:.3g}%'
 
 # %% ../../nbs/runs/comparing.ipynb #87595a54
+def _same_files(artefact):
+    "What the hashes of an artefact say"
+    if artefact['only']:
+        return f"only in {artefact['only']}"
+    if not artefact['differ']:
+        return 'identical'
+    weights = 'same weights' if artefact['same_weights'] else 'other weights'
+    return f"{weights}; differ: {', '.join(artefact['differ'])}"
+
+
+def _curve_row(name, c):
+    counts = map(str, (c.common, c.only_a, c.only_b))
+    return (name, *counts, _text(c.first), _percent(c.largest), _text(c.at), _percent(c.final))
+
+
+_CURVE = ('curve', 'common steps', 'only a', 'only b', 'part at step', 'largest difference', 'at step', 'at the end')
+
+
 @patch
 def sections(self: RunDiff):
     "Title and rows of each table that has something to say"
@@ -300,65 +321,23 @@ def sections(self: RunDiff):
             yield what, [(what, 'a', 'b'), *((_text(r['name']), *_short(_text(r['a']), _text(r['b']))) for r in rows)]
     if self.metrics:
         yield 'metrics', [('metric', 'a', 'b'), *((_text(r['name']), *_rounded(r['a'], r['b'])) for r in self.metrics)]
-
-    def said(f):
-        return (
-            f"only in {f['only']}"
-            if f['only']
-            else 'identical'
-            if not f['differ']
-            else ('same weights' if f['same_weights'] else 'other weights') + '; differ: ' + ', '.join(f['differ'])
-        )
-
     if self.artefacts:
-        yield 'artefacts', [('artefact', 'hashes'), *((_text(f['name']), _text(said(f))) for f in self.artefacts)]
-    head = ('curve', 'common steps', 'only a', 'only b', 'part at step', 'largest difference', 'at step', 'at the end')
-    yield (
-        'curves',
-        [
-            head,
-            *(
-                (
-                    n,
-                    *map(str, (c.common, c.only_a, c.only_b)),
-                    _text(c.first),
-                    _percent(c.largest),
-                    _text(c.at),
-                    _percent(c.final),
-                )
-                for n, c in self.curves.items()
-            ),
-        ],
-    )
+        rows = ((_text(f['name']), _text(_same_files(f))) for f in self.artefacts)
+        yield 'artefacts', [('artefact', 'hashes'), *rows]
+    yield 'curves', [_CURVE, *(_curve_row(n, c) for n, c in self.curves.items())]
 
 # %% ../../nbs/runs/comparing.ipynb #3dfed335
-def _columns(rows):
-    w = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows)
-
-
-def _cell(s):
-    return s if re.fullmatch(r'-?[\d.]+(e[+-]?\d+)?%?', s) else markdown_text(s)
-
-
-def _table(rows):
-    def line(r):
-        return '| ' + ' | '.join(map(_cell, r)) + ' |'
-
-    return '\n'.join([line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:])])
-
-
 @patch
 def __repr__(self: RunDiff):
     who = [f'{k}  {_text(n)}  {_text(s)}' for k, n, s in zip('ab', (self.a, self.b), self.status)]
-    return '\n'.join([*who, _text(self.verdict)] + ['\n' + _columns(rows) for _, rows in self.sections()])
+    return '\n'.join([*who, _text(self.verdict)] + ['\n' + text_table(rows) for _, rows in self.sections()])
 
 
 @patch
 def _repr_markdown_(self: RunDiff):
     who = [f'{k}: {markdown_text(n)}, {markdown_text(s)}  ' for k, n, s in zip('ab', (self.a, self.b), self.status)]
     return '\n'.join(
-        [*who, f'**{markdown_text(self.verdict)}**'] + ['\n' + _table(rows) for _, rows in self.sections()]
+        [*who, f'**{markdown_text(self.verdict)}**'] + ['\n' + markdown_table(rows) for _, rows in self.sections()]
     )
 
 # %% ../../nbs/runs/comparing.ipynb #198830b4
@@ -441,9 +420,12 @@ def _problem(self: Replay):
     if loss.only_b and d.status[0] == 'finished':
         return f'not the same length: {loss.only_b} steps more'
     worst = next((c for c, band in ((loss, self.band), (grad, 10 * self.band)) if c.largest > band), None)
-    since = ''.join(f'; {o}' for o in d._others('plan', 'environment'))
+    since = ''.join(f'; {o}' for o in d.others('plan', 'environment'))
     if worst:
-        return f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step {worst.at}){since}'
+        return (
+            f'parted at step {worst.first}: {worst.name} differs by up to {_percent(worst.largest)} (step '
+            f'{worst.at}){since}'
+        )
     if d.same_adapter is False and not self.band:
         return f'parted: the same curves, yet other adapter weights{since}'
 
@@ -468,13 +450,14 @@ def replayed(
     original,  # Run, name or directory
     again,  # Its replay, likewise
     runs_dir=None,  # Where runs are
-    band: float
-    | None = None,  # Relative difference of the loss that is allowed; default: 0, and 0.02 where a GPU trained
+    band: float | None = None,  # Relative difference of the loss that is allowed; None: 0, after a GPU 0.02
 ) -> Replay:
     "Judge whether a replay repeats its original"
     d = diff_runs(original, again, runs_dir)
-    gpu = any((_read(r, 'plan').get('device') or {}).get('kind') == 'cuda' for r in d.runs)
-    return Replay(d, (0.02 if gpu else 0.0) if band is None else band)
+    if band is None:
+        gpu = any((_read(r, 'plan').get('device') or {}).get('kind') == 'cuda' for r in d.runs)
+        band = 0.02 if gpu else 0.0
+    return Replay(d, band)
 
 # %% ../../nbs/runs/comparing.ipynb #ff53bd23
 _NUMBERS = ('steps', 'base', 'tuned', 'minutes')
