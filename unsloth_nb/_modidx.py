@@ -241,8 +241,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'unsloth_nb.core.schema.Job.changed': ('core/schema.html#job.changed', 'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.Job.from_notebook': ( 'core/schema.html#job.from_notebook',
                                                                                       'unsloth_nb/core/schema.py'),
-                                        'unsloth_nb.core.schema.Job.objective': ( 'core/schema.html#job.objective',
-                                                                                  'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.Job.replace': ('core/schema.html#job.replace', 'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.Job.to_dict': ('core/schema.html#job.to_dict', 'unsloth_nb/core/schema.py'),
                                         'unsloth_nb.core.schema.ParamTable': ('core/schema.html#paramtable', 'unsloth_nb/core/schema.py'),

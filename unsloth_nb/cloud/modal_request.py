@@ -198,7 +198,7 @@ def uploads_of(job: Job) -> tuple[dict, list]:  # Parameters that change, and `U
         if not Path(v).expanduser().is_dir():
             raise SpecError(f"task_dir: there is no folder {v!r}; give one that holds tasks (*.yaml)")
         found['task_dir'] = _upload(v, 'data')
-    if job.objective and resolve_model(job.model, job.allow_remote_code).kind == 'local':
+    if job.trains_by and resolve_model(job.model, job.allow_remote_code).kind == 'local':
         found['model'] = _upload(job.model, 'models')
     return {k: f'{ROOT}/{u.remote}' for k, u in found.items()}, list(found.values())
 
@@ -245,7 +245,7 @@ def _check_remote(kind, job):
             f"nodes: {job.nodes}; a container is one machine: use more of its GPUs, as in --gpu H100:8, or Slurm for "
             "several machines (deploy/finetune.slurm)"
         )
-    if not job.objective:
+    if not job.trains_by:
         return None
     if resolve_model(job.model, job.allow_remote_code).kind == 'local':
         check_model(job)
@@ -267,7 +267,7 @@ def _read_card(gpu):
 def _choose_machine(job, kind, data, gpu):
     "GPU, cores, RAM, the job for as many GPUs, and what each card would cost"
     name, n = _read_card(gpu)
-    if not job.objective:
+    if not job.trains_by:
         if gpu == 'auto':
             raise SpecError(f"gpu: nothing is planned for the {kind} job; choose one, as in --gpu L4")
         return gpu_string(name, n or 1), CORES, 32, job, None
@@ -309,7 +309,7 @@ def request_job(
     "A job, checked, planned and priced, as it would be submitted; raises `SpecError`"
     _check_attempts(timeout, retries)
     job = make_job(kind, preset, params_file, **params)
-    if not job.objective and (job.run == 'latest' or '/' in job.run):
+    if not job.trains_by and (job.run == 'latest' or '/' in job.run):
         raise SpecError(f"run: {job.run!r}; over there a run goes by its name")
     data = _check_remote(kind, job)
     name, cores, ram, job, offers = _choose_machine(job, kind, data, gpu)

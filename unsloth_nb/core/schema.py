@@ -172,6 +172,7 @@ class Job(BaseModel):
 
     # Headings that stand first, where the order of the parameters does not say it
     groups: ClassVar[tuple[str, ...]] = ()
+    trains_by: ClassVar[str] = ''  # Objective of a job that trains
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     def __init__(self, **data):
@@ -183,11 +184,6 @@ class Job(BaseModel):
             bad += _explain(type(self), e, known)
         if bad:
             raise SpecError('\n'.join(bad))
-
-    @property
-    def objective(self):
-        "How it trains; None for a job that does not train"
-        return None
 
     def to_dict(self) -> dict:
         "The parameters as plain data"

@@ -31,7 +31,7 @@ def preflight(job: Job, runs_dir=None):
         find_llama()
     if getattr(job, 'tasks', None):
         check_tasks(job.tasks, job.task_dir)
-    if job.objective:
+    if job.trains_by:
         check_model(job)
         check_rendezvous(job.nodes)
         if job.devices not in (1, 'auto'):

@@ -434,7 +434,7 @@ def warnings(self: Sweep) -> list[str]:
         for n in self.names
         if n in ('dataset', 'dataset_split', 'dataset_format', 'dataset_revision', 'test_size', 'test_dataset', 'seed')
     ]
-    if job.objective and other and not ({'test_dataset'} & {*self.params} - {*self.names}):
+    if job.trains_by and other and not ({'test_dataset'} & {*self.params} - {*self.names}):
         res.append(
             f"trials that differ in {', '.join(other)} hold out other rows, and are not compared row by row; "
             "test_dataset names the same rows for all"
@@ -467,10 +467,10 @@ def forecast(
     rows = []
     jobs = [JOBS[s.job](**s.parameters(p)) for p in points]
     for p, job in zip(points, jobs):
-        key = json.dumps({k: v for k, v in job.to_dict().items() if not job.objective or k not in _HOW}, sort_keys=True)
+        key = json.dumps({k: v for k, v in job.to_dict().items() if not job.trains_by or k not in _HOW}, sort_keys=True)
         if key not in seen:
             seen[key] = _check_trial(job, runs_dir)
-        plan = make_plan(job, seen[key], runs_dir=runs_dir) if job.objective else None
+        plan = make_plan(job, seen[key], runs_dir=runs_dir) if job.trains_by else None
         rows.append(dict(params=p, seconds=plan.seconds or None if plan else None, peak_bytes=plan.peak if plan else 0))
         if plan and plan.fits is False:
             raise SpecError(
@@ -484,7 +484,7 @@ def forecast(
 def _check_trial(job, runs_dir):
     "Refuse what can be known to fail; the data where it is at hand"
     preflight(job, runs_dir)
-    return load_data(job) if job.objective and find_source(job.dataset, job.dataset_split).kind != 'hub' else None
+    return load_data(job) if job.trains_by and find_source(job.dataset, job.dataset_split).kind != 'hub' else None
 
 # %% ../../nbs/jobs/sweeping.ipynb #e8289d4c
 def read_parallel(v: int | str) -> int | str:
