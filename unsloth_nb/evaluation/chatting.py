@@ -66,10 +66,10 @@ class Chat:
     def stream(self, question: str):
         "Yield (side, piece) as the answers are written; returns the Turn"
         answers = {}
-        asked = self._asked(question)
+        asked = self.messages_with(question)
         for k, msgs in asked.items():
-            answers[k] = yield from _tagged(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
-        return self._told(question, asked, answers)
+            answers[k] = yield from _tag_pieces(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
+        return self._add_turn(question, asked, answers)
 
     def __repr__(self):
         return plain_text(
@@ -77,7 +77,7 @@ class Chat:
         )
 
 
-def _tagged(k, pieces):
+def _tag_pieces(k, pieces):
     "The pieces, each with a tag; returns what they return"
     try:
         while True:
@@ -89,7 +89,7 @@ def _tagged(k, pieces):
 
 # %% ../../nbs/evaluation/chatting.ipynb #0e147c4b
 @patch
-def _asked(self: Chat, question):
+def messages_with(self: Chat, question):
     "The messages of each side with a new question, which must fit"
     if not isinstance(question, str) or not question.strip():
         raise SpecError(f"chat: expected a question, got {question!r}")
@@ -106,7 +106,7 @@ def _asked(self: Chat, question):
 
 # %% ../../nbs/evaluation/chatting.ipynb #70b531ae
 @patch
-def _told(self: Chat, question, asked, answers):
+def _add_turn(self: Chat, question, asked, answers):
     "The answers join the history"
     for k, a in answers.items():
         self.histories[k] = [*asked[k], dict(role='assistant', content=a.text)]
@@ -117,8 +117,8 @@ def _told(self: Chat, question, asked, answers):
 @patch
 def __call__(self: Chat, question: str) -> Turn:
     "Ask; the answers join the history"
-    asked = self._asked(question)
-    return self._told(
+    asked = self.messages_with(question)
+    return self._add_turn(
         question,
         asked,
         {k: generate(self.model, [msgs], self.sampling, tuned=k == 'tuned')[0] for k, msgs in asked.items()},

@@ -19,15 +19,15 @@ from ..tokens.formatting import Formatter
 from unsloth_nb.evaluation.generation import (
     Answers,
     Sampling,
-    _answer,
-    _asked,
-    _check_list,
-    _drawn,
+    cut_answer,
+    encode_prompts,
+    check_prompts,
+    sampling_with_seed,
     context_length,
     row_seed,
 )
 from ..training.loading import load_tokenizer
-from .serving import Service, ServeError, _free_port, _plain_name, find_backend, form_of
+from .serving import Service, ServeError, free_port, served_name, find_backend, form_of
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/export/vllm_server.ipynb #91df2836
@@ -82,9 +82,9 @@ def open_vllm(
     with Service(
         find_backend(form_of(folder), 'vllm'),
         folder,
-        _plain_name(folder),
+        served_name(folder),
         '127.0.0.1',
-        _free_port('127.0.0.1'),
+        free_port('127.0.0.1'),
         options,
         env,
     ) as service:
@@ -190,11 +190,11 @@ def vllm_generate(
     "Answers by vLLM, whose server is there for this call; raises `ServeError` where it is not installed"
     from transformers import AutoConfig
 
-    s = _drawn(sampling)
-    _check_list(prompts)
+    s = sampling_with_seed(sampling)
+    check_prompts(prompts)
     tok = load_tokenizer(FinetuneJob(model=str(folder), template=template), engine=False)
     formatter = Formatter(tok, template)
-    asked = _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools)
+    asked = encode_prompts(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools)
     ends = formatter.stop_ids()
     how = dict(
         temperature=s.temperature,
@@ -217,5 +217,8 @@ def vllm_generate(
         )
         seconds = time.perf_counter() - start
     return Answers(
-        [_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g, (ids, t) in zip(got, asked)], seconds, None, s
+        [cut_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g, (ids, t) in zip(got, asked)],
+        seconds,
+        None,
+        s,
     )

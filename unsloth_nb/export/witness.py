@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'log_probabilities', 'greedy_answers', 'render_ids', 'template_sha256', 'tokenizer_facts',
-           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask', 'main']
+           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask_witness', 'main']
 
 # %% ../../nbs/export/witness.ipynb #f5c937a1
 import hashlib
@@ -249,7 +249,7 @@ class WitnessError(UnslothNbError, RuntimeError):
     "An export that its own software could not load or run"
 
 
-def ask(
+def ask_witness(
     kind: str,  # `transformers`, `gguf` or `vllm`
     spec: dict,  # Where the export is and how to load it
     request: dict,  # What is asked
