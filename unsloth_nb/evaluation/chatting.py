@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 
 from ..core.escaping import html_text, plain_text
+from ..core.show import html_table
 from unsloth_nb.evaluation.generation import (
     Sampling,
     check_fits,
@@ -32,11 +33,8 @@ class Turn:
     answers: dict  # `tuned` and perhaps `base` to Answer
 
     def _repr_html_(self):
-        def cell(s):
-            return f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
-
-        head = ''.join(f'<th style="text-align:left">{html_text(k)}</th>' for k in self.answers)
-        return f'<div><b>{html_text(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
+        table = html_table([self.answers, [a.text for a in self.answers.values()]], wrap=True)
+        return f'<div><b>{html_text(self.question)}</b></div>{table}'
 
     def __repr__(self):
         return plain_text('\n'.join([f'> {self.question}', *(f'{k + ":":7}{a.text}' for k, a in self.answers.items())]))
@@ -73,7 +71,8 @@ class Chat:
 
     def __repr__(self):
         return plain_text(
-            f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question"
+            f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; "
+            "call it with a question"
         )
 
 
