@@ -430,7 +430,9 @@ def generate(
             x = _encode(model, [asked[i][0] for i in part])
             n = x['input_ids'].shape[1]
             y = net.generate(**x, **_generation_arguments(model, s, part, n))[:, n:].tolist()
-            out |= {i: cut_answer(model.tok, new, ends, s.stop, asked[i][1], asked[i][0]) for i, new in zip(part, y)}
+            for i, new in zip(part, y):
+                prompt, its_tools = asked[i]
+                out[i] = cut_answer(model.tok, new, ends, s.stop, tools=its_tools, prompt=prompt)
     return Answers([out[i] for i in range(len(asked))], time.perf_counter() - start, peak_memory(kind), s)
 
 # %% ../../nbs/evaluation/generation.ipynb #29350e5f
@@ -512,7 +514,8 @@ def stream(
     s = sampling_with_seed(sampling)
     over = threading.Event()
     ends = set(model.formatter.stop_ids())
-    ((ids, tools),) = encode_prompts(model.formatter, [prompt], s, context_length(model.model.config), system, tools)
+    context = context_length(model.model.config)
+    ((ids, tools),) = encode_prompts(model.formatter, [prompt], s, context, system=system, tools=tools)
     text = _Text(model.tok)
     sent = 0
     cut = None

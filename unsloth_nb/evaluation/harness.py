@@ -240,7 +240,7 @@ def harness(
     tuned: bool = True,  # False: the base model
     task_dir=None,  # Folder with tasks of your own
     num_fewshot: int | None = None,  # Solved examples in front of each question; default: what the task says
-    apply_chat_template: bool = False,  # Ask through the model's chat template; the harness's default is to leave it out
+    apply_chat_template: bool = False,  # Ask through the model's chat template; the harness's default is not to
     batch_size: int = 16,  # Rows at once
 ) -> Evaluation:  # Metrics by `task/metric`, with `scores` of each row
     "Ask the lm-evaluation-harness's questions"

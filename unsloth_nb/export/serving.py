@@ -102,7 +102,7 @@ BACKENDS = dict(  # Name to what it serves, the modules it needs and how they ar
     ),
 )
 
-
+# %% ../../nbs/export/serving.ipynb #d99ae4d5
 def find_vllm() -> str | None:  # Its place
     "vLLM's program, where there is one"
     found = shutil.which(Path(settings().vllm).expanduser())
@@ -126,7 +126,8 @@ def find_backend(
     if backend != 'auto':
         if backend not in fits:
             raise SpecError(
-                f"backend: {backend} serves {' and '.join(BACKENDS[backend][0])}, and this is {form}; take {' or '.join(fits)}"
+                f"backend: {backend} serves {' and '.join(BACKENDS[backend][0])}, and this is {form}; "
+                f"take {' or '.join(fits)}"
             )
         if lacks := _lacks(backend):
             raise ServeError(
@@ -136,7 +137,8 @@ def find_backend(
     found = next((b for b in fits if not _lacks(b) and (b != 'vllm' or device_info().kind == 'cuda')), None)
     if not found:
         raise ServeError(
-            f"serve: no server for {form} is installed; install one of: {', '.join(f'pip install {BACKENDS[b][2]}' for b in fits)}"
+            f"serve: no server for {form} is installed; install one of: "
+            + ', '.join(f'pip install {BACKENDS[b][2]}' for b in fits)
         )
     return found
 
@@ -147,7 +149,8 @@ def _base_folder(folder):
     home = weights_folder(locate(job))
     if not home or base.get('weights') and base['weights'] != base_fingerprint(home):
         raise ServeError(
-            f"serve: the adapter {folder} was trained on other weights than those of {job.model!r} here; find the same model"
+            f"serve: the adapter {folder} was trained on other weights than those of {job.model!r} here; "
+            "find the same model"
         )
     return home
 
@@ -164,7 +167,7 @@ def _link_adapter(folder, view):
     adapter_view(folder, str(home), view)
     _link(home, view, ('config.json', 'generation_config.json'))
 
-
+# %% ../../nbs/export/serving.ipynb #23f60543
 def _transformers(path, name, host, port):
     "transformers' server, on a cache that holds one model"
     with tempfile.TemporaryDirectory(prefix='serving-') as tmp:
@@ -195,7 +198,7 @@ def _vllm_model(path, name, tmp):
         json.dumps(dict(name=name, path=str(path), base_model_name=f'{name}-base')),
     ]
 
-
+# %% ../../nbs/export/serving.ipynb #284e86f4
 def _vllm(path, name, host, port, *options):
     "vLLM's server; options as in its documentation of `vllm serve`"
     alone = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'HF_TOKEN')}
@@ -315,11 +318,13 @@ def find_served(
     have = artifacts_of(run)
     if not have:
         raise SpecError(
-            f"serve: {run.name} has nothing that can be served; export it first: unsloth-nb export {run.name} --to merged_16bit"
+            f"serve: {run.name} has nothing that can be served; "
+            f"export it first: unsloth-nb export {run.name} --to merged_16bit"
         )
     if to and to not in have:
         raise SpecError(
-            f"serve: {run.name} has no {to}, it has {', '.join(have)}; make it with: unsloth-nb export {run.name} --to {to}"
+            f"serve: {run.name} has no {to}, it has {', '.join(have)}; "
+            f"make it with: unsloth-nb export {run.name} --to {to}"
         )
     errors = {}
     for k in [to] if to else [k for k in ORDER if k in have]:
@@ -356,7 +361,8 @@ def serve_command(
     ref='latest', to=None, host: str = '127.0.0.1', port: int = 8000, backend: str = 'auto', options: tuple = ()
 ) -> str:
     "The line that starts the server, to be typed elsewhere"
-    return shlex.join(_argv(*find_served(ref, to, backend), host, port, options))
+    kind, path, name = find_served(ref, to, backend)
+    return shlex.join(_argv(kind, path, name, host=host, port=port, options=options))
 
 # %% ../../nbs/export/serving.ipynb #42057ad2
 class Service:
@@ -379,7 +385,7 @@ class Service:
             }
         )
         self.process = subprocess.Popen(
-            _argv(backend, path, name, host, port, options),
+            _argv(backend, path, name, host=host, port=port, options=options),
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -405,7 +411,8 @@ class Service:
         )
 
     def _repr_markdown_(self):
-        return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{'' if self.process.poll() is None else ' (ended)'}"
+        over = '' if self.process.poll() is None else ' (ended)'
+        return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{over}"
 
 # %% ../../nbs/export/serving.ipynb #66cdd481
 @patch
@@ -470,7 +477,7 @@ def await_ready(self: Service, timeout):
 def serve(
     ref='latest',  # A run, its name or directory; or a folder or file with a model
     to: str | None = None,  # Which artefact of a run; default: the best that a server here fits
-    host: str = '127.0.0.1',  # Other machines reach it on another address than this, and none of the servers asks who they are
+    host: str = '127.0.0.1',  # Other machines reach it on another address only; no server asks who they are
     port: int = 0,  # 0: one that is free
     backend: str = 'auto',  # One of `BACKENDS`
     timeout: float = 600,  # [s] until it must answer
@@ -480,7 +487,7 @@ def serve(
     kind, path, name = find_served(ref, to, backend)
     if path.is_dir() and (path / MANIFEST).exists():
         check_whole(path)
-    service = Service(kind, path, name, host, port or free_port(host), options)
+    service = Service(kind, path, name, host, port=port or free_port(host), options=options)
     try:
         return service.await_ready(timeout)
     except BaseException:
