@@ -53,7 +53,7 @@ def _finish_folder(model, folder):
     )
     (folder / 'README.md').unlink(missing_ok=True)
 
-
+# %% ../../nbs/export/artifacts.ipynb #d30d53d3
 def _merge_by_peft(model, folder):
     "The adapter added to the original 16-bit weights, by plain PEFT"
     import torch

@@ -221,7 +221,7 @@ def check_gguf_kind(
             "so export merged_16bit first"
         )
 
-
+# %% ../../nbs/export/gguf.ipynb #f6381bd5
 def write_gguf(
     folder,  # A merged 16-bit model with its tokenizer
     file,  # Where the GGUF goes; must not exist
@@ -311,8 +311,8 @@ def _repr_markdown_(self: GgufInfo):
     added = {True: '', False: ' (not added)', None: ' (added or not: the file does not say)'}[self.adds_bos]
     return (
         f"**{markdown_text(self.name)}** ({markdown_text(self.architecture)}, {self.bytes / 2**20:.1f} MiB): {types}; "
-        f"tokenizer {markdown_text(self.tokenizer)}, {self.tokens:,} tokens; ends with {self.eos}, BOS {self.bos}{added}, "
-        f"pad {self.pad}; chat template {sha}"
+        f"tokenizer {markdown_text(self.tokenizer)}, {self.tokens:,} tokens; ends with {self.eos}, "
+        f"BOS {self.bos}{added}, pad {self.pad}; chat template {sha}"
     )
 
 # %% ../../nbs/export/gguf.ipynb #bf3324b1
@@ -410,19 +410,23 @@ class _Served:
             self.post('/apply-template', messages=messages, **(dict(tools=tools) if tools else {}))['prompt'], True
         )
 
-    def score(self, ids, p, wanted):
-        for n in (512, self.tokens):
-            top = self.post('/completion', prompt=ids[:p], n_predict=1, n_probs=n, temperature=0, cache_prompt=True)[
-                'completion_probabilities'
-            ][0]['top_logprobs']
-            got = {t['id']: t['logprob'] for t in top}
-            if all(i in got for i in wanted):
-                break
-        return [got[i] for i in wanted], top[0]['id']
+# %% ../../nbs/export/gguf.ipynb #d6e8c6a6
+@patch
+def score(self: _Served, ids, p, wanted):
+    for n in (512, self.tokens):
+        top = self.post('/completion', prompt=ids[:p], n_predict=1, n_probs=n, temperature=0, cache_prompt=True)[
+            'completion_probabilities'
+        ][0]['top_logprobs']
+        got = {t['id']: t['logprob'] for t in top}
+        if all(i in got for i in wanted):
+            break
+    return [got[i] for i in wanted], top[0]['id']
 
-    def greedy(self, ids, n):
-        r = self.post('/completion', prompt=ids, n_predict=n, temperature=0, repeat_penalty=1, return_tokens=True)
-        return (r['tokens'][:-1], True) if r['stop_type'] == 'eos' else (r['tokens'], False)
+
+@patch
+def greedy(self: _Served, ids, n):
+    r = self.post('/completion', prompt=ids, n_predict=n, temperature=0, repeat_penalty=1, return_tokens=True)
+    return (r['tokens'][:-1], True) if r['stop_type'] == 'eos' else (r['tokens'], False)
 
 # %% ../../nbs/export/gguf.ipynb #6f7a82fe
 BINDINGS = dict(llama_cpp=_Bound, xllamacpp=_Served)  # Module to witness; the first that is installed is taken
@@ -437,8 +441,9 @@ def find_llama(
     found = next((b for b in ([binding] if binding else BINDINGS) if importlib.util.find_spec(b)), None)
     if not found:
         raise GgufError(
-            f"GGUF: llama.cpp is not installed{f' as {BINDINGS[binding].package}' if binding else ''}; install it with: "
-            "pip install 'unsloth_nb[gguf]' (xllamacpp, nothing is compiled), or pip install llama-cpp-python"
+            f"GGUF: llama.cpp is not installed{f' as {BINDINGS[binding].package}' if binding else ''}; "
+            "install it with: pip install 'unsloth_nb[gguf]' (xllamacpp, nothing is compiled), "
+            "or pip install llama-cpp-python"
         )
     return found
 

@@ -161,8 +161,8 @@ def _portable(folder, name):
     hub = None if model.startswith(('/', '~', '.')) or not model else hub_id(resolve_model(model))
     if hub is None:
         raise SpecError(
-            f"{folder.name}: {name} names a model that only this machine has, {Path(model).name!r}, so nobody else could "
-            "load the adapter; push merged_16bit instead, or put the base on the Hub and train from there"
+            f"{folder.name}: {name} names a model that only this machine has, {Path(model).name!r}, so nobody else "
+            "could load the adapter; push merged_16bit instead, or put the base on the Hub and train from there"
         )
     return (
         d
@@ -206,7 +206,7 @@ class Publication:
     files: dict  # Name to path, or to bytes where they differ from the folder's
     entries: dict  # Name to `sha256` and `bytes`
 
-
+# %% ../../nbs/export/hub.ipynb #d6429c66
 def publication(
     folder,  # Written by `write_whole`
     run: Run | None,  # Its run
@@ -245,9 +245,8 @@ def publication(
     entries = manifest['files'] | {n: entry(b) for n, b in new.items()}
     new[MANIFEST] = text(dict(manifest, files=entries))
     new[MANIFEST_SUM] = f'{hashlib.sha256(new[MANIFEST]).hexdigest()}  {MANIFEST}\n'.encode()
-    return Publication(
-        {n: folder / n for n in manifest['files']} | new, entries | {n: entry(new[n]) for n in (MANIFEST, MANIFEST_SUM)}
-    )
+    entries |= {n: entry(new[n]) for n in (MANIFEST, MANIFEST_SUM)}
+    return Publication({n: folder / n for n in manifest['files']} | new, entries)
 
 # %% ../../nbs/export/hub.ipynb #55bd6e52
 def _tree(api, repo_id, revision) -> dict:

@@ -395,9 +395,9 @@ class Service:
 
     @property
     def url(self):
-        return (
-            f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/v1"  # For `base_url` of clients
-        )
+        "For `base_url` of clients"
+        host = f'[{self.host}]' if ':' in self.host else self.host
+        return f'http://{host}:{self.port}/v1'
 
     def __enter__(self):
         return self
@@ -405,14 +405,18 @@ class Service:
     def __exit__(self, *_):
         self.stop()
 
-    def __repr__(self):
-        return plain_text(
-            f"{self.model} by {self.backend} at {self.url}" + ('' if self.process.poll() is None else ' (ended)')
-        )
+# %% ../../nbs/export/serving.ipynb #07a8a3ee
+@patch
+def __repr__(self: Service):
+    return plain_text(
+        f"{self.model} by {self.backend} at {self.url}" + ('' if self.process.poll() is None else ' (ended)')
+    )
 
-    def _repr_markdown_(self):
-        over = '' if self.process.poll() is None else ' (ended)'
-        return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{over}"
+
+@patch
+def _repr_markdown_(self: Service):
+    over = '' if self.process.poll() is None else ' (ended)'
+    return f"{markdown_code(self.model)} by {self.backend} at {markdown_code(self.url)}{over}"
 
 # %% ../../nbs/export/serving.ipynb #66cdd481
 @patch

@@ -77,7 +77,7 @@ def open_vllm(
     env: dict | None = None,  # More variables of its environment
     timeout: float = 1200,  # [s] until it must answer
 ):
-    "A vLLM server on a folder as it stands; raises `SpecError` or `ServeError` where there is none or it does not come up"
+    "A vLLM server on a folder; raises `SpecError` or `ServeError` where there is none or it does not come up"
     folder = Path(folder).resolve()
     with Service(
         backend=find_backend(form_of(folder), 'vllm'),
