@@ -41,7 +41,7 @@ class Turn:
 
 # %% ../../nbs/evaluation/chatting.ipynb #815aef46
 class Chat:
-    "A conversation with the tuned model and, beside it, the base model"
+    "A conversation with the tuned model and, next to it, the base model"
 
     def __init__(
         self,
@@ -148,6 +148,6 @@ def chat(
     sampling: Sampling | None = None,  # Default: greedy
     compare: bool = True,  # Ask the base model as well
 ) -> Chat:
-    "Talk to a run's model, beside its base"
+    "Talk to a run's model, next to its base"
     run = open_run(run, kind='finetune')
     return Chat(load_run(run), (read_json(run.path / 'data.json') or {}).get('system'), sampling, compare)

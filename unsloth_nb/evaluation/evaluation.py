@@ -157,7 +157,7 @@ def choose(
 
 # %% ../../nbs/evaluation/evaluation.ipynb #82332f17
 class Evaluation(tuple):
-    "(metrics, answers), and beside them what each row got"
+    "(metrics, answers), and next to them what each row got"
 
     def __new__(cls, metrics: dict, answers: list = (), scores: dict | None = None, weights: dict | None = None):
         self = super().__new__(cls, (metrics, answers))
@@ -193,7 +193,8 @@ def _checked(scorers, fmt, convs):
     if fmt.template == 'raw':
         if scorers:
             raise SpecError(
-                f"scorers: {', '.join(scorers)} compare answers, and the rows are plain text, which has none; leave scorers out to measure the loss"
+                f"scorers: {', '.join(scorers)} compare answers, and the rows are plain text, which has none; "
+                "leave scorers out to measure the loss"
             )
         return {}, [], False
     expected = [fmt.answer(c) for c in convs]
@@ -205,7 +206,7 @@ def _checked(scorers, fmt, convs):
 def evaluate(
     model: LoadedModel,  # Model
     convs,  # Held-out conversations
-    scorers=None,  # Names as in `scoring`, or a dict of name to function (expected, answer) to number; default: what suits the rows
+    scorers=None,  # Names as in `scoring`, or name to function (expected, answer); default: what suits the rows
     tuned: bool = True,  # False: the base model
     max_new_tokens: int = 96,  # [tokens]
     batch_size: int = 16,  # Rows at once

@@ -159,7 +159,7 @@ class _StopStrings:
 
 
 def _generation_arguments(model, s, rows, start, *more):
-    "What `generate` is told beside the prompts: configuration, sampler and stopping rules for these rows"
+    "What `generate` gets with the prompts: configuration, sampler and stopping rules for these rows"
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     stops = [*more, *([_StopStrings(model.tok, s.stop, start)] if s.stop else [])]
@@ -230,7 +230,7 @@ class Answer:
     tool_calls: list = field(
         default_factory=list
     )  # dicts with name and arguments; a wrong one has `error` and `text` as well
-    content: str | None = None  # The text beside the calls; None where no tools were given
+    content: str | None = None  # The text next to the calls; None where no tools were given
 
     def __post_init__(self):
         if not self.finish:
@@ -364,14 +364,14 @@ def context_length(config) -> int | None:  # [tokens]; None where the configurat
     return getattr(config.get_text_config(), 'max_position_embeddings', None)
 
 
-def check_fits(n, s, context, where, mend="shorten it, or"):
-    "Raise `SpecError` for a prompt that does not fit beside its answer"
+def check_fits(n, s, context, where, advice="shorten it, or"):
+    "Raise `SpecError` for a prompt that does not fit next to its answer"
     if context is None or n + s.max_new_tokens <= context:
         return
     low = f"lower max_new_tokens to {context - n}" if n < context else f"choose a model that reads more than {context}"
     raise SpecError(
         f"{where}: {n} tokens and max_new_tokens={s.max_new_tokens} are {n + s.max_new_tokens - context} more than "
-        f"the {context} that the model reads; {mend} {low}"
+        f"the {context} that the model reads; {advice} {low}"
     )
 
 

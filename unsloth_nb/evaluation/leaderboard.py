@@ -67,7 +67,7 @@ class Standing:
 
 
 def _standing(run, first, side, score, how):
-    "How a run stands in a score, beside the first one"
+    "How a run stands in a score, next to the first one"
     p = (read_json(run.path / 'job.json') or {}).get('parameters', {})
     who = (run.name, str(p.get('model', p.get('run', ''))), str(p.get('dataset') or ''))
     mine, weights, rows = _scores(run, side)

@@ -585,7 +585,7 @@ def modelfile(
     stop_ids,  # Ids that end an answer
     system: str | None = None,  # For conversations that bring none
 ) -> str:
-    "The Ollama Modelfile of a `model.gguf` beside it"
+    "The Ollama Modelfile of a `model.gguf` next to it"
     go = go_template(tok)
     stops = [tok.decode([i]) for i in stop_ids]
     lines = [

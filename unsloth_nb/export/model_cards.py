@@ -398,7 +398,7 @@ def _with_unit(value, unit):
 
 
 def _certificate(cert):
-    "What the export was compared in, beside the model in memory"
+    "What the export was compared in, next to the model in memory"
     if cert is None:
         return 'None: this export has not been compared with the model that was trained.'
     passed = 'Passed' if cert['passed'] else '**Not passed**'

@@ -162,7 +162,7 @@ def _link(home, view, names=None):
 
 
 def _link_adapter(folder, view):
-    "Link an adapter, with the configuration of its base beside it, as transformers loads both"
+    "Link an adapter, with the configuration of its base next to it, as transformers loads both"
     home = _base_folder(folder)
     adapter_view(folder, str(home), view)
     _link(home, view, ('config.json', 'generation_config.json'))
