@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 from ..core.escaping import html_text, markdown_text, plain_text
-from ..core.show import html_table, markdown_table, text_table
+from ..core.show import Markup, html_table, markdown_table, text_table
 from ..runs.run import RunError, open_run, read_json
 from ..core.schema import SpecError, nearest
 from unsloth_nb.evaluation.significance import (
@@ -132,7 +132,7 @@ def _cells(board, rows):
     for s in rows:
         e = s.estimate
         d = s.difference
-        score = [str(e.n), number(e.mean), interval(e)] if e else [''] * 3
+        score = [Markup(c) for c in (e.n, number(e.mean), interval(e))] if e else [''] * 3
         yield [s.run, s.model, s.dataset, *score, *difference_cells(d), s.note]
 
 

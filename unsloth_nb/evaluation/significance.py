@@ -10,6 +10,7 @@ __all__ = ['CONFIDENCE', 'SAMPLES', 'FEW', 'Estimate', 'estimate', 'Difference',
 import math
 from dataclasses import dataclass
 
+from ..core.show import Markup
 from ..core.show import number as show_number
 
 # %% ../../nbs/evaluation/significance.ipynb #ec210d24
@@ -233,4 +234,5 @@ def difference_cells(
     "A difference in the cells of a table: the difference, its interval, p, and on how many rows it is above and below"
     if d is None:
         return [''] * 4
-    return [number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}']
+    cells = [number(d.difference, True), interval(d, True), f'{d.p:.2g}', f'{d.above} / {d.below}']
+    return [Markup(c) for c in cells]  # Numbers do no harm

@@ -393,8 +393,8 @@ def _figures(run):
 
 # %% ../../nbs/export/model_cards.ipynb #a3243df0
 def _with_unit(value, unit):
-    "A figure of a check: text that is shown as text, with its unit"
-    return f"{number(value, missing=str(value))}{' ' + unit if unit else ''}"
+    "A figure of a check, with its unit"
+    return Markup(_figure(value) + (f' {markdown_text(unit)}' if unit else ''))
 
 
 def _certificate(cert):
