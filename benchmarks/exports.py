@@ -12,10 +12,10 @@ from pathlib import Path
 import unsloth_nb as u
 from unsloth_nb.core.engine import device_info, versions
 from unsloth_nb.export.certificate import make_request
-from unsloth_nb.export.artifacts import _spec, _vllm_spec
+from unsloth_nb.export.artifacts import witness_spec, vllm_spec
 from unsloth_nb.runs.run import fingerprint, start_run, write_json
 from unsloth_nb.core.spec import EXPORTS, ExportJob
-from unsloth_nb.export.witness import ask
+from unsloth_nb.export.witness import ask_witness
 
 
 def exact(model, tok, rows, said):
@@ -71,9 +71,9 @@ def main():
         seconds = time.time() - start
         place = record.path / to
         request = dict(make_request(model, rows, tok), examples=[], max_new_tokens=source.job.max_new_tokens)
-        said = ask(
+        said = ask_witness(
             'gguf' if 'gguf' in to else 'transformers',
-            _spec(model, place / 'model.gguf' if 'gguf' in to else place, to),
+            witness_spec(model, place / 'model.gguf' if 'gguf' in to else place, to),
             request,
         )
         size = sum(f['bytes'] for f in fingerprint(place).values())
@@ -81,7 +81,7 @@ def main():
         res['exports'][to] = dict(exact=exact(model, tok, rows, said), seconds=seconds, bytes=size, certificate=cert)
         if vllm:
             res['exports'][to]['exact_by_vllm'] = exact(
-                model, tok, rows, ask('vllm', _vllm_spec(model, place), request)
+                model, tok, rows, ask_witness('vllm', vllm_spec(model, place), request)
             )
         print(
             f"{to}: {res['exports'][to]['exact']:.3f} exact, {size / 1e6:.0f} MB, exported in {seconds:.0f} s{', by vLLM {:.3f} exact'.format(res['exports'][to]['exact_by_vllm']) if vllm else ''}\n{cert}",

@@ -146,7 +146,7 @@ def test_fault(tuned, honest, monkeypatch, fault):
 
     monkeypatch.setattr(export, 'write_adapter' if to == 'adapter' else '_write_merged', write)
     monkeypatch.setattr(
-        export, 'ask', lambda kind, spec, request: transformers_answers(spec, request)
+        export, 'ask_witness', lambda kind, spec, request: transformers_answers(spec, request)
     )  # In this process, which has imported everything
     with pytest.raises(ExportError) as e:
         export.save_artifact(model, run, to, rows)
@@ -245,7 +245,7 @@ def test_interrupted_export(tuned, monkeypatch):
     def stop(*a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, 'ask', stop)
+    monkeypatch.setattr(export, 'ask_witness', stop)
     with pytest.raises(KeyboardInterrupt):
         export.save_artifact(model, run, 'adapter', rows)
     assert not (run.path / 'adapter').exists() and not list(run.path.glob('.saving-*'))
@@ -267,7 +267,7 @@ def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
     "Asked for as a second witness and not answering: the export is refused, and nothing is kept"
     from unsloth_nb.export import artifacts as export
     from unsloth_nb.core.schema import SpecError
-    from unsloth_nb.export.witness import WitnessError, transformers_answers, ask
+    from unsloth_nb.export.witness import WitnessError, transformers_answers, ask_witness
 
     model, run, rows = tuned
     (tmp_path / 'vllm').write_text(f"#!{sys.executable}\nimport sys; sys.exit('no kernel image for this machine')")
@@ -275,8 +275,10 @@ def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
     monkeypatch.setenv('UNSLOTH_NB_VLLM', str(tmp_path / 'vllm'))
     monkeypatch.setattr(
         export,
-        'ask',
-        lambda kind, spec, request: ask(kind, spec, request) if kind == 'vllm' else transformers_answers(spec, request),
+        'ask_witness',
+        lambda kind, spec, request: (
+            ask_witness(kind, spec, request) if kind == 'vllm' else transformers_answers(spec, request)
+        ),
     )
     with pytest.raises(SpecError, match='adapter and merged_16bit, not gguf_f16'):
         export.save_artifact(model, run, 'gguf_f16', rows, vllm=True)

@@ -97,18 +97,18 @@ def test_unfulfilled_stop_string(inf, model):
     stop=st.lists(st.text(st.sampled_from('ab ü漢👩'), min_size=1, max_size=3), max_size=2),
 )
 def test_pieces_are_the_text(lib, model, text, stop):
-    "For any text: the pieces of a stream are what `_answer` cuts, and no character or stop string is shown in part"
-    from unsloth_nb.evaluation.generation import _answer, _first, _held, _Text
+    "For any text: the pieces of a stream are what `cut_answer` cuts, and no character or stop string is shown in part"
+    from unsloth_nb.evaluation.generation import cut_answer, _find_stop, _stop_begun, _Text
 
     ids = model.tok.encode(text)
-    want = _answer(model.tok, ids, {model.tok.eos_token_id}, tuple(stop))
+    want = cut_answer(model.tok, ids, {model.tok.eos_token_id}, tuple(stop))
     t = _Text(model.tok)
     sent = ''
     cut = None
     for i in ids:
         new = t.add(i)
-        cut = _first(new, stop, len(sent))
-        sent = new[: len(new) - _held(new, stop) if cut is None else cut]
+        cut = _find_stop(new, stop, len(sent))
+        sent = new[: len(new) - _stop_begun(new, stop) if cut is None else cut]
         assert want.text.startswith(sent)
         if cut is not None:
             break
@@ -498,13 +498,13 @@ def test_tools_reach_the_template(inf, lib, model):
     from unsloth_nb.tokens.templates import use_template
 
     caller = lib.LoadedModel(model.model, use_template(model.tok, 'qwen-2.5'), model.source, model.plan, model.job)
-    ((ids, tools),) = inf._asked(caller.formatter, ['Weather?'], inf.Sampling(), 8192, 'Be kind.', [WEATHER])
+    ((ids, tools),) = inf.encode_prompts(caller.formatter, ['Weather?'], inf.Sampling(), 8192, 'Be kind.', [WEATHER])
     text = caller.tok.decode(ids)
     assert '"name": "weather"' in text and 'Be kind.' in text and tools[0]['function'] == WEATHER
     own = lib.Conversation([dict(role='user', content='Weather?')], tools=tools, row=5)
-    assert inf._asked(caller.formatter, [own], inf.Sampling(), 8192)[0][1] == tools
+    assert inf.encode_prompts(caller.formatter, [own], inf.Sampling(), 8192)[0][1] == tools
     with pytest.raises(SpecError, match='row 5: the conversation has tools of its own'):
-        inf._asked(caller.formatter, [own], inf.Sampling(), 8192, None, [WEATHER])
+        inf.encode_prompts(caller.formatter, [own], inf.Sampling(), 8192, None, [WEATHER])
     with pytest.raises(lib.FormatError, match='leaves out the tools'):
         inf.generate(model, ['Weather?'], tools=[WEATHER])
 

@@ -126,12 +126,14 @@ def asked(tuned):
 def test_fault(tuned, exports, asked, tmp_path, fault):
     "What is wrong in a folder shows in what vLLM makes of it"
     from unsloth_nb.export.certificate import ExportError, certify
-    from unsloth_nb.export.witness import ask
+    from unsloth_nb.export.witness import ask_witness
 
     spoil, expected = FAULTS[fault]
     folder = shutil.copytree(tuned[1].path / 'merged_16bit', tmp_path / 'merged_16bit')
     spoil(folder)
-    cert = certify(tuned[0], *asked, ask('vllm', dict(folder=folder, dtype='bfloat16'), asked[0]), 'merged_16bit')
+    cert = certify(
+        tuned[0], *asked, ask_witness('vllm', dict(folder=folder, dtype='bfloat16'), asked[0]), 'merged_16bit'
+    )
     with pytest.raises(ExportError) as e:
         cert.check()
     print(e.value)
@@ -141,12 +143,12 @@ def test_fault(tuned, exports, asked, tmp_path, fault):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_folder_that_vllm_does_not_load(tuned, exports, asked, tmp_path):
-    from unsloth_nb.export.witness import WitnessError, ask
+    from unsloth_nb.export.witness import WitnessError, ask_witness
 
     folder = shutil.copytree(tuned[1].path / 'merged_16bit', tmp_path / 'merged_16bit')
     edit('config.json', architectures=['NoneSuchForCausalLM'], model_type='none_such')(folder)
     with pytest.raises(WitnessError, match='none_such'):
-        ask('vllm', dict(folder=folder, dtype='bfloat16'), asked[0])
+        ask_witness('vllm', dict(folder=folder, dtype='bfloat16'), asked[0])
 
 
 @pytest.mark.vllm

@@ -394,11 +394,11 @@ from types import SimpleNamespace as Stub
 payloads = {PAYLOADS!r}
 class Echo(Chat):
     "Answers with the payloads, piece by piece"
-    def _asked(self, question): return {{k:[] for k in self.sides}}
+    def messages_with(self, question): return {{k:[] for k in self.sides}}
     def stream(self, question):
         for k in self.sides:
             for p in payloads: yield k,p
-        return self._told(question, self._asked(question), {{k:Answer(''.join(payloads), 9, True) for k in self.sides}})
+        return self._add_turn(question, self.messages_with(question), {{k:Answer(''.join(payloads), 9, True) for k in self.sides}})
 echo = Echo(Stub(job=Stub(model=payloads[1])))
 run = start_run(FinetuneJob(), tempfile.mkdtemp())
 for i in (1, 2): run.log(step=i, loss=1/i, learning_rate=1e-3, grad_norm=1., tokens_per_second=9., seconds=1., max_steps=2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 
 from ..core.escaping import html_text, plain_text
+from ..core.show import html_table
 from unsloth_nb.evaluation.generation import (
     Sampling,
     check_fits,
@@ -32,18 +33,15 @@ class Turn:
     answers: dict  # `tuned` and perhaps `base` to Answer
 
     def _repr_html_(self):
-        def cell(s):
-            return f'<td style="text-align:left;vertical-align:top;white-space:pre-wrap">{html_text(s)}</td>'
-
-        head = ''.join(f'<th style="text-align:left">{html_text(k)}</th>' for k in self.answers)
-        return f'<div><b>{html_text(self.question)}</b></div><table><tr>{head}</tr><tr>{"".join(cell(a.text) for a in self.answers.values())}</tr></table>'
+        table = html_table([self.answers, [a.text for a in self.answers.values()]], wrap=True)
+        return f'<div><b>{html_text(self.question)}</b></div>{table}'
 
     def __repr__(self):
         return plain_text('\n'.join([f'> {self.question}', *(f'{k + ":":7}{a.text}' for k, a in self.answers.items())]))
 
 # %% ../../nbs/evaluation/chatting.ipynb #815aef46
 class Chat:
-    "A conversation with the tuned model and, beside it, the base model"
+    "A conversation with the tuned model and, next to it, the base model"
 
     def __init__(
         self,
@@ -66,18 +64,19 @@ class Chat:
     def stream(self, question: str):
         "Yield (side, piece) as the answers are written; returns the Turn"
         answers = {}
-        asked = self._asked(question)
+        asked = self.messages_with(question)
         for k, msgs in asked.items():
-            answers[k] = yield from _tagged(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
-        return self._told(question, asked, answers)
+            answers[k] = yield from _tag_pieces(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
+        return self._add_turn(question, asked, answers)
 
     def __repr__(self):
         return plain_text(
-            f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; call it with a question"
+            f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; "
+            "call it with a question"
         )
 
 
-def _tagged(k, pieces):
+def _tag_pieces(k, pieces):
     "The pieces, each with a tag; returns what they return"
     try:
         while True:
@@ -89,7 +88,7 @@ def _tagged(k, pieces):
 
 # %% ../../nbs/evaluation/chatting.ipynb #0e147c4b
 @patch
-def _asked(self: Chat, question):
+def messages_with(self: Chat, question):
     "The messages of each side with a new question, which must fit"
     if not isinstance(question, str) or not question.strip():
         raise SpecError(f"chat: expected a question, got {question!r}")
@@ -106,7 +105,7 @@ def _asked(self: Chat, question):
 
 # %% ../../nbs/evaluation/chatting.ipynb #70b531ae
 @patch
-def _told(self: Chat, question, asked, answers):
+def _add_turn(self: Chat, question, asked, answers):
     "The answers join the history"
     for k, a in answers.items():
         self.histories[k] = [*asked[k], dict(role='assistant', content=a.text)]
@@ -117,8 +116,8 @@ def _told(self: Chat, question, asked, answers):
 @patch
 def __call__(self: Chat, question: str) -> Turn:
     "Ask; the answers join the history"
-    asked = self._asked(question)
-    return self._told(
+    asked = self.messages_with(question)
+    return self._add_turn(
         question,
         asked,
         {k: generate(self.model, [msgs], self.sampling, tuned=k == 'tuned')[0] for k, msgs in asked.items()},
@@ -149,6 +148,6 @@ def chat(
     sampling: Sampling | None = None,  # Default: greedy
     compare: bool = True,  # Ask the base model as well
 ) -> Chat:
-    "Talk to a run's model, beside its base"
+    "Talk to a run's model, next to its base"
     run = open_run(run, trained=True)
     return Chat(load_run(run), (read_json(run.path / 'data.json') or {}).get('system'), sampling, compare)

@@ -28,8 +28,10 @@ from ..core.schema import SpecError, nearest
 # %% ../../nbs/evaluation/harness.ipynb #5991b862
 FORMATS = ('json', 'csv', 'parquet', 'text')  # Readers of data files; others may run code
 KEYS = set(
-    '''task task_alias tag dataset_path dataset_name dataset_kwargs training_split validation_split test_split fewshot_split output_type doc_to_text doc_to_target doc_to_choice
-    target_delimiter fewshot_delimiter description generation_kwargs metric_list num_fewshot repeats filter_list should_decontaminate doc_to_decontamination_query metadata'''.split()
+    '''task task_alias tag dataset_path dataset_name dataset_kwargs training_split validation_split test_split
+    fewshot_split output_type doc_to_text doc_to_target doc_to_choice target_delimiter fewshot_delimiter description
+    generation_kwargs metric_list num_fewshot repeats filter_list should_decontaminate doc_to_decontamination_query
+    metadata'''.split()
 )
 
 
@@ -39,7 +41,8 @@ class _Data(yaml.SafeLoader):
 
 def _function(loader, node):
     raise SpecError(
-        f"!function {node.value} is code, and tasks from a folder are data; say it with a template, a filter or a metric of lm-eval"
+        f"!function {node.value} is code, and tasks from a folder are data; "
+        "say it with a template, a filter or a metric of lm-eval"
     )
 
 
@@ -80,7 +83,8 @@ def _task(f, folder):
         or 'data_files' not in kw
     ):
         raise SpecError(
-            f"{where}: dataset_path must be one of {', '.join(FORMATS)}, with files of the folder under dataset_kwargs: data_files"
+            f"{where}: dataset_path must be one of {', '.join(FORMATS)}, "
+            "with files of the folder under dataset_kwargs: data_files"
         )
     return cfg | dict(dataset_kwargs=kw | dict(data_files=_data_files(kw['data_files'], folder, where)))
 
@@ -236,7 +240,7 @@ def harness(
     tuned: bool = True,  # False: the base model
     task_dir=None,  # Folder with tasks of your own
     num_fewshot: int | None = None,  # Solved examples in front of each question; default: what the task says
-    apply_chat_template: bool = False,  # Ask through the model's chat template; the harness's default is to leave it out
+    apply_chat_template: bool = False,  # Ask through the model's chat template; the harness's default is not to
     batch_size: int = 16,  # Rows at once
 ) -> Evaluation:  # Metrics by `task/metric`, with `scores` of each row
     "Ask the lm-evaluation-harness's questions"

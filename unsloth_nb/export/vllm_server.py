@@ -19,15 +19,15 @@ from ..tokens.formatting import Formatter
 from unsloth_nb.evaluation.generation import (
     Answers,
     Sampling,
-    _answer,
-    _asked,
-    _check_list,
-    _drawn,
+    cut_answer,
+    encode_prompts,
+    check_prompts,
+    sampling_with_seed,
     context_length,
     row_seed,
 )
 from ..training.loading import load_tokenizer
-from .serving import Service, ServeError, _free_port, _plain_name, find_backend, form_of
+from .serving import Service, ServeError, free_port, served_name, find_backend, form_of
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/export/vllm_server.ipynb #91df2836
@@ -77,16 +77,16 @@ def open_vllm(
     env: dict | None = None,  # More variables of its environment
     timeout: float = 1200,  # [s] until it must answer
 ):
-    "A vLLM server on a folder as it stands, with its answers by `Vllm`; raises `SpecError` or `ServeError` where there is none or it does not come up"
+    "A vLLM server on a folder; raises `SpecError` or `ServeError` where there is none or it does not come up"
     folder = Path(folder).resolve()
     with Service(
-        find_backend(form_of(folder), 'vllm'),
-        folder,
-        _plain_name(folder),
-        '127.0.0.1',
-        _free_port('127.0.0.1'),
-        options,
-        env,
+        backend=find_backend(form_of(folder), 'vllm'),
+        path=folder,
+        name=served_name(folder),
+        host='127.0.0.1',
+        port=free_port('127.0.0.1'),
+        options=options,
+        env=env,
     ) as service:
         yield Vllm(service.await_ready(timeout))
 
@@ -96,24 +96,18 @@ def tokenize(self: Vllm, text: str, special: bool = True) -> list[int]:
     return self.post('/tokenize', prompt=text, add_special_tokens=special)['tokens']
 
 
+def _call_on_wire(function):
+    arguments = function['arguments']
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return function | dict(arguments=arguments)
+
+
 def _wire(m):
     "A message whose calls have their arguments as text, as they go over the wire"
     if not m.get('tool_calls'):
         return m
-    return m | dict(
-        tool_calls=[
-            c
-            | dict(
-                function=(f := c['function'])
-                | dict(
-                    arguments=f['arguments']
-                    if isinstance(f['arguments'], str)
-                    else json.dumps(f['arguments'], ensure_ascii=False)
-                )
-            )
-            for c in m['tool_calls']
-        ]
-    )
+    return m | dict(tool_calls=[c | dict(function=_call_on_wire(c['function'])) for c in m['tool_calls']])
 
 
 @patch
@@ -127,7 +121,7 @@ def rendered(self: Vllm, prompt: dict) -> list[int]:  # As in a request of the w
         **({'tools': prompt['tools']} if prompt.get('tools') else {}),
     )['tokens']
 
-
+# %% ../../nbs/export/vllm_server.ipynb #6ee8e9e1
 @patch
 def complete(
     self: Vllm, ids: list[int], max_tokens: int = 1, **kw
@@ -177,6 +171,19 @@ def score(self: Vllm, example: dict, likeliest: int = 256) -> dict:  # logprobs,
             out[k].append(v)
     return out
 
+# %% ../../nbs/export/vllm_server.ipynb #50bf910d
+def _sampling_words(s, ends):
+    "A `Sampling`, and the ids that end an answer, in the words of vLLM's completions"
+    return dict(
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k or 0,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty,
+        stop=list(s.stop),
+        stop_token_ids=ends,
+    )
+
 # %% ../../nbs/export/vllm_server.ipynb #f876b655
 def vllm_generate(
     folder,  # Folder of a merged model
@@ -190,32 +197,25 @@ def vllm_generate(
     "Answers by vLLM, whose server is there for this call; raises `ServeError` where it is not installed"
     from transformers import AutoConfig
 
-    s = _drawn(sampling)
-    _check_list(prompts)
+    s = sampling_with_seed(sampling)
+    check_prompts(prompts)
     tok = load_tokenizer(FinetuneJob(model=str(folder), template=template), engine=False)
     formatter = Formatter(tok, template)
-    asked = _asked(formatter, prompts, s, context_length(AutoConfig.from_pretrained(folder)), system, tools)
+    context = context_length(AutoConfig.from_pretrained(folder))
+    asked = encode_prompts(formatter, prompts, s, context, system=system, tools=tools)
     ends = formatter.stop_ids()
-    how = dict(
-        temperature=s.temperature,
-        top_p=s.top_p,
-        top_k=s.top_k or 0,
-        min_p=s.min_p,
-        repetition_penalty=s.repetition_penalty,
-        stop=list(s.stop),
-        stop_token_ids=ends,
-    )
+    how = _sampling_words(s, ends)
+
+    def complete(i):
+        seed = dict(seed=row_seed(s.seed, i)) if s.temperature else {}
+        return v.complete(asked[i][0], s.max_new_tokens, **how, **seed)
+
     with open_vllm(folder, ('--generation-config', 'vllm', *options)) as v, ThreadPoolExecutor(64) as pool:
         start = time.perf_counter()
-        got = list(
-            pool.map(
-                lambda i: v.complete(
-                    asked[i][0], s.max_new_tokens, **how, **(dict(seed=row_seed(s.seed, i)) if s.temperature else {})
-                ),
-                range(len(asked)),
-            )
-        )
+        got = list(pool.map(complete, range(len(asked))))
         seconds = time.perf_counter() - start
-    return Answers(
-        [_answer(tok, g['token_ids'], set(ends), s.stop, t, ids) for g, (ids, t) in zip(got, asked)], seconds, None, s
-    )
+    answers = [
+        cut_answer(tok, g['token_ids'], set(ends), s.stop, tools=its_tools, prompt=ids)
+        for g, (ids, its_tools) in zip(got, asked)
+    ]
+    return Answers(answers, seconds, None, s)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'log_probabilities', 'greedy_answers', 'render_ids', 'template_sha256', 'tokenizer_facts',
-           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask', 'main']
+           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask_witness', 'main']
 
 # %% ../../nbs/export/witness.ipynb #f5c937a1
 import hashlib
@@ -156,18 +156,14 @@ def _network(spec):
         f"{n} {importlib.metadata.version(n)}" for n in ('transformers', 'peft')
     ]
 
-
+# %% ../../nbs/export/witness.ipynb #a2bf1866
 def transformers_answers(
     spec: dict,  # folder, dtype, device; for an adapter also base, revision, load_in_4bit, load_in_8bit
     request: dict,  # As above
 ) -> dict:
     "What plain transformers, or PEFT, makes of an exported folder"
     with collector_paused():
-        from transformers import (
-            AutoModelForCausalLM,
-            AutoTokenizer,
-            GenerationConfig,
-        )  # The first is for `_network`, and most of the time
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 (the first is for `_network`)
     tok = AutoTokenizer.from_pretrained(spec['folder'])
     config = GenerationConfig.from_pretrained(spec['folder'])
     net, software = _network(spec)
@@ -208,7 +204,7 @@ def _vllm_facts(v, folder, probes, prompt):
         untold=['vocabulary', 'pad'],
     )
 
-
+# %% ../../nbs/export/witness.ipynb #4836ccc1
 def vllm_answers(
     spec: dict,  # folder, dtype; on a GPU also memory: the share of it that vLLM may use
     request: dict,  # As above
@@ -227,7 +223,7 @@ def vllm_answers(
         '--max-logprobs',
         '-1',
         '--enable-tokenizer-info-endpoint',
-    ]  # Its own rendering may be longer than ours
+    ]
     if spec.get('memory'):
         options += ['--gpu-memory-utilization', f"{spec['memory']:.2f}"]
     env = dict(
@@ -249,7 +245,7 @@ class WitnessError(UnslothNbError, RuntimeError):
     "An export that its own software could not load or run"
 
 
-def ask(
+def ask_witness(
     kind: str,  # `transformers`, `gguf` or `vllm`
     spec: dict,  # Where the export is and how to load it
     request: dict,  # What is asked
@@ -294,13 +290,14 @@ def ask(
             raise WitnessError(
                 plain_text(
                     mask_secrets(
-                        f"{Path(spec['folder']).name}: the fresh process that was to load it ended with code {r.returncode}: {_last_words(r.stderr, 14 if kind == 'vllm' else 3)}"
+                        f"{Path(spec['folder']).name}: the fresh process that was to load it ended with code "
+                        f"{r.returncode}: {_last_words(r.stderr, 14 if kind == 'vllm' else 3)}"
                     )
                 )
             )
         return read_json(a)
 
-
+# %% ../../nbs/export/witness.ipynb #c9ec66ae
 def _last_words(stderr, lines):
     return ' / '.join([l.strip() for l in stderr.splitlines() if l.strip()][-lines:])  # vLLM's own are far up
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPACA_TEMPLATE', 'BASE_FILE', 'embedded_model', 'Source', 'check_model', 'locate', 'load_tokenizer', 'LoadedModel',
-           'load_model', 'write_older_names', 'base_fingerprint', 'weights_folder', 'load_adapter', 'trained_weights',
-           'put_weights', 'load_weights']
+           'load_model', 'write_older_names', 'base_fingerprint', 'weights_folder', 'base_job_of', 'adapter_view',
+           'load_adapter', 'trained_weights', 'put_weights', 'load_weights']
 
 # %% ../../nbs/training/loading.ipynb #79c09066
 import copy
@@ -409,7 +409,7 @@ def save_base(self: LoadedModel, folder):
     )
 
 
-def _base_job(folder, job):
+def base_job_of(folder, job):
     "The job with the model that an adapter was trained on"
     base = read_json(Path(folder) / BASE_FILE)
     if base is not None:
@@ -464,7 +464,7 @@ def _in_its_precision(folder, job, base, plan):
     return plan
 
 
-def _view(folder, base, tmp):
+def adapter_view(folder, base, tmp):
     "The adapter's files under `tmp`, pointing to where its model is on this machine"
     for f in Path(folder).iterdir():
         if f.name != 'adapter_config.json':
@@ -486,7 +486,7 @@ def load_adapter(
     if (Path(folder) / MANIFEST).exists():
         check_whole(folder)
     _check_adapter(folder, job)
-    base_job, base = _base_job(folder, job)
+    base_job, base = base_job_of(folder, job)
     plan = _in_its_precision(folder, job, base, plan or make_plan(_held_as(base_job, base)))
     src = locate(base_job)
     if base.get('weights') and base['weights'] != base_fingerprint(src.path, src.revision):
@@ -494,7 +494,7 @@ def load_adapter(
             f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find the same model, or train again"
         )
     with tempfile.TemporaryDirectory() as tmp:
-        view = Source(_view(folder, src.path, tmp), src.ref, None, src.remote_code)
+        view = Source(adapter_view(folder, src.path, tmp), src.ref, None, src.remote_code)
         model, tok = _from_pretrained(view, plan)
     tok.name_or_path = str(folder)
     tok.clean_up_tokenization_spaces = False

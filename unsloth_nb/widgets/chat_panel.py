@@ -265,7 +265,7 @@ def _do(self: ChatPanel, f):
 @patch
 def _send(self: ChatPanel):
     self.chat.sampling, text = self.sampling(), self.question.value.strip()
-    self.chat._asked(text)  # What does not fit is refused before a thread is started
+    self.chat.messages_with(text)  # What does not fit is refused before a thread is started
     self._busy(True)
     self.thread = threading.Thread(target=self._answer, args=(text,), daemon=True)
     self.thread.start()
