@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from unsloth_nb.planning.architecture import linear_shapes, model_shape, parameter_counts, read_config, weight_shapes
 from unsloth_nb.planning.devices import CARDS, find_device
-from unsloth_nb.planning.memory import memory_estimate
+from unsloth_nb.planning.cost import Shape, Way, memory_estimate
 from unsloth_nb.export.certificate import LIMITS, limits
 from unsloth_nb.planning.plan import _rows_per_step, make_plan, past_runs, run_plan, smaller_way
 from unsloth_nb.runs.run import start_run
@@ -79,26 +79,11 @@ def test_no_runner_up_is_better(job, device, rows):
 )
 def test_memory_grows(model, tokens, bits, checkpointing, layout):
     "More tokens, more precision, and less checkpointing never take less memory"
-    s = model_shape(resolve_model(model))
-    c = parameter_counts(s, 16, FinetuneJob().target_modules)
+    shape = Shape.of(model_shape(resolve_model(model)), 16, FinetuneJob().target_modules)
 
-    def m(**kw):
-        return sum(
-            memory_estimate(
-                **{
-                    **dict(
-                        s=s,
-                        counts=c,
-                        tokens=tokens,
-                        bits=bits,
-                        checkpointing=checkpointing,
-                        optim='adamw_8bit',
-                        layout=layout,
-                    ),
-                    **kw,
-                }
-            ).values()
-        )
+    def m(tokens=tokens, **change):
+        way = dict(bits=bits, checkpointing=checkpointing, optim='adamw_8bit', layout=layout) | change
+        return sum(memory_estimate(shape, Way(**way), tokens).values())
 
     assert m(tokens=tokens + 512) >= m()
     assert m(bits=16) >= m(bits=4) and m(optim='adamw_torch_fused') > m()
