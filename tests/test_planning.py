@@ -78,7 +78,7 @@ def test_no_runner_up_is_better(job, device, rows):
     st.sampled_from(['padded', 'padding_free', 'packed']),
 )
 def test_memory_grows(model, tokens, bits, checkpointing, layout):
-    "More tokens, more precision, and less checkpointing never take less memory"
+    "More tokens and more precision never take less memory; checkpointing saves what is kept for the backward pass, and costs three buffers where gradients are the peak"
     shape = Shape.of(model_shape(resolve_model(model)), 16, FinetuneJob().target_modules)
 
     def m(tokens=tokens, **change):
@@ -87,7 +87,11 @@ def test_memory_grows(model, tokens, bits, checkpointing, layout):
 
     assert m(tokens=tokens + 512) >= m()
     assert m(bits=16) >= m(bits=4) and m(optim='adamw_torch_fused') > m()
+    buffers = 3 * 2 * tokens * shape.config['hidden_size']  # [bytes]
+    gradients = 4 * shape.counts['adapter']  # Of many experts they are more than all activations of a short pass
     if tokens >= 1024:
+        assert m(checkpointing=False) + buffers >= m(checkpointing='unsloth')
+    if tokens >= 1024 and gradients < 2**30:
         assert m(checkpointing=False) > m(checkpointing='unsloth')
 
 

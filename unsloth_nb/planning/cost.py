@@ -104,15 +104,15 @@ def activation_memory(
     checkpointing,  # `'unsloth'`, True or False
     layout: str,  # `padding_free`, `packed` (by Unsloth alone) or `padded`
     wide: int = 2,  # [bytes] of an activation
-) -> tuple[int, int]:  # ([bytes] at the end of the forward pass, [bytes] at the peak of the backward pass)
+) -> tuple[int, int]:  # [bytes] at the end of the forward pass, and in the backward pass when gradients have come
     "Activations of a training step"
     h, q, kv, i = _widths(s)
     n = s['num_hidden_layers']
     copies = dict(padding_free=0, packed=1.55, padded=1.2)[layout]  # Of the attention's output
     layer = 4 * h + 2 * q + 2 * kv + 2 * i + int(copies * q)
+    work = 7 * h + 2 * kv + 3 * i + (2 * i + h if layout == 'padded' else 0)  # Of the layer whose turn it is
     if not checkpointing:
-        return (tokens * wide * (n * layer + 7 * h),) * 2
-    work = 7 * h + 2 * kv + 3 * i + (2 * i + h if layout == 'padded' else 0)
+        return tokens * wide * (n * layer + 7 * h), tokens * wide * work
     kept = 3 * h if checkpointing == 'unsloth' else n * h
     return tokens * wide * (7 * h + kept), tokens * wide * (work + kept)
 
@@ -155,7 +155,7 @@ def memory_estimate(
         activations=fused * forward,
         logits=logit_memory(s, tokens),
     )
-    in_backward = dict(gradients=gradients, activations=fused * backward if way.checkpointing else 0, logits=0)
+    in_backward = dict(gradients=gradients, activations=fused * backward, logits=0)
     peak = max(forward_ends, in_backward, key=lambda d: sum(d.values()))
     workspace = _workspace(s, way.bits) if cuda else _PROCESS
     return static_memory(shape.counts, way.bits, way.optim) | peak | dict(workspace=workspace)
