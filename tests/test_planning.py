@@ -11,7 +11,7 @@ from unsloth_nb.planning.architecture import linear_shapes, model_shape, paramet
 from unsloth_nb.planning.devices import CARDS, find_device
 from unsloth_nb.planning.cost import Shape, Way, memory_estimate
 from unsloth_nb.export.certificate import LIMITS, limits
-from unsloth_nb.planning.plan import _rows_per_step, make_plan, past_runs, run_plan, smaller_way
+from unsloth_nb.planning.plan import decisions, make_plan, past_runs, run_plan, smaller_way, step_rows
 from unsloth_nb.runs.run import start_run
 from unsloth_nb.core.schema import SpecError
 from unsloth_nb.core.spec import FinetuneJob, ModelRef, presets, resolve_model
@@ -331,7 +331,7 @@ def test_other_devices_share_the_same_rows(before, now, has):
         job = FinetuneJob(model='llama-3.1-8b-instruct', devices=before, **more)
         then = make_plan(job, device=GPUS[4]).to_dict()
         p = make_plan(job.replace(devices=now), device=GPUS[has], like=then)
-        assert _rows_per_step(p.to_dict()) == _rows_per_step(then) and p.devices == (now if now != 'auto' else has)
+        assert step_rows(p.to_dict()) == step_rows(then) and p.devices == (now if now != 'auto' else has)
 
 
 def test_rows_that_cannot_be_shared():
@@ -383,6 +383,20 @@ def test_command(capsys, tmp_path, monkeypatch):
     )
     bad = go('--device', 'H1000')
     assert isinstance(bad.exception, SpecError) and "did you mean 'H100'" in str(bad.exception)
+
+
+def test_marks_and_their_readers_agree():
+    "Runs are below planning, so what they compare is listed there, and is what the fields of a plan say"
+    from unsloth_nb.runs import comparing
+
+    assert comparing._PLAN == list(decisions('compared'))
+    assert decisions('run') == (
+        *('devices', 'nodes', 'parallel', 'dtype', 'load_in_4bit', 'load_in_8bit'),
+        *('per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim'),
+        *('packing', 'padding_free', 'attention'),
+    )
+    asked = FinetuneJob(model='llama-3.1-8b')
+    assert all(getattr(asked.replace(**{k: 'auto'}), k) == 'auto' for k in decisions('left_open'))
 
 
 # Model, card and whether planning again without the rows would hold the weights otherwise

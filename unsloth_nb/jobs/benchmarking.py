@@ -34,7 +34,7 @@ from ..tokens.examples import Examples, length_profile, make_examples
 from ..tokens.formatting import IGNORE, Example, Formatter
 from ..training.loading import embedded_model, load_model, load_tokenizer, locate
 from .benchmark_results import Benchmark
-from ..planning.plan import make_plan
+from ..planning.plan import decisions, make_plan
 from ..runs.run import Run, read_json, read_lines, write_json
 from ..core.schema import SpecError
 from ..core.spec import BenchmarkJob, FinetuneJob, preset, presets
@@ -376,19 +376,6 @@ def _load_unsloth(r, job, plan, tok, examples):
     return run
 
 # %% ../../nbs/jobs/benchmarking.ipynb #f752802c
-_SETTINGS = (
-    'dtype',
-    'load_in_4bit',
-    'per_device_train_batch_size',
-    'gradient_accumulation_steps',
-    'gradient_checkpointing',
-    'optim',
-    'packing',
-    'padding_free',
-    'max_seq_length',
-)
-
-
 def failure(e: BaseException) -> dict:  # status and reason
     "An exception as a row of the result"
     text = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
@@ -412,7 +399,7 @@ def _measure(r, run, res):
         tok = load_tokenizer(job, engine=ours)
         tok.padding_side, examples = 'right', read_examples(r['examples'], tok)
         plan = make_plan(job, examples, Device(**r['device']))
-        res['effective'] = {k: getattr(plan, k) for k in _SETTINGS}
+        res['effective'] = {k: getattr(plan, k) for k in decisions('measured')}
         if ours:
             res |= dict(predicted_peak_bytes=plan.peak or None, predicted_tokens_per_second=plan.tokens_per_second)
         write_json(run.path / 'measured.json', res)

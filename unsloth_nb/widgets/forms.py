@@ -139,9 +139,9 @@ def plan_html(plan: Plan) -> str:
 
     rows = ''.join(
         f'<tr>{"".join(f"<td style=text-align:left;vertical-align:top;padding-right:.8em>{plain(c)}</td>" for c in r)}</tr>'
-        for r in plan._rows()
+        for r in plan.rows()
     )
-    facts = [f for f in plan._facts() if not f.startswith('By part')]
+    facts = [f for f in plan.facts() if not f.startswith('By part')]
     return f"{memory_bar(plan)}{''.join(f'<div style=margin-top:4px>{plain(f)}</div>' for f in facts)}<details><summary>What the plan decides, and why</summary><table>{rows}</table></details>"
 
 # %% ../../nbs/widgets/forms.ipynb #a581c1c2
