@@ -123,7 +123,7 @@ def app_name() -> str:
         lock_file(),
         *sorted(here.rglob('*.py')),
         *(jobs_dir() / f'{n}.ipynb' for n in JOBS),
-        *sorted((jobs_dir() / 'presets').glob('*.yaml')),
+        *sorted(jobs_dir().rglob('*.yaml')),
     ]
 
     def name(f):

@@ -585,29 +585,14 @@ def _versions():
         return versions()
 
 # %% ../../nbs/jobs/benchmarking.ipynb #130c2e25
-_MODEL_TYPES = {
-    'gemma-2': 'gemma2',
-    'gemma-3': 'gemma3_text',
-    'mixtral': 'mixtral',
-    'mistral': 'mistral',
-    'phi': 'phi3',
-    'qwen2': 'qwen2',
-    'qwen3-30b': 'qwen3_moe',
-    'qwen3': 'qwen3',
-    'llama': 'llama',
-    'smollm2': 'llama',
-    'tinyllama': 'llama',
-}
-
-
 def _shape(of) -> dict:  # Entries of config.json, with `model_type`
     "The shape that a preset's name, a folder or a dict stands for"
     if isinstance(of, dict):
         return dict(model_type='llama') | of
     if of not in presets() and (Path(of) / 'config.json').exists():
         return read_json(Path(of) / 'config.json')
-    kind = next((t for k, t in _MODEL_TYPES.items() if preset(of).name.startswith(k)), None)
-    if kind is None:
+    kind = preset(of).model_type
+    if not kind:
         raise SpecError(f"{of}: no architecture is known for this preset; give a config.json")
     return dict({k: v for k, v in preset(of).shape.items() if k != 'vision_config'}, model_type=kind)
 

@@ -25,7 +25,15 @@ from ..runs.run import Run, read_json, run_dirs
 from ..core.schema import SpecError
 from ..core.show import GIB, Markup, duration, gib, html_table, markdown_table, picture, text_table
 from ..core.spec import FinetuneJob, resolve_model
-from .ways import FAMILIES, compute_dtype, example_lengths, fastest, find_ways, safest, usable
+from unsloth_nb.planning.ways import (
+    compute_dtype,
+    example_lengths,
+    fastest,
+    find_ways,
+    padding_free_types,
+    safest,
+    usable,
+)
 
 # %% ../../nbs/planning/plan.ipynb #e4070a80
 def decision(
@@ -166,7 +174,7 @@ def _changes(job, dev, w):
         else 'with fsdp each device holds a part of the optimizer, which is small enough in 32 bits',
         packing='packing needs a GPU attention kernel that keeps examples apart; rows are padded instead',
         padding_free='needs an Ampere GPU or newer, 16-bit arithmetic and a model of the '
-        f"{', '.join(FAMILIES)} families; rows are padded instead",
+        f"{', '.join(padding_free_types())} families; rows are padded instead",
         gradient_checkpointing='offloading activations needs a GPU; they are recomputed',
         load_in_8bit='8-bit weights need a GPU; they stay in 16 bits',
     )
@@ -287,7 +295,7 @@ def _plan(job, rows, dev, s, factors=None):
     counts = parameter_counts(s, job.r, job.target_modules) if s else None
     factors = factors or dict(memory=1.0, speed=1.0, runs=0)
     n = np.minimum(example_lengths(rows, job.max_seq_length), job.max_seq_length)
-    ways = find_ways(job, dev, s, n, family=ref.preset.family if ref.preset else '', factors=factors)
+    ways = find_ways(job, dev, s, n, model_type=ref.preset.model_type if ref.preset else '', factors=factors)
     w = fastest(ways, job.batch_size == 'fastest') if s else safest(ways)
     return Plan(
         device=dev,
