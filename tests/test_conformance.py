@@ -9,7 +9,6 @@ import real_tokenizers as real
 import template_oracle as oracle
 from unsloth_nb.core import spec
 from unsloth_nb.tokens.conformance import (
-    FAMILIES,
     ConformanceTable,
     cases,
     check_conformance,
@@ -22,7 +21,7 @@ from unsloth_nb.data.conversations import Conversation
 from unsloth_nb.tokens.formatting import Formatter
 from unsloth_nb.tokens.templates import FormatError
 
-CANONICAL = [n for v in FAMILIES.values() for n in v.split()]
+CANONICAL = [t.names[0] for t in spec.chat_templates()]
 NAMES = [n for n in spec.TEMPLATES if n not in ('auto', 'chat', 'alpaca', 'raw')]
 
 

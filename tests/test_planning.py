@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from unsloth_nb.planning.architecture import linear_shapes, model_shape, parameter_counts, read_config, weight_shapes
 from unsloth_nb.planning.devices import CARDS, find_device
-from unsloth_nb.planning.memory import memory_estimate
+from unsloth_nb.planning.cost import Shape, Way, memory_estimate
 from unsloth_nb.export.certificate import LIMITS, limits
-from unsloth_nb.planning.plan import _rows_per_step, make_plan, past_runs, run_plan, smaller_way
+from unsloth_nb.planning.plan import decisions, make_plan, past_runs, run_plan, smaller_way, step_rows
 from unsloth_nb.runs.run import start_run
 from unsloth_nb.core.schema import SpecError
 from unsloth_nb.core.spec import FinetuneJob, ModelRef, presets, resolve_model
@@ -78,31 +78,20 @@ def test_no_runner_up_is_better(job, device, rows):
     st.sampled_from(['padded', 'padding_free', 'packed']),
 )
 def test_memory_grows(model, tokens, bits, checkpointing, layout):
-    "More tokens, more precision, and less checkpointing never take less memory"
-    s = model_shape(resolve_model(model))
-    c = parameter_counts(s, 16, FinetuneJob().target_modules)
+    "More tokens and more precision never take less memory; checkpointing saves what is kept for the backward pass, and costs three buffers where gradients are the peak"
+    shape = Shape.of(model_shape(resolve_model(model)), 16, FinetuneJob().target_modules)
 
-    def m(**kw):
-        return sum(
-            memory_estimate(
-                **{
-                    **dict(
-                        s=s,
-                        counts=c,
-                        tokens=tokens,
-                        bits=bits,
-                        checkpointing=checkpointing,
-                        optim='adamw_8bit',
-                        layout=layout,
-                    ),
-                    **kw,
-                }
-            ).values()
-        )
+    def m(tokens=tokens, **change):
+        way = dict(bits=bits, checkpointing=checkpointing, optim='adamw_8bit', layout=layout) | change
+        return sum(memory_estimate(shape, Way(**way), tokens).values())
 
     assert m(tokens=tokens + 512) >= m()
     assert m(bits=16) >= m(bits=4) and m(optim='adamw_torch_fused') > m()
+    buffers = 3 * 2 * tokens * shape.config['hidden_size']  # [bytes]
+    gradients = 4 * shape.counts['adapter']  # Of many experts they are more than all activations of a short pass
     if tokens >= 1024:
+        assert m(checkpointing=False) + buffers >= m(checkpointing='unsloth')
+    if tokens >= 1024 and gradients < 2**30:
         assert m(checkpointing=False) > m(checkpointing='unsloth')
 
 
@@ -342,7 +331,7 @@ def test_other_devices_share_the_same_rows(before, now, has):
         job = FinetuneJob(model='llama-3.1-8b-instruct', devices=before, **more)
         then = make_plan(job, device=GPUS[4]).to_dict()
         p = make_plan(job.replace(devices=now), device=GPUS[has], like=then)
-        assert _rows_per_step(p.to_dict()) == _rows_per_step(then) and p.devices == (now if now != 'auto' else has)
+        assert step_rows(p.to_dict()) == step_rows(then) and p.devices == (now if now != 'auto' else has)
 
 
 def test_rows_that_cannot_be_shared():
@@ -394,6 +383,20 @@ def test_command(capsys, tmp_path, monkeypatch):
     )
     bad = go('--device', 'H1000')
     assert isinstance(bad.exception, SpecError) and "did you mean 'H100'" in str(bad.exception)
+
+
+def test_marks_and_their_readers_agree():
+    "Runs are below planning, so what they compare is listed there, and is what the fields of a plan say"
+    from unsloth_nb.runs import comparing
+
+    assert comparing._PLAN == list(decisions('compared'))
+    assert decisions('run') == (
+        *('devices', 'nodes', 'parallel', 'dtype', 'load_in_4bit', 'load_in_8bit'),
+        *('per_device_train_batch_size', 'gradient_accumulation_steps', 'gradient_checkpointing', 'optim'),
+        *('packing', 'padding_free', 'attention'),
+    )
+    asked = FinetuneJob(model='llama-3.1-8b')
+    assert all(getattr(asked.replace(**{k: 'auto'}), k) == 'auto' for k in decisions('left_open'))
 
 
 # Model, card and whether planning again without the rows would hold the weights otherwise

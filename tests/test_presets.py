@@ -12,8 +12,21 @@ def each(ps):
     return pytest.mark.parametrize('p', ps, ids=[p.name for p in ps])
 
 
-STR = 'name family about hub license chat_template'.split()
-BOOL = 'gated remote_code embedded'.split()
+STR = 'name family about hub license hub_license chat_template'.split()
+BOOL = 'gated remote_code embedded padding_free'.split()
+# A family, its architecture and the Hub's name of its licence; a new family is its file and a row here
+FAMILIES = {
+    'gemma': ('gemma3_text', 'gemma'),
+    'llama2': ('llama', 'llama2'),
+    'llama3': ('llama', 'llama3.1'),
+    'mistral': ('mistral', 'apache-2.0'),
+    'openelm': ('', 'other'),
+    'phi': ('phi3', 'mit'),
+    'qwen2': ('qwen2', 'apache-2.0'),
+    'qwen3': ('qwen3', 'apache-2.0'),
+    'smollm2': ('llama', 'apache-2.0'),
+    'tinyllama': ('llama', 'apache-2.0'),
+}
 
 
 def vision(v, hidden):
@@ -55,6 +68,13 @@ def test_types(p):
     assert type(p.context_length) is int and p.context_length >= 2048
     flat = {k: v for k, v in p.shape.items() if k != 'vision_config'} | p.shape.get('vision_config', {})
     assert all(isinstance(v, bool) if k == 'tie_word_embeddings' else type(v) is int and v > 0 for k, v in flat.items())
+
+
+def test_families():
+    "The head of a family's file says what is known of all its models; experts are never put end to end"
+    heads = [yaml.safe_load(f.read_text()) for f in sorted((jobs_dir() / 'presets').glob('*.yaml'))]
+    assert {h['family']: (h.get('model_type', ''), h.get('hub_license', 'other')) for h in heads} == FAMILIES
+    assert not [p.name for p in ALL if p.padding_free and p.shape.get('num_local_experts', 1) > 1]
 
 
 @each(ALL)

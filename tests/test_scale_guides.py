@@ -188,11 +188,12 @@ def test_rings_over_nodes_use_every_port(scale):
 
 def test_gathering_is_hidden_from_the_least_tokens_on(which):
     "A pass of so many tokens takes as long to compute as its weights to gather; half as many do not"
-    (s, c), h100, link = which['shape']('70B'), which['find_device']('H100'), which['LINKS']['NVLink']
+    shape, h100, link = which['shape']('70B'), which['find_device']('H100'), which['LINKS']['NVLink']
+    c, way = shape.counts, which['Way'](16, 'unsloth')
     n = which['least_tokens']('H100', link)
 
     def work(n):
-        return which['predict_speed'](s, c, h100, n, n, 206, 16, 'unsloth').step
+        return which['predict_speed'](shape, way, h100, computed=n, real=n, length=206).step
 
     moved = 2 * 2 * (c['linear'] + c['embedding']) / link
     assert work(n) == pytest.approx(moved, rel=0.05) and work(n / 2) < 0.8 * moved

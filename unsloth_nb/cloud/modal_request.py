@@ -125,7 +125,7 @@ def app_name() -> str:
         *sorted(here.rglob('*.py')),
         *sorted(here.glob('*/*.yaml')),  # Tables next to the modules
         *(jobs_dir() / f'{n}.ipynb' for n in JOBS),
-        *sorted((jobs_dir() / 'presets').glob('*.yaml')),
+        *sorted(jobs_dir().rglob('*.yaml')),
     ]
 
     def name(f):

@@ -22,6 +22,7 @@ from ..training.loading import LoadedModel
 from ..training.resuming import code_hashes, rows_sha256, weights_sha256
 from ..runs.run import Run, before_after
 from ..core.schema import SpecError
+from ..planning.plan import decisions
 from ..core.scoring import ScorerError, default_scorers, named_scorers, score_rows
 from unsloth_nb.evaluation.significance import (
     CONFIDENCE,
@@ -285,7 +286,7 @@ def _kept(model, convs, run, how):
         base=model.base,
         trained=weights_sha256(model.model) if how['tuned'] else None,
         rows=rows_sha256(convs),
-        plan={k: getattr(model.plan, k) for k in ('dtype', 'load_in_4bit', 'load_in_8bit', 'max_seq_length')},
+        plan={k: getattr(model.plan, k) for k in decisions('answers')},
         template=model.formatter_for(convs).template,
         code=code_hashes(
             (

@@ -34,7 +34,7 @@ from ..tokens.examples import Examples, length_profile, make_examples
 from ..tokens.formatting import IGNORE, Example, Formatter
 from ..training.loading import embedded_model, load_model, load_tokenizer, locate
 from .benchmark_results import Benchmark
-from ..planning.plan import make_plan
+from ..planning.plan import decisions, make_plan
 from ..runs.run import Run, read_json, read_lines, write_json
 from ..core.schema import SpecError
 from ..core.spec import BenchmarkJob, FinetuneJob, preset, presets
@@ -382,19 +382,6 @@ def _load_unsloth(r, job, plan, tok, examples):
     return run
 
 # %% ../../nbs/jobs/benchmarking.ipynb #f752802c
-_SETTINGS = (
-    'dtype',
-    'load_in_4bit',
-    'per_device_train_batch_size',
-    'gradient_accumulation_steps',
-    'gradient_checkpointing',
-    'optim',
-    'packing',
-    'padding_free',
-    'max_seq_length',
-)
-
-
 def failure_row(e: BaseException) -> dict:  # status and reason
     "An exception as a row of the result"
     text = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
@@ -419,7 +406,7 @@ def _measure(r, run, res):
         tok.padding_side = 'right'
         examples = read_shared_examples(r['examples'], tok)
         plan = make_plan(job, examples, Device(**r['device']))
-        res['effective'] = {k: getattr(plan, k) for k in _SETTINGS}
+        res['effective'] = {k: getattr(plan, k) for k in decisions('measured')}
         if ours:
             res |= dict(predicted_peak_bytes=plan.peak or None, predicted_tokens_per_second=plan.tokens_per_second)
         write_json(run.path / 'measured.json', res)
@@ -606,29 +593,14 @@ def _versions():
         return versions()
 
 # %% ../../nbs/jobs/benchmarking.ipynb #130c2e25
-_MODEL_TYPES = {
-    'gemma-2': 'gemma2',
-    'gemma-3': 'gemma3_text',
-    'mixtral': 'mixtral',
-    'mistral': 'mistral',
-    'phi': 'phi3',
-    'qwen2': 'qwen2',
-    'qwen3-30b': 'qwen3_moe',
-    'qwen3': 'qwen3',
-    'llama': 'llama',
-    'smollm2': 'llama',
-    'tinyllama': 'llama',
-}
-
-
 def _shape(of) -> dict:  # Entries of config.json, with `model_type`
     "The shape that a preset's name, a folder or a dict stands for"
     if isinstance(of, dict):
         return dict(model_type='llama') | of
     if of not in presets() and (Path(of) / 'config.json').exists():
         return read_json(Path(of) / 'config.json')
-    kind = next((t for k, t in _MODEL_TYPES.items() if preset(of).name.startswith(k)), None)
-    if kind is None:
+    kind = preset(of).model_type
+    if not kind:
         raise SpecError(f"{of}: no architecture is known for this preset; give a config.json")
     return dict({k: v for k, v in preset(of).shape.items() if k != 'vision_config'}, model_type=kind)
 

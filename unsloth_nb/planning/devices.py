@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 from ..core.engine import Device
 from ..core.schema import SpecError, nearest
+from ..core.show import GIB
 
 # %% ../../nbs/planning/devices.ipynb #f5d12814
-_GIB = 2**30
-CONTEXT = int(0.66 * _GIB)  # [bytes] the CUDA driver holds in each process
+CONTEXT = int(0.66 * GIB)  # [bytes] the CUDA driver holds in each process
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,24 @@ def find_device(
         return replace(find_device(m[2]), count=int(m[1]))
     m = re.fullmatch(r'(cpu|apple)(\d+)?(gb|gib)?', _plain(name))
     if m:
-        ram = int(m[2] or 32) * _GIB
-        return Device(
-            'cpu' if m[1] == 'cpu' else 'mps',
-            f'{"CPU" if m[1] == "cpu" else "Apple"} {ram // _GIB}GB',
-            ram,
-            int(0.85 * ram),
-            True,
-            8,
-        )
+        kind, name = ('cpu', 'CPU') if m[1] == 'cpu' else ('mps', 'Apple')
+        size = int(m[2] or 32)
+        ram = size * GIB
+        return Device(kind, f'{name} {size}GB', ram, memory_free=int(0.85 * ram), bf16=True, cores=8)
     hit = next((k for k in CARDS if _plain(k) in (_plain(name), _plain(name) + 'gb')), None)
     if hit is None:
         raise SpecError(f"device: there is no device {name!r}{nearest(name, [*CARDS, 'CPU', 'Apple'])}")
     c = CARDS[hit]
+    total = int(c.memory * GIB)
     return Device(
-        'cuda', hit, int(c.memory * _GIB), int(c.memory * _GIB) - CONTEXT, float(c.capability) >= 8, 8, 1, c.capability
+        kind='cuda',
+        name=hit,
+        memory_total=total,
+        memory_free=total - CONTEXT,
+        bf16=float(c.capability) >= 8,
+        cores=8,
+        count=1,
+        capability=c.capability,
     )
 
 # %% ../../nbs/planning/devices.ipynb #76876218
@@ -81,10 +84,9 @@ def card_of(dev: Device) -> Card | None:
     "The data sheet of a device, by the name that the driver gives"
     if dev.kind != 'cuda':
         return None
-    names = sorted(
-        (k for k in CARDS if _plain(k.split()[-1] if k.startswith('RTX') else k.split()[0]) in _plain(dev.name)),
-        key=lambda k: abs(CARDS[k].memory * _GIB - dev.memory_total),
-    )
+    told = {k: _plain(k.split()[-1] if k.startswith('RTX') else k.split()[0]) for k in CARDS}
+    names = [k for k, name in told.items() if name in _plain(dev.name)]
+    names.sort(key=lambda k: abs(CARDS[k].memory * GIB - dev.memory_total))
     return CARDS[names[0]] if names else None
 
 
@@ -112,7 +114,7 @@ def link_rate(
 
 # %% ../../nbs/planning/devices.ipynb #9a09d54f
 def peak_memory(kind: str) -> int:  # [bytes]
-    "Most memory held since `reset_peak`, of the GPU or of this process; of a process that is not on Linux, since it began"
+    "Most memory held since `reset_peak`, of the GPU or of this process; where that is not Linux, since it began"
     if kind == 'cuda':
         import torch
 
@@ -126,7 +128,7 @@ def peak_memory(kind: str) -> int:  # [bytes]
 
 
 def reset_peak(kind: str):
-    "Begin anew with the peak"
+    "Begin again with the peak"
     if kind == 'cuda':
         import torch
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRICES_DATE', 'PRICES_SOURCE', 'PRICES', 'CORE_SECOND', 'GIB_SECOND', 'START', 'COMPILE', 'DOWNLOAD_RATE',
            'LOAD_RATE', 'TOKEN_LAYER', 'CORES', 'Price', 'gpu_string', 'billed_seconds', 'ram_needed', 'Offer',
-           'Offers', 'cheapest', 'duration']
+           'Offers', 'cheapest']
 
 # %% ../../nbs/planning/prices.ipynb #f29bc520
 import math
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .architecture import model_shape
 from .devices import find_device
 from ..core.escaping import markdown_text, plain_text
+from ..core.show import GIB, duration, gib, markdown_table, text_table
 from .plan import Plan, make_plan
 from ..core.schema import SpecError, nearest
 from ..core.spec import FinetuneJob, resolve_model
@@ -50,7 +51,7 @@ PRICES = {
     'B200': Price('B200', 0.001736),
 }
 CORE_SECOND = 0.0000131
-GIB_SECOND = 0.00000222  # [USD] a physical core, a GiB of RAM; billed beside the GPU
+GIB_SECOND = 0.00000222  # [USD] a physical core, a GiB of RAM; billed next to the GPU
 
 # %% ../../nbs/planning/prices.ipynb #a3466f35
 def gpu_string(
@@ -96,7 +97,7 @@ def billed_seconds(
 
 def ram_needed(job: FinetuneJob, plan: Plan) -> int:  # [GiB]
     "The RAM to ask for: 16 GiB, or the weights once and half again"
-    return max(16, math.ceil(1.5 * max(plan.disk.get('merged_16bit', 0), plan.room_needed(job)['ram']) / 2**30))
+    return max(16, math.ceil(1.5 * max(plan.disk.get('merged_16bit', 0), plan.room_needed(job)['ram']) / GIB))
 
 # %% ../../nbs/planning/prices.ipynb #1ec1996a
 @dataclass(frozen=True)
@@ -112,22 +113,20 @@ class Offer:
     parts: dict  # [s] by part; empty when the speed is unknown
 
     @property
-    def fits(self) -> bool | None:
-        return self.plan.fits  # None: unknown
+    def fits(self) -> bool | None:  # None: unknown
+        return self.plan.fits
 
     @property
     def seconds(self) -> float | None:
         return sum(self.parts.values()) or None
 
     @property
-    def rate(self) -> float:
-        return (
-            self.count * PRICES[self.card].second + self.cores * CORE_SECOND + self.ram * GIB_SECOND
-        )  # [USD] a second
+    def rate(self) -> float:  # [USD] a second
+        return self.count * PRICES[self.card].second + self.cores * CORE_SECOND + self.ram * GIB_SECOND
 
     @property
-    def cost(self) -> float | None:
-        return self.seconds and self.seconds * self.rate  # [USD]; None when unknown
+    def cost(self) -> float | None:  # [USD]; None when unknown
+        return self.seconds and self.seconds * self.rate
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,15 @@ def _offer(job, data, card, count, cached):
     job = job if getattr(job, 'devices', 1) == count else job.replace(devices=count)
     plan = make_plan(job, data, replace(find_device(card), count=count))
     shape = model_shape(resolve_model(job.model, job.allow_remote_code), job.revision)
+    known = shape and plan.seconds
     return Offer(
-        card,
-        gpu_string(card, count),
-        count,
-        plan,
-        CORES * count,
-        ram_needed(job, plan),
-        billed_seconds(job, plan, shape['num_hidden_layers'], cached) if shape and plan.seconds else {},
+        card=card,
+        gpu=gpu_string(card, count),
+        count=count,
+        plan=plan,
+        cores=CORES * count,
+        ram=ram_needed(job, plan),
+        parts=billed_seconds(job, plan, shape['num_hidden_layers'], cached) if known else {},
     )
 
 
@@ -170,45 +170,45 @@ def cheapest(
     return Offers(sorted(found, key=lambda o: (not o.fits, o.cost is None, o.cost or 0)), job)
 
 # %% ../../nbs/planning/prices.ipynb #dde1ac04
+def _times(cost, speed):
+    "How an offer compares with the best: cost and speed, each as a factor"
+    if 0.95 < speed < 1.05:
+        return f'{cost:.1f} times the cost, about as fast'
+    if speed > 1:
+        return f'{cost:.1f} times the cost, {speed:.1f} times as fast'
+    return f'{cost:.1f} times the cost, {1 / speed:.1f} times as long'
+
+
 def _why(o, best):
     "Why this one, or why not"
     if o.fits is None:
         return "unknown: the model's shape is not known before it is loaded"
     if not o.fits:
-        return f'does not fit: {o.plan.peak / 2**30:.1f} of {usable(o.plan.device) / 2**30:.1f} GiB'
+        return f'does not fit: {gib(o.plan.peak)} of {gib(usable(o.plan.device))} GiB'
     if o.cost is None:
         return 'it fits; its speed is unknown, and so is the cost'
     if o is best:
         return 'the cheapest that fits'
-    speed = best.seconds / o.seconds
-    return f'{o.cost / best.cost:.1f} times the cost, ' + (
-        'about as fast'
-        if 0.95 < speed < 1.05
-        else f'{speed:.1f} times as fast'
-        if speed > 1
-        else f'{1 / speed:.1f} times as long'
-    )
+    return _times(o.cost / best.cost, best.seconds / o.seconds)
 
 
-def duration(s: float) -> str:
-    "Seconds in words"
-    return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s < 7200 else f'{s / 3600:.3g} h'
+def _amount(o, value, text):
+    "A figure of an offer; what is not known is said, and what does not fit has none"
+    if o.fits and value is not None:
+        return text(value)
+    return '' if o.fits is False else 'unknown'
 
 
 @patch
 def rows(self: Offers) -> list[tuple]:
     "GPU, fits, time, cost, why; all of them text"
     yes = {True: 'yes', False: 'no', None: 'unknown'}
-    return [
-        (
-            o.gpu,
-            yes[o.fits],
-            duration(o.seconds) if o.fits and o.seconds else 'unknown' if o.fits is not False else '',
-            f'${o.cost:.2f}' if o.fits and o.cost is not None else 'unknown' if o.fits is not False else '',
-            _why(o, self.best),
-        )
-        for o in self.offers
-    ]
+
+    def row(o):
+        cost = _amount(o, o.cost, '${:.2f}'.format)
+        return o.gpu, yes[o.fits], _amount(o, o.seconds, duration), cost, _why(o, self.best)
+
+    return [row(o) for o in self.offers]
 
 # %% ../../nbs/planning/prices.ipynb #2946bf7b
 _HEAD = ('GPU', 'fits', 'time', 'cost', 'why')
@@ -220,26 +220,15 @@ def basis(self: Offers) -> str:
     out = f'List prices of {PRICES_SOURCE}, read {PRICES_DATE}; GPU, cores and RAM counted, credits and regions not.'
     if (b := self.best) is None:
         return out + ' None of them is known to fit: choose a GPU by name.'
-    return (
-        out
-        + f" {b.gpu}: "
-        + ', '.join(f'{k} {duration(v)}' for k, v in b.parts.items() if v)
-        + f'; {b.cores} cores, {b.ram} GiB of RAM, ${3600 * b.rate:.2f} an hour.'
-    )
+    parts = ', '.join(f'{k} {duration(v)}' for k, v in b.parts.items() if v)
+    return f'{out} {b.gpu}: {parts}; {b.cores} cores, {b.ram} GiB of RAM, ${3600 * b.rate:.2f} an hour.'
 
 
 @patch
 def _repr_markdown_(self: Offers):
-    def line(r):
-        return '| ' + ' | '.join(map(markdown_text, r)) + ' |'
-
-    return '\n'.join([line(_HEAD), '|---|---|---|---:|---|', *map(line, self.rows()), '', markdown_text(self.basis())])
+    return '\n'.join([markdown_table([_HEAD, *self.rows()], right=(3,)), '', markdown_text(self.basis())])
 
 
 @patch
 def __str__(self: Offers):
-    rows = [_HEAD, *self.rows()]
-    w = [max(len(r[i]) for r in rows) for i in range(len(_HEAD))]
-    return plain_text(
-        '\n'.join(['  '.join(c.ljust(n) for c, n in zip(r, w)).rstrip() for r in rows] + ['', self.basis()])
-    )
+    return '\n'.join([text_table([_HEAD, *self.rows()], right=(3,)), '', plain_text(self.basis())])

@@ -9,7 +9,7 @@ __all__ = ['FlatCollator', 'flash_varlen', 'can_route', 'padding_free']
 from contextlib import contextmanager
 from types import MethodType
 
-from ..planning.ways import FAMILIES
+from ..planning.ways import padding_free_types
 
 # %% ../../nbs/training/padding_free.ipynb #527fc112
 class FlatCollator:
@@ -95,7 +95,7 @@ def can_route(model) -> str:  # Why not; empty when it can
         return 'this version of Unsloth sends attention another way'
     core = model.get_base_model().model
     kinds = {type(l.self_attn).forward.__module__ for l in getattr(core, 'layers', []) if hasattr(l, 'self_attn')}
-    fine = {f'unsloth.models.{f}' for f in FAMILIES}
+    fine = {f'unsloth.models.{f}' for f in padding_free_types()}
     return (
         ''
         if kinds and kinds <= fine

@@ -20,25 +20,12 @@ from .loading import LoadedModel, load_weights, trained_weights
 from .ranks import objects_of_all, parted, rank, ranks, whole
 from ..runs.run import read_json, write_json
 from ..core.schema import fields
-from ..core.spec import TrainingJob
+from ..planning.plan import decisions
+from ..core.spec import FinetuneJob
 
 # %% ../../nbs/training/resuming.ipynb #e78f091e
 _AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit')  # Parameters of training that change no step
-_PLANNED = (
-    'dtype',
-    'load_in_4bit',
-    'load_in_8bit',
-    'per_device_train_batch_size',
-    'gradient_accumulation_steps',
-    'gradient_checkpointing',
-    'optim',
-    'packing',
-    'padding_free',
-    'attention',
-    'devices',
-    'nodes',
-    'parallel',
-)
+_PLANNED = decisions('run')
 _PACKAGES = ('torch', 'transformers', 'trl', 'peft', 'unsloth', 'unsloth_zoo', 'bitsandbytes', 'accelerate')
 _MODULES = (
     'tokens/batching',
