@@ -475,6 +475,7 @@ class PretrainJob(SaveParams, TrainingJob):
     train_on_preferred: ClassVar[bool] = False
     template: ClassVar[str] = 'auto'
     loss_on: ClassVar[str] = 'everything'
+    max_new_tokens: ClassVar[int] = 96
 
     dataset: str = param('notes', "'notes' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
     over_length: Literal['error', 'drop', 'truncate', 'split', 'keep'] = param(

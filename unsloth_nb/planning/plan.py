@@ -583,10 +583,6 @@ def facts(self: Plan):
         f'Disk: adapter {adapter:.0f} MB, merged model {merged:.2f} GB (and as much RAM at most while it is merged).'
     )
 
-# %% ../../nbs/planning/plan.ipynb #b18d6f8f
-Plan.rows = Plan._rows
-Plan.facts = Plan._facts
-
 # %% ../../nbs/planning/plan.ipynb #f52a4fae
 @patch
 def _others(self: Plan):

@@ -21,7 +21,7 @@ from .ranks import objects_of_all, parted, rank, ranks, whole
 from ..runs.run import read_json, write_json
 from ..core.schema import fields
 from ..planning.plan import decisions
-from ..core.spec import FinetuneJob
+from ..core.spec import TrainingJob
 
 # %% ../../nbs/training/resuming.ipynb #e78f091e
 _AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit')  # Parameters of training that change no step
