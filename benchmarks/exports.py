@@ -5,7 +5,6 @@
 Each form is exported with its certificate, then loaded once more by a fresh process (transformers, PEFT or llama.cpp; with --vllm also by vLLM, where it loads the form), which answers all the rows, one by one, greedily."""
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path

@@ -476,7 +476,7 @@ def main():
     a = p.parse_args()
     start_engine()
     from transformers import DataCollatorForSeq2Seq  # noqa: F401 (imported once, before the forks)
-    import peft
+    import peft  # noqa: F401
     import trl  # noqa: F401
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as tmp:

@@ -59,7 +59,6 @@ def base(model):
 
 def on_nf4(k, v, model):
     "What was learned, added to weights that were rounded to NF4"
-    import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     w = base(model).get(k)

@@ -130,7 +130,6 @@ def test_a_mixture_gets_no_adapter_on_its_experts(lib, tmp_path):
     "Why those presets name their layers: transformers keeps the experts in one tensor"
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
-    from unsloth_nb.training.loading import embedded_model
 
     tok = lib.load_tokenizer(lib.FinetuneJob())
     with torch.device('cpu'):

@@ -478,7 +478,7 @@ def test_any_text_is_read(text):
 
 def test_template_calls_come_back(lib, tools, model):
     "What a chat template draws for a call is what the reader finds"
-    from unsloth_nb.tokens.templates import Chat, render, use_template
+    from unsloth_nb.tokens.templates import Chat, use_template
     from unsloth_nb.tokens.tool_calls import parse_calls
 
     tok = use_template(model.tok, 'qwen-2.5')

@@ -144,7 +144,6 @@ def test_the_defaults_are_those_of_the_class_that_is_called(tmp_path):
 def test_the_defaults_are_still_those_of_the_installed_libraries():
     "The tables name a release; when the installed one says otherwise, they have to be looked at again"
     from unsloth_nb.lint.migration import TRANSFORMERS_DEFAULTS
-    import dataclasses
     import importlib.util
 
     source = (

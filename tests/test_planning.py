@@ -443,3 +443,12 @@ def test_a_run_says_what_it_cannot_keep(tmp_path):
     ]
     with pytest.raises(SpecError, match='8 bits, which need a GPU'):
         run_plan(run, 'CPU 64GB')
+
+
+def test_an_objective_that_reads_pairs(monkeypatch):
+    "Where the model reads two sequences for each row, a pass holds twice the tokens, and takes the memory of them"
+    job = FinetuneJob(model='llama-3.1-8b', load_in_4bit=True, per_device_train_batch_size=4)
+    one = make_plan(job, [[0] * 200] * 40, 'RTX 4090')
+    monkeypatch.setattr(type(job.objective), 'sequences', 2)
+    two = make_plan(job.replace(gradient_checkpointing=one.gradient_checkpointing), [[0] * 200] * 40, 'RTX 4090')
+    assert two.largest_pass == 2 * one.largest_pass and two.peak > one.peak

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from readers_line import findings
+
 ROOT = Path(__file__).resolve().parent.parent
 BOUND = 1.0  # [s] for `import unsloth_nb`; the aim is 0.3, the rest is for busy machines
 HEAVY = 'torch transformers unsloth trl peft datasets pandas matplotlib'.split()
@@ -127,7 +129,7 @@ def test_public_names():
         for p in (ROOT / 'unsloth_nb').rglob('*.py')
         for part in p.relative_to(ROOT / 'unsloth_nb').with_suffix('').parts
     }
-    assert not modules & set(unsloth_nb.__all__)
+    assert not modules & set(unsloth_nb._home)
 
 
 def test_import_time(record_property):
@@ -146,6 +148,26 @@ def test_import_time(record_property):
 
 
 PATCHED = re.compile(r'^@patch[^\n]*\ndef (\w+)\(self:(\w+)|^@patch\(cls_method=True\)\ndef (\w+)\(cls:(\w+)', re.M)
+
+
+def test_the_front_door_is_small():
+    "`from unsloth_nb import *` gives the nouns and verbs of the README; every other name is there when it is asked for"
+    import unsloth_nb
+
+    assert 50 <= len(unsloth_nb.__all__) <= 65 and set(unsloth_nb.__all__) <= set(unsloth_nb._home)
+    assert all(hasattr(unsloth_nb, n) for n in unsloth_nb._home)
+
+
+def test_a_readers_line():
+    "No conditional expression inside another one, no call that has to be counted out, no cell longer than a page"
+    assert not findings()
+
+
+def test_format(tool):
+    "Notebooks, tests and tools are as `ruff format` writes them, and hold to the few rules of pyproject.toml"
+    folders = 'nbs', 'tests', 'tools', 'benchmarks'
+    tool('ruff', 'format', '--check', *folders)
+    tool('ruff', 'check', *folders)
 
 
 def test_methods_are_there_with_their_class():

@@ -2,7 +2,6 @@
 
 Pictures of every page go to the folder that UNSLOTH_NB_SCREENSHOTS names, if it names one."""
 
-import json
 import os
 import re
 import subprocess

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import pytest

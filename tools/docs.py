@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from html import escape, unescape
+from html import escape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module

@@ -5,6 +5,7 @@ __version__ = "0.0.1"
 import importlib
 
 _homes = {
+    'core.errors': 'UnslothNbError',
     'core.schema': 'ParamTable SpecError',
     'core.spec': 'FinetuneJob PretrainJob EvaluateJob ExportJob BenchmarkJob make_job preset presets',
     'core.engine': 'start_engine device_info versions',
@@ -63,8 +64,23 @@ _homes = {
     'cloud.modal_request': 'CloudError request_job',
     'cloud.submissions': 'fetch gather submit submit_many',
 }
+# The nouns and verbs of the README, which `from unsloth_nb import *` gives; the others are there by name
+_front = '''
+FinetuneJob PretrainJob EvaluateJob ExportJob BenchmarkJob make_job preset presets SpecError
+Conversation Data load_data held_out DataError
+Run start_run open_run list_runs diff_runs
+Example Examples Formatter make_examples profile_examples FormatError load_tokenizer
+Plan make_plan start_engine
+LoadedModel load_model finetune train load_run
+Sampling generate chat evaluate compare compare_runs show_stream
+export_run keep_artifact serve push
+check_job check_file import_job
+run_job resume_run replay_run Sweep read_sweep run_sweep
+JobForm DataExplorer TrainingMonitor ChatPanel RunBrowser
+request_job submit fetch
+'''
 _home = {name: module for module, names in _homes.items() for name in names.split()}
-__all__ = sorted(_home)
+__all__ = sorted(_front.split())
 
 
 def __getattr__(name):
@@ -74,4 +90,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return [*globals(), *__all__]
+    return [*globals(), *_home]

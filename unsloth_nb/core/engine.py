@@ -151,13 +151,13 @@ def collector_paused():
 # %% ../../nbs/core/engine.ipynb #c41f6b05
 def _import_unsloth():
     "Import Unsloth with its output captured"
-    import torch
+    import torch  # noqa: F401
 
     for n in ('torch.utils._pytree', 'torchao'):
         logging.getLogger(n).setLevel(logging.ERROR)
     try:
         with quiet(), collector_paused():
-            import unsloth
+            import unsloth  # noqa: F401
     except Exception as e:
         raise EngineError(f"Unsloth does not import: {type(e).__name__}: {e}") from e
     bound_templates()  # Unsloth tries templates while it loads a model

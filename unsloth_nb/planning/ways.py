@@ -71,9 +71,9 @@ def _speed(way, shape, alone, dev, nodes, **tokens):
     )
 
 
-def _measure(way, shape, n, limit, dev, factors, nodes):
+def _measure(way, shape, n, limit, dev, factors, nodes, sequences):
     "The same way with its memory and speed"
-    largest, computed, real = _pass_tokens(way, n, limit)
+    largest, computed, real = (sequences * tokens for tokens in _pass_tokens(way, n, limit))
     if shape is None:
         return replace(way, largest=largest)
     alone, each = _memory(way, shape, largest, dev, nodes)
@@ -246,6 +246,7 @@ def find_ways(
         dev=dev,
         factors=factors or dict(memory=1.0, speed=1.0),
         nodes=job.nodes,
+        sequences=job.objective.sequences,  # That the model reads for each row
     )
     ways = [_measure(w, **costs) for w in _open_ways(job, dev, s, model_type, n)]
     if not ways:
