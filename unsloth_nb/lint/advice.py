@@ -34,7 +34,7 @@ class RuleTable(dict):
 
     def _repr_markdown_(self):
         head = ['rule', 'severity', 'what', 'why', 'mend', 'source']
-        rows = [[Markup(f'`{k}`'), r.severity, r.title, r.why, r.mend, r.source] for k, r in self.items()]
+        rows = [[Markup(f'`{k}`'), r.severity, Markup(r.title), r.why, r.mend, r.source] for k, r in self.items()]
         return markdown_table([head, *rows])
 
 # %% ../../nbs/lint/advice.ipynb #6aeb9244
