@@ -188,6 +188,12 @@ def once(tmp_path_factory):
     return f
 
 
+@pytest.fixture
+def no_forks(monkeypatch):
+    "Kernels and ranks start from nothing, where processes themselves are tested"
+    monkeypatch.delenv(FORK)
+
+
 # The smallest honest run of the finetune job
 TINY = dict(
     max_steps=3,

@@ -36,6 +36,7 @@ COVERED = (
     'jobs/sweep_running',
 )  # Their slow cells are whole jobs, which test_jobs, test_survival, test_benchmark, test_launch and test_sweeping run
 
+
 @cache
 def _cells(nb, *force):
     return nb_test_cells(nb, skip_flags=FLAGS, force_flags=force)

@@ -16,7 +16,14 @@ FIRST = 'transformers', 'trl', 'peft'  # What must not be there before Unsloth
 HIDDEN = 'unsloth', 'unsloth_zoo', *FIRST
 # Environment variables that libraries read while they are imported: who has other ones starts alone
 READ = 'HF_', 'HUGGINGFACE_', 'TRANSFORMERS_', 'UNSLOTH_', 'CUDA_', 'TORCH', 'PYTORCH_', 'TRITON_', 'ACCELERATE_'
-EXCEPT = 'UNSLOTH_NB_', 'HF_TOKEN', 'HF_HUB_DISABLE_PROGRESS_BARS', 'TORCHELASTIC_', 'UNSLOTH_COMPILE_LOCATION'
+EXCEPT = (
+    'UNSLOTH_NB_',
+    'HF_TOKEN',
+    'HF_HUB_DISABLE_PROGRESS_BARS',
+    'TORCHELASTIC_',
+    'TORCH_NCCL_',
+    'UNSLOTH_COMPILE_LOCATION',
+)  # Read later, or by nothing that runs here
 CACHE = 'UNSLOTH_NB_CACHE_DIR'
 
 
@@ -36,7 +43,9 @@ class Engine:
         "Would a process with this environment import the same?"
         if self.set is None:
             self.load()
-        return read_at_import(env) in (self.env, self.env | read_at_import(self.set))
+        read = read_at_import(env)
+        same = all(v in (self.env.get(k), self.set.get(k)) for k, v in read.items())
+        return same and self.env.keys() <= read.keys()
 
     def load(self):
         from unsloth_nb.core import engine
