@@ -2,6 +2,7 @@
 
 A fork sees none of that: what Unsloth has brought along is hidden until the engine is started, and who imports transformers before it is refused as in a process of its own. Nothing runs on a GPU and no thread is alive before a fork."""
 
+import atexit
 import gc
 import json
 import os
@@ -147,6 +148,7 @@ def become(engine, module, args, env, path, cwd, umask, fds):
     if 'OMP_NUM_THREADS' in env:
         torch.set_num_threads(int(env['OMP_NUM_THREADS']))
     hide()
+    atexit.register(gc.unfreeze)  # As where it ends by itself: nothing is left for libraries to complain of
     runpy.run_module(module, run_name='__main__', alter_sys=True)
 
 
