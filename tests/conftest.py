@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,31 @@ THREADS = max(
 )  # Of each test: files side by side share the cores
 for k, v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0', OMP_NUM_THREADS=str(THREADS)).items():
     os.environ.setdefault(k, v)
+# Processes that need Unsloth are forks of one that has it (`forking/server.py`); without this variable each starts alone
+FORK = 'UNSLOTH_NB_TESTS_FORK'
+
+
+def start_forks():
+    "The process that forks, for all workers; it imports nothing before the first asks"
+    place = RUNS / 'forks'
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(place))
+    listener.listen(64)
+    with listener:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / 'tests/forking/server.py', str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+            cwd=ROOT,
+        )
+    os.environ[FORK] = str(place)
+    path = str(ROOT / 'tests/forking'), os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, path))
+    return process
+
+
+FORKS = None if 'PYTEST_XDIST_WORKER' in os.environ else start_forks()
 
 
 def has_cuda():
@@ -39,18 +65,18 @@ def has_cuda():
 FIRST = (
     'test_main_job.py',
     'test_quickstart.py',
-    'test_tutorials.py',
-    'test_launch.py',
-    'test_survival.py',
     'test_jobs.py',
-    'test_widgets_live.py',
     'test_export.py',
+    'test_launch.py',
+    'test_tutorials.py',
+    'test_cloud.py',
+    'test_survival.py',
+    'test_sweeping.py',
+    'test_widgets_live.py',
+    'test_serving.py',
     'test_hostile.py',
     'test_site.py',
-    'test_sweeping.py',
     'test_data_command.py',
-    'test_serving.py',
-    'test_cloud.py',
     'test_training.py',
 )
 
@@ -103,6 +129,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure():
+    if FORKS:
+        FORKS.stdin.close()
+        FORKS.wait(60)
     shutil.rmtree(RUNS, ignore_errors=True)
 
 
@@ -157,6 +186,12 @@ def once(tmp_path_factory):
         return home / name
 
     return f
+
+
+@pytest.fixture
+def no_forks(monkeypatch):
+    "Kernels and ranks start from nothing, where processes themselves are tested"
+    monkeypatch.delenv(FORK)
 
 
 # The smallest honest run of the finetune job

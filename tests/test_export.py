@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from copy import deepcopy
 from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
@@ -77,6 +78,25 @@ def twice(k, v, model):
     return (base(model)[k].float() + 2 * (v.float() - base(model)[k].float())).to(v.dtype) if k in base(model) else v
 
 
+@pytest.fixture(scope='module')
+def asked_once(tuned):
+    "What the model in memory is asked and says, once for adapters and once for merged models"
+    from unsloth_nb.export import artifacts as export
+
+    model, _, rows = tuned
+    made = {}
+
+    def get(make, adapter):
+        if adapter not in made:
+            tok = model.exported_tokenizer(adapter)
+            request = export_request(model, rows, tok)
+            made[adapter] = dict(make_request=request, expect=export_expect(model, request, tok))
+        return deepcopy(made[adapter][make])
+
+    export_request, export_expect = export.make_request, export.expect
+    return get
+
+
 FAULTS = dict(  # Export kind, what is done to the folder, checks that must fail
     swapped_eos=(
         'merged_16bit',
@@ -130,7 +150,7 @@ def honest(tuned, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fault', FAULTS)
-def test_fault(tuned, honest, monkeypatch, fault):
+def test_fault(tuned, honest, asked_once, monkeypatch, fault):
     "Caught by what its software says or by the files, named, and nothing is kept"
     from unsloth_nb.export import artifacts as export
     from unsloth_nb.export.certificate import ExportError
@@ -144,6 +164,8 @@ def test_fault(tuned, honest, monkeypatch, fault):
         spoil(folder, model)
 
     monkeypatch.setattr(export, 'write_adapter' if to == 'adapter' else '_write_merged', write)
+    for f in ('make_request', 'expect'):
+        monkeypatch.setattr(export, f, lambda *args, f=f: asked_once(f, to == 'adapter'))
     monkeypatch.setattr(
         export, 'ask_witness', lambda kind, spec, request: transformers_answers(spec, request)
     )  # In this process, which has imported everything

@@ -193,7 +193,7 @@ def test_sharded_and_stopped(small, alone, tmp_path):
     same(run, alone)
 
 
-def test_nobody_is_left_behind(small, tmp_path):
+def test_nobody_is_left_behind(small, tmp_path, no_forks):
     "The process that asked is killed with its kernel: torchrun and all ranks end by themselves"
     p, run = launch(tmp_path / 'runs', small | dict(max_steps=500), '--devices', 2)
     wait(lambda: run.metrics and len(pids(run)) == 2)

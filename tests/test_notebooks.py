@@ -1,6 +1,6 @@
 """Every page's notebook runs from top to bottom, each in a process of its own: Unsloth must be imported before transformers.
 
-Pages that start the engine are forks of a process that has it (`pages.py`); in the long tests each imports it by itself. Tutorials have a file of their own."""
+Pages that start the engine are forks of a process that has it (`forking/server.py`); in the long tests each imports it by itself. Tutorials have a file of their own."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 from unsloth_nb.core.spec import JOBS
-from pages import Pages
+from conftest import FORK
 
 ROOT = Path(__file__).resolve().parent.parent
 JOB_PAGES = {ROOT / 'nbs' / 'jobs' / f'{n}.ipynb' for n in JOBS}  # Run as jobs, by test_jobs
@@ -36,13 +36,6 @@ COVERED = (
     'jobs/sweep_running',
 )  # Their slow cells are whole jobs, which test_jobs, test_survival, test_benchmark, test_launch and test_sweeping run
 
-CHILD = """
-import sys
-from nbdev.test import test_nb
-passed,seconds = test_nb(sys.argv[1], skip_flags={flags}, force_flags={force}, basepath={root}, cell_timing_min=5)
-sys.exit(not passed)
-"""
-
 
 @cache
 def _cells(nb, *force):
@@ -53,19 +46,18 @@ def cells(nb, force):
     return _cells(nb, *force)
 
 
-def environment():
-    return {
-        k: v for k, v in os.environ.items() if k != 'UNSLOTH_NB_RUNS_DIR'
-    }  # Pages test what settings.ini does, unaided
+def environment(*without):
+    "Pages test what settings.ini does, unaided"
+    return {k: v for k, v in os.environ.items() if k not in ('UNSLOTH_NB_RUNS_DIR', *without)}
 
 
-def alone(nb, force):
-    "(exit code, what it printed) of a page in a process that starts with nothing"
-    code = CHILD.format(flags=FLAGS, force=force, root=repr(str(ROOT)))
+def run_page(nb, force, env):
+    "(exit code, what it printed) of a page"
     r = subprocess.run(
-        [sys.executable, '-c', code, str(nb)],
+        [sys.executable, '-m', 'run_page', str(nb), ','.join(FLAGS), ','.join(force), str(ROOT)],
         cwd=nb.parent,
-        env=environment(),
+        env=env,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=1800,
@@ -73,12 +65,12 @@ def alone(nb, force):
     return r.returncode, r.stdout + r.stderr
 
 
-def run_nb(nb, force, record_property, run=alone):
+def run_nb(nb, force, record_property, *without):
     "The cells of `nb` but those that are flagged; a failing cell is shown with its traceback"
     n = len(cells(nb, force))
     record_property('cells', n)
     assert n, f'{nb.name} has no cell that runs'
-    code, said = run(nb, force)
+    code, said = run_page(nb, force, environment(*without))
     print(f'{nb.name}: {n} cells\n{said}')
     if code:
         pytest.fail(f'{nb.name}: exit code {code}\n{said}', pytrace=False)
@@ -103,25 +95,17 @@ def param(p):
 FORKED = [p for p in NBS if heavy(p) and page(p) != 'core/engine']  # That page is about how the engine starts
 
 
-@pytest.fixture(scope='session')
-def forks():
-    p = Pages()
-    yield p
-    p.stop()
-
-
 @pytest.mark.parametrize('nb', [param(p) for p in NBS], ids=page)
-def test_notebook(nb, forks, record_property):
+def test_notebook(nb, record_property):
     "Slow cells included, GPU cells not"
-    run = (lambda nb, force: forks.run(nb, FLAGS, force, environment())) if nb in FORKED else alone
-    run_nb(nb, wanted(nb), record_property, run)
+    run_nb(nb, wanted(nb), record_property, *([] if nb in FORKED else [FORK]))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize('nb', FORKED, ids=page)
 def test_notebook_alone(nb, record_property):
     "What `test_notebook` runs in a fork, in a process that starts with nothing"
-    run_nb(nb, wanted(nb), record_property)
+    run_nb(nb, wanted(nb), record_property, FORK)
 
 
 def write_page(folder, *sources):
@@ -148,7 +132,7 @@ def write_page(folder, *sources):
     ],
     ids=['transformers first', 'peft first', 'error', 'killed', 'good'],
 )
-def test_a_fork_refuses_what_a_process_refuses(forks, tmp_path, first, why):
+def test_a_fork_refuses_what_a_process_refuses(tmp_path, first, why):
     "A page that fails, or imports transformers too early, fails in a fork too; one that is right finds Unsloth as soon as it starts the engine"
     page = write_page(
         tmp_path,
@@ -156,7 +140,7 @@ def test_a_fork_refuses_what_a_process_refuses(forks, tmp_path, first, why):
         'from unsloth_nb.core.engine import start_engine\nstart_engine()',
         'import sys,unsloth,transformers\nassert sys.modules["transformers"].__version__',
     )
-    code, said = forks.run(page, FLAGS, [], environment())
+    code, said = run_page(page, [], environment())
     assert (code == 0) == (why is None) and (why or '') in said, said
 
 

@@ -393,7 +393,7 @@ def adapter(run):
 
 
 @pytest.mark.slow
-def test_sigterm_and_resume(tiny, whole, tmp_path):
+def test_sigterm_and_resume(tiny, whole, tmp_path, no_forks):
     "SIGTERM to the runner: a checkpoint, exit code 3; `run --resume`: the same adapter as without it, and exit code 0"
     import nbformat
     from unsloth_nb.runs.run import Run
@@ -414,7 +414,7 @@ def test_sigterm_and_resume(tiny, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_retried(tiny, whole, tmp_path):
+def test_killed_and_retried(tiny, whole, tmp_path, no_forks):
     "kill -9 of the kernel, and one retry: the same adapter; the first notebook says where it ended"
     import nbformat
     from unsloth_nb.jobs.runner import run_job
@@ -440,7 +440,7 @@ def test_killed_and_retried(tiny, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_after_a_request_to_stop(tiny, tmp_path):
+def test_killed_after_a_request_to_stop(tiny, tmp_path, no_forks):
     "A kernel that dies before it has heard the request is not started again"
     from unsloth_nb.jobs.runner import run_job
     from unsloth_nb.runs.run import Run
@@ -461,7 +461,7 @@ def test_killed_after_a_request_to_stop(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_hang_and_timeout(tiny, tmp_path):
+def test_hang_and_timeout(tiny, tmp_path, no_forks):
     "A stopped kernel is found by its silence and killed; a time limit asks for a checkpoint"
     from unsloth_nb.jobs.runner import run_job, resume_run
 
@@ -481,7 +481,7 @@ def test_hang_and_timeout(tiny, tmp_path):
     assert run.status == 'interrupted' and 'it took longer than its 1 s' in run.result['reason']
 
 
-def test_request_that_was_not_heard_is_made_again(tmp_path):
+def test_request_that_was_not_heard_is_made_again(tmp_path, no_forks):
     "A kernel ignores SIGINT between two cells: one that goes on is asked again, one that ends its steps is not"
     from unsloth_nb.runs.run import Run, write_json
     from unsloth_nb.jobs.supervising import Supervisor
