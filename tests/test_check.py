@@ -13,7 +13,7 @@ from unsloth_nb.planning.plan import make_plan
 from unsloth_nb.lint.review import OLD_CONFIG_ARGUMENTS, OLD_TRAINER_ARGUMENTS, check_file, check_source, unpinned
 from unsloth_nb.lint.scanning import UNKNOWN, Cell, ScanError, notebook_cells, scan_cells
 from unsloth_nb.core.schema import parameters_cell
-from unsloth_nb.core.spec import JOBS, LINEARS, FinetuneJob
+from unsloth_nb.core.spec import JOBS, LINEARS, FinetuneJob, trains
 
 GIB = 2**30
 T4, L4, H100, CPU = (
@@ -851,7 +851,7 @@ def test_parameters_cell_of_each_job(name):
     c = dict(cell_type='code', metadata=dict(tags=['parameters']), outputs=[], source=parameters_cell(JOBS[name]))
     assert str(found(c)) == 'nothing to mend'
     misspelt = dict(c, source=c['source'] + '\nlora_rank = 8')
-    assert [f.rule for f in found(misspelt)] == (['unknown-parameter'] if name == 'finetune' else [])
+    assert [f.rule for f in found(misspelt)] == (['unknown-parameter'] if trains(name) else [])
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_refused_run(tmp_path):
     "Export and evaluate need a finished run"
     for name in ('export', 'evaluate'):
         r = cli('run', name, '--runs-dir', tmp_path)
-        assert r.returncode == 2 and 'no finetune run' in r.stderr
+        assert r.returncode == 2 and 'no training run' in r.stderr
 
 
 @pytest.mark.slow

@@ -134,6 +134,6 @@ def read_toml(f):
 READERS['.toml'] = read_toml"""
     add_cell(tree / 'nbs/data/sources.ipynb', reader, after='READERS = {')
     tool('nbdev-export', cwd=tree)
-    (tree / 'rows.toml').write_text('[[row]]\nprompt = "1+1"\ncompletion = "2"\n' * 6)
+    (tree / 'rows.toml').write_text(''.join(f'[[row]]\nprompt = "{i}+1"\ncompletion = "{i + 1}"\n' for i in range(6)))
     code = "from unsloth_nb import *; d = load_data(FinetuneJob(dataset='rows.toml', test_size=1)); print(len(d.train))"
     assert python(tree, code) == '5'

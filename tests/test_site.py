@@ -121,9 +121,9 @@ def test_moved_pages(site, pages):
     assert len(moved) >= 77 and not set(moved) & set(pages) and set(moved.values()) <= set(pages)
     for old, new in moved.items():
         text = (site / old).read_text()
-        assert (
-            f'content="0; url={new}"' in text and '<link rel="canonical" href="' in text and f'<a href="{new}">' in text
-        ), old
+        to = os.path.relpath(new, Path(old).parent)
+        assert f'content="0; url={to}"' in text and f'<a href="{to}">' in text, old
+        assert '<link rel="canonical" href="' in text, old
 
 
 def test_moved_page_checked(tmp_path):

@@ -13,7 +13,10 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = sorted((ROOT / 'nbs' / 'tutorials').glob('*.ipynb'))
-INSTALL = """import importlib.util,subprocess,sys
+INSTALL = """import importlib.util
+import subprocess
+import sys
+
 if not getattr(importlib.util.find_spec('unsloth_nb'), 'origin', None):
     subprocess.run([sys.executable, 'unsloth_nb/tools/setup_env.py', '--here'], check=True)
     importlib.invalidate_caches()"""

@@ -257,12 +257,16 @@ def _type_name(part):
     return 'None' if part is type(None) else part.__name__
 
 
+_WIDTH = 120  # Of a line, as `ruff format` has it
+
+
 def _parameter_line(cls, row):
-    "One parameter: several types go into a comment, since papermill reads no `|` in an annotation"
+    "One parameter; several types, which papermill does not read, and those of long lines go into a comment"
     types = [*dict.fromkeys(map(_type_name, choices(cls.model_fields[row['name']].annotation)))]
     told = f"{row['help']} [{row['unit']}]" if row['unit'] else row['help']
-    if len(types) == 1:
-        return f"{row['name']}: {types[0]} = {row['default']!r}  # {told}"
+    line = f"{row['name']}: {types[0]} = {row['default']!r}  # {told}"
+    if len(types) == 1 and len(line) <= _WIDTH:
+        return line
     return f"{row['name']} = {row['default']!r}  # type: {'|'.join(types)}  {told}"
 
 
