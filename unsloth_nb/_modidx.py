@@ -2817,6 +2817,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'unsloth_nb/tokens/examples.py'),
                                             'unsloth_nb.tokens.examples._chunks': ( 'tokens/examples.html#_chunks',
                                                                                     'unsloth_nb/tokens/examples.py'),
+                                            'unsloth_nb.tokens.examples._close_books': ( 'tokens/examples.html#_close_books',
+                                                                                         'unsloth_nb/tokens/examples.py'),
                                             'unsloth_nb.tokens.examples._fit': ( 'tokens/examples.html#_fit',
                                                                                  'unsloth_nb/tokens/examples.py'),
                                             'unsloth_nb.tokens.examples._take': ( 'tokens/examples.html#_take',
