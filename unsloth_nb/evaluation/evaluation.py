@@ -164,13 +164,11 @@ class Evaluation(tuple):
         self = super().__new__(cls, (metrics, answers))
         self.metrics = metrics
         self.answers = answers
-        self.scores = scores or {}
-        self.weights = (
-            weights or {}
-        )  # `scores`: name to a number for each row; `weights`: of the rows, where they are not all the same
+        self.scores = scores or {}  # Name to a number for each row
+        self.weights = weights or {}  # Of the rows, where they are not all the same
         return self
 
-
+# %% ../../nbs/evaluation/evaluation.ipynb #a3be1308
 MOST = 64  # Options of a choice
 
 

@@ -245,6 +245,33 @@ class WitnessError(UnslothNbError, RuntimeError):
     "An export that its own software could not load or run"
 
 
+def _witness_env():
+    "The environment of the fresh process: offline, and without what the engine set in this one"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith('UNSLOTH') or k.startswith('UNSLOTH_NB')}
+    return kept | dict(
+        HF_HUB_OFFLINE='1',
+        HF_HUB_DISABLE_TELEMETRY='1',
+        TOKENIZERS_PARALLELISM='false',
+        PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
+        UNSLOTH_NB_CACHE_DIR=str(settings().cache_dir),
+        UNSLOTH_NB_VLLM=find_vllm() or '',
+    )
+
+
+def _run_witness(request, answer, timeout):
+    "Run the fresh process in the folder of its two files, request and answer"
+    code = 'import sys; from unsloth_nb.export.witness import main; main(*sys.argv[1:])'
+    return subprocess.run(
+        [sys.executable, '-c', code, str(request), str(answer)],
+        env=_witness_env(),
+        cwd=request.parent,
+        capture_output=True,
+        text=True,
+        errors='replace',
+        timeout=timeout,
+    )
+
+# %% ../../nbs/export/witness.ipynb #544246f5
 def ask_witness(
     kind: str,  # `transformers`, `gguf` or `vllm`
     spec: dict,  # Where the export is and how to load it
@@ -258,30 +285,8 @@ def ask_witness(
         write_json(
             q, dict(kind=kind, spec={k: str(v) if isinstance(v, Path) else v for k, v in spec.items()}, request=request)
         )
-        env = {k: v for k, v in os.environ.items() if not k.startswith('UNSLOTH') or k.startswith('UNSLOTH_NB')} | dict(
-            HF_HUB_OFFLINE='1',
-            HF_HUB_DISABLE_TELEMETRY='1',
-            TOKENIZERS_PARALLELISM='false',
-            PYTHONPATH=os.pathsep.join(p for p in sys.path if p),
-            UNSLOTH_NB_CACHE_DIR=str(settings().cache_dir),
-            UNSLOTH_NB_VLLM=find_vllm() or '',
-        )
         try:
-            r = subprocess.run(
-                [
-                    sys.executable,
-                    '-c',
-                    'import sys; from unsloth_nb.export.witness import main; main(*sys.argv[1:])',
-                    str(q),
-                    str(a),
-                ],
-                env=env,
-                cwd=tmp,
-                capture_output=True,
-                text=True,
-                errors='replace',
-                timeout=timeout,
-            )
+            r = _run_witness(q, a, timeout)
         except subprocess.TimeoutExpired:
             raise WitnessError(
                 f"{Path(spec['folder']).name}: the fresh process did not answer within {timeout:.0f} s"

@@ -197,15 +197,16 @@ class Run:
             return 'damaged'
         return (res or {}).get('status') or ('running' if self.alive else 'unfinished')
 
-    @property
-    def metrics(self) -> list[dict]:
-        "What was logged, step by step"
-        return read_lines(self.path / 'metrics.jsonl')
-
     def __repr__(self):
         return plain_text(f"Run({self.name}, {self.status})")
 
 # %% ../../nbs/runs/run.ipynb #3c4e0161
+@patch(as_prop=True)
+def metrics(self: Run) -> list[dict]:
+    "What was logged, step by step"
+    return read_lines(self.path / 'metrics.jsonl')
+
+
 @patch(as_prop=True)
 def alive(self: Run) -> bool:
     "Has its process said so within half a minute?"

@@ -133,12 +133,15 @@ def _fit(ex, limit, policy, text, book):
         return [ex]
     if policy == 'error':
         raise FormatError(
-            f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; raise max_seq_length, or say over_length='truncate', 'drop'{' or ' + repr('split') if text else ''}",
+            f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; raise max_seq_length, "
+            f"or say over_length='truncate', 'drop'{' or ' + repr('split') if text else ''}",
             'too_long',
         )
     if policy == 'split' and not text:
         raise FormatError(
-            f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; over_length='split' is for plain text, since an answer cannot go on in another example; use 'truncate' or 'drop'",
+            f"row {ex.row}: {len(ex)} tokens, {over} more than max_seq_length={limit}; "
+            f"over_length='split' is for plain text, since an answer cannot go on in another example; "
+            f"use 'truncate' or 'drop'",
             'split',
         )
     if policy == 'drop':
@@ -171,7 +174,7 @@ def _chunks(seq, n):
     if part:
         yield part
 
-
+# %% ../../nbs/tokens/examples.ipynb #a86c878b
 def _take(res, got, formatter, limit, policy, book, tokens):
     "Add the examples of one row; raise for a row of which nothing is kept"
     formatter.check(got)
@@ -205,6 +208,25 @@ def _take(res, got, formatter, limit, policy, book, tokens):
         raise lost
     book['rows_in_several_examples'] += len(fitted) > 1
 
+# %% ../../nbs/tokens/examples.ipynb #0eac82e6
+def _close_books(res, n, faults, book, tokens):
+    "Give examples the ledgers of their rows and tokens, and warnings where a reader should look"
+    left = {k: faults.counts[k] for k in ('too_long', 'nothing_trained', 'special_tokens')}
+    res.rows = Ledger('rows', n, dict(kept=n - sum(left.values())), left, dict(examples=len(res)) | dict(book))
+    res.tokens = Ledger(
+        'tokens',
+        tokens['came'],
+        dict(trained=tokens['trained'], context=tokens['kept'] - tokens['trained']),
+        dict(cut=tokens['cut'], dropped=tokens['dropped']),
+    )
+    res.warnings = [*faults.notes()]
+    if unknown := book['rows_with_unknown_tokens']:
+        res.warnings.append(
+            f'{count_rows(unknown)} with characters that the tokenizer reads as its unknown token '
+            f'{res.formatter.tok.unk_token!r}'
+        )
+    res.warnings += res.formatter.notes()
+
 # %% ../../nbs/tokens/examples.ipynb #e8602353
 def make_examples(
     convs,  # Conversations
@@ -226,7 +248,7 @@ def make_examples(
             try:
                 if isinstance(got, FormatError):
                     raise got
-                _take(res, got, formatter, max_seq_length, over_length, book, tokens)
+                _take(res, got, formatter, limit=max_seq_length, policy=over_length, book=book, tokens=tokens)
             except FormatError as e:
                 faults.add(e, conv.row)
     policy = dict(
@@ -237,26 +259,7 @@ def make_examples(
     faults.check(lambda r: policy.get(r, 'error'), n, max_dropped, FormatError)
     if not len(res):
         raise FormatError(f"max_seq_length: none of {n} rows is left at {max_seq_length} tokens; raise max_seq_length")
-    left = {k: faults.counts[k] for k in ('too_long', 'nothing_trained', 'special_tokens')}
-    res.rows = Ledger('rows', n, dict(kept=n - sum(left.values())), left, dict(examples=len(res)) | dict(book))
-    res.tokens = Ledger(
-        'tokens',
-        tokens['came'],
-        dict(trained=tokens['trained'], context=tokens['kept'] - tokens['trained']),
-        dict(cut=tokens['cut'], dropped=tokens['dropped']),
-    )
-    unknown = book['rows_with_unknown_tokens']
-    res.warnings = [
-        *faults.notes(),
-        *(
-            [
-                f'{count_rows(unknown)} with characters that the tokenizer reads as its unknown token {formatter.tok.unk_token!r}'
-            ]
-            if unknown
-            else []
-        ),
-        *formatter.notes(),
-    ]
+    _close_books(res, n, faults, book, tokens)
     return res
 
 # %% ../../nbs/tokens/examples.ipynb #12058772
@@ -282,10 +285,10 @@ def to_dict(self: Examples) -> dict:
         spool=self.storage(),
     )
 
-
+# %% ../../nbs/tokens/examples.ipynb #6026fdf9
 @patch
 def facts(self: Examples) -> list[str]:
-    "Lines about the examples beside the ledgers"
+    "Lines about the examples, next to the ledgers"
     n = length_profile(self)
     return [
         f"tokens per example: {n['min']:,} to {n['max']:,}, median {n['median']:,}, 95% up to {n['p95']:,}",
@@ -300,7 +303,9 @@ def _repr_html_(self: Examples):
 
     table = '<table>' + ''.join(cell(k, v) for l in (self.rows, self.tokens) for k, v in l.lines()) + '</table>'
     facts = ''.join(f'<li>{html_text(f)}</li>' for f in self.facts())
-    return f'<b>{html_text(self.formatter.template)}</b>: {html_text(self.formatter.reason)}; loss on {html_text(self.formatter.loss_on)}{table}<ul>{facts}</ul>{self[0]._repr_html_()}'
+    f = self.formatter
+    head = f'<b>{html_text(f.template)}</b>: {html_text(f.reason)}; loss on {html_text(f.loss_on)}'
+    return f'{head}{table}<ul>{facts}</ul>{self[0]._repr_html_()}'
 
 
 @patch

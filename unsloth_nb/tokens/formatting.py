@@ -117,7 +117,8 @@ class Formatter:
     ):
         if tok.eos_token_id is None:
             raise FormatError(
-                "the tokenizer has no end-of-sequence token, so the model could never learn to stop; set tokenizer.eos_token"
+                "the tokenizer has no end-of-sequence token, so the model could never learn to stop; "
+                "set tokenizer.eos_token"
             )
         self.template, self.reason = _choose(tok, template, text)
         if template not in ('auto', 'chat', 'alpaca', 'raw'):
@@ -133,7 +134,7 @@ class Formatter:
         self.chat = Chat(tok) if self.template == 'chat' else None
         self.seen = shows(tok) if self.chat else None
 
-
+# %% ../../nbs/tokens/formatting.ipynb #30920b28
 def _choose(tok, template, text):
     "The template, and why"
     if text:
@@ -148,15 +149,16 @@ def _choose(tok, template, text):
         )
     if template == 'chat' and not tok.chat_template:
         raise FormatError(
-            "template: the model has no chat template of its own; use template='alpaca', or a template by name, such as 'chatml'"
+            "template: the model has no chat template of its own; "
+            "use template='alpaca', or a template by name, such as 'chatml'"
         )
     if template not in ('auto', 'chat', 'alpaca'):
         return 'chat', f'{template}, asked for'
     if template != 'auto':
         return template, 'asked for'
-    return (
-        ('chat', "the model's own chat template") if tok.chat_template else ('alpaca', 'the model has no chat template')
-    )
+    if tok.chat_template:
+        return 'chat', "the model's own chat template"
+    return 'alpaca', 'the model has no chat template'
 
 # %% ../../nbs/tokens/formatting.ipynb #29093a40
 @patch(cls_method=True)
@@ -191,7 +193,8 @@ def _with_roles(self: Formatter, conv, pieces):
     text, spans = role_spans(self.tok, conv)
     if text != ''.join(t for t, _ in pieces):
         raise FormatError(
-            f"row {conv.row}: the chat template draws an answer differently once more turns follow, so roles cannot be chosen; use loss_on='responses'"
+            f"row {conv.row}: the chat template draws an answer differently once more turns follow, "
+            "so roles cannot be chosen; use loss_on='responses'"
         )
     on = np.zeros(len(text), bool)
     at = 0
@@ -206,7 +209,7 @@ def _with_roles(self: Formatter, conv, pieces):
     cuts = [0, *(np.flatnonzero(np.diff(on)) + 1).tolist(), len(text)]
     return [(text[a:b], bool(on[a])) for a, b in zip(cuts, cuts[1:]) if b > a]
 
-
+# %% ../../nbs/tokens/formatting.ipynb #5009183b
 @patch
 def renderings(
     self: Formatter, conv: Conversation
@@ -214,7 +217,8 @@ def renderings(
     "A conversation as text, cut into what is trained and what is not"
     if conv.rejected is not None or conv.label is not None:
         raise FormatError(
-            f"row {conv.row}: is preference data, and supervised fine-tuning trains on one answer; say train_on_preferred=true"
+            f"row {conv.row}: is preference data, and supervised fine-tuning trains on one answer; "
+            "say train_on_preferred=true"
         )
     if self.template == 'raw':
         res = [self._once([(conv.text, True)])]
@@ -251,7 +255,8 @@ def _literal(self: Formatter, conv):
             return m[0]  # A text's own start and end
         if self.policy in ('error', 'drop'):
             raise FormatError(
-                f"row {conv.row}: the text holds {m[0]!r}, which the tokenizer reads as a control token; remove it, or say special_tokens='escape' to have it read as plain text",
+                f"row {conv.row}: the text holds {m[0]!r}, which the tokenizer reads as a control token; "
+                "remove it, or say special_tokens='escape' to have it read as plain text",
                 'special_tokens',
             )
         if self.policy == 'escape' and m[0] not in found:
@@ -304,12 +309,14 @@ def check(self: Formatter, examples):
     for ex in examples:
         if not ex.trained:
             raise FormatError(
-                f"row {ex.row}: nothing in it is trained (loss_on={self.loss_on!r}); give it an answer with weight 1, or remove the row",
+                f"row {ex.row}: nothing in it is trained (loss_on={self.loss_on!r}); "
+                "give it an answer with weight 1, or remove the row",
                 'nothing_trained',
             )
         if bos is not None and bos != self.tok.eos_token_id and ex.input_ids[:2] == [bos, bos]:
             raise FormatError(
-                f"row {ex.row}: begins with the start token {self.tok.bos_token!r} twice; remove it from the data or the template"
+                f"row {ex.row}: begins with the start token {self.tok.bos_token!r} twice; "
+                "remove it from the data or the template"
             )
 
 # %% ../../nbs/tokens/formatting.ipynb #4e560435
@@ -391,7 +398,8 @@ def notes(self: Formatter) -> list[str]:
     res = []
     if tok.pad_token_id == tok.eos_token_id:
         res.append(
-            f"the padding token is the end token {tok.eos_token!r}; it stays trained where it ends an answer, since the mask comes from the text"
+            f"the padding token is the end token {tok.eos_token!r}; "
+            "it stays trained where it ends an answer, since the mask comes from the text"
         )
     if self.chat:
         text = render(tok, [dict(role='user', content='QUESTION')])
@@ -404,7 +412,8 @@ def notes(self: Formatter) -> list[str]:
             res.append(f"the template begins every conversation without a system message with: {own[:120]}")
         if self.adds_bos and not text.startswith(tok.bos_token):
             res.append(
-                f"the tokenizer puts {tok.bos_token!r} in front of a text, but the template does not; examples are as the template has them"
+                f"the tokenizer puts {tok.bos_token!r} in front of a text, but the template does not; "
+                "examples are as the template has them"
             )
     return res
 
@@ -445,7 +454,8 @@ def _repr_html_(self: Example):
             + ('<br>' if '\n' in s else '')
         )
     head = f'row {self.row}: {len(self)} tokens, <span style="background:#2e7d3240">{self.trained} trained</span>'
-    return f'<div style="font-size:smaller">{head}</div><div style="font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">{"".join(out)}</div>'
+    look = 'font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7'
+    return f'<div style="font-size:smaller">{head}</div><div style="{look}">{"".join(out)}</div>'
 
 
 @patch
