@@ -1,4 +1,4 @@
-"""What a formatter cannot check: conditional expressions inside others, long lists of positional arguments, long cells.
+"""What a formatter cannot check: nested conditional expressions, uncounted arguments, long texts, long cells.
 
 `python tests/readers_line.py [WING]` lists what is to be done, by hand."""
 
@@ -8,8 +8,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_CHARACTERS = 120  # Of a line
 MOST_ARGUMENTS = 5  # Positional ones of a call; more are named
 MOST_LINES = 40  # Of an exported cell, blank lines and comments not counted
+LEFT = {
+    'training': 41,
+    'cli.ipynb': 7,
+    'core': 2,
+    'tokens': 2,
+    'export': 1,
+}  # Still to be fixed by hand; the numbers only fall
 
 
 def pages(wing=''):
@@ -44,13 +52,23 @@ def length(source):
     return sum(bool(line.strip()) and not line.strip().startswith('#') for line in source.splitlines())
 
 
+def long_lines(source):
+    "Lines that the formatter had to leave long, since they hold text"
+    for n, line in enumerate(source.splitlines(), 1):
+        if len(line) > MOST_CHARACTERS:
+            yield n, f'{len(line)} characters'
+
+
 def findings(wing=''):
     "What stands in the way of a reader, as lines of text"
     found = []
     for page in pages(wing):
         for place, source in exported(page):
             tree = ast.parse(source)
-            found += [f'{place} line {n}: {what}' for n, what in (*nested_conditionals(tree), *long_calls(tree))]
+            found += [
+                f'{place} line {n}: {what}'
+                for n, what in (*nested_conditionals(tree), *long_calls(tree), *long_lines(source))
+            ]
             if length(source) > MOST_LINES:
                 found.append(f'{place}: {length(source)} lines, {MOST_LINES} at most')
     return found
