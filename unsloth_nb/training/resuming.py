@@ -70,7 +70,8 @@ def identity(
     )
 
 # %% ../../nbs/training/resuming.ipynb #6d51ec0e
-# The code as it was before its modules moved into wings. It trains to the same bits (tests/test_before_wings.py), so its checkpoints go on.
+# The code as it was before its modules moved into wings. It trains to the same bits, so its checkpoints go on:
+# tests/test_before_wings.py shows it.
 # Once a change of ours alters the golden traces, this goes, and those checkpoints need --allow code.
 _BEFORE_WINGS = {
     'batching.py': '597658fa2ef4313b',
@@ -91,7 +92,7 @@ def _known_code(then, now):
         return then
     return {k: v for k, v in now.items() if k.endswith('.py')} | {k: v for k, v in then.items() if k not in ours}
 
-
+# %% ../../nbs/training/resuming.ipynb #815923f5
 def differences(
     then: dict,  # Identity of the checkpoint
     now: dict,  # Of what is asked for now
@@ -110,7 +111,7 @@ def differences(
         if a.get((part, n)) != b.get((part, n))
     ]
 
-
+# %% ../../nbs/training/resuming.ipynb #2f7129d4
 def check_same(
     then: dict,  # Identity of the checkpoint
     now: dict,  # Of what is asked for now
@@ -181,15 +182,11 @@ def rows_sha256(convs) -> str:
 # %% ../../nbs/training/resuming.ipynb #670d6634
 def _whole_state(o):
     "Optimizer state with every tensor whole"
-    return (
-        {k: _whole_state(v) for k, v in o.items()}
-        if isinstance(o, dict)
-        else [_whole_state(v) for v in o]
-        if isinstance(o, list)
-        else whole(o)
-        if hasattr(o, 'shape')
-        else o
-    )
+    if isinstance(o, dict):
+        return {k: _whole_state(v) for k, v in o.items()}
+    if isinstance(o, list):
+        return [_whole_state(v) for v in o]
+    return whole(o) if hasattr(o, 'shape') else o
 
 
 def all_state(

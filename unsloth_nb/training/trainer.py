@@ -271,7 +271,7 @@ def make_trainer(
 
 # %% ../../nbs/training/trainer.ipynb #8c82facc
 def _routed(model):
-    "The model's plan; padded instead of padding-free where the loaded model's attention turns out not to be one that was checked"
+    "The model's plan; padded instead of padding-free where the loaded model's attention is none that was checked"
     why = can_route(model.model) if model.plan.padding_free else ''
     if not why:
         return model.plan
@@ -311,7 +311,11 @@ def _out_of_memory(e, model, job, examples):
 
     plan = model.plan
     held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    said = f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak / 2**30:.2f} GiB, {held / 2**30:.2f} GiB were held, and {plan.device.memory_free / 2**30:.2f} GiB were free when it was made."
+    said = (
+        f"memory ran out: {'. '.join(str(e).split('. ')[:2])}.\nThe plan was {plan.peak / 2**30:.2f} GiB, "
+        f"{held / 2**30:.2f} GiB were held, and {plan.device.memory_free / 2**30:.2f} GiB were free when it was "
+        "made."
+    )
     return TrainingError(f"{said}\n{smaller_way(job, examples, plan, held)}")
 
 # %% ../../nbs/training/trainer.ipynb #83c14fd0
@@ -321,14 +325,18 @@ def train(
     job: TrainingJob,  # What to do
     run: Run,  # Where it is written down, and where checkpoints are looked for
     live: Live | None = None,  # How it is shown
-) -> dict:  # train_loss, steps, rows (packed ones count once), tokens, seconds, tokens_per_second, steady_tokens_per_second (without the first step), peak_bytes
-    "Train the adapter, or go on; raises `TrainingError` when the run breaks, `Interrupted` when it is told to stop, `CheckpointError` when it is not the same run any more"
+) -> dict:  # train_loss, steps, rows (packed ones count once), tokens, seconds, rates, peak_bytes
+    """Train the adapter, or go on
+
+    Raises `TrainingError` when the run breaks, `Interrupted` when it is told to stop, and `CheckpointError` when it
+    is not the same run any more."""
     import torch
 
     model.plan.check_room(job, run.path)
     with only_writer(run), stop_requests() as stop, live_view(run, live) as live:
         try:
-            res = (train_in_ranks if model.plan.ranks > 1 else _train)(model, examples, job, run, live, stop)
+            way = train_in_ranks if model.plan.ranks > 1 else _train
+            res = way(model, examples, job, run, live=live, stop=stop)
         except torch.OutOfMemoryError as e:
             raise _out_of_memory(e, model, job, examples) from e
         run.stop_asked()  # A request that came too late is over with the training
@@ -341,12 +349,21 @@ def _announce(own, changes, fillers, found):
         own.note(f"{c['parameter']}: {c['requested']} asked for, {c['effective']} in effect: {c['why']}")
     if fillers:
         own.note(
-            f'{fillers} rows without anything to train fill up each pass over the data, so that every rank has as many passes'
+            f'{fillers} rows without anything to train fill up each pass over the data, so that every rank has as '
+            'many passes'
         )
     if found:
         own.note(f'goes on after step {found[1]["step"]}')
 
 # %% ../../nbs/training/trainer.ipynb #c0480335
+def _stopped(by, trainer, run):
+    "The end of a training that somebody has asked to stop"
+    return Interrupted(
+        f"stopped by {by} after step {trainer.state.global_step}, with a checkpoint; go on with: "
+        f"unsloth-nb run --resume {run.name}, or the Resume button of TrainingMonitor()"
+    )
+
+# %% ../../nbs/training/trainer.ipynb #382c60ae
 def _train(
     model, examples, job, run, live, stop, own=None, since=None
 ):  # own: run of a rank that is not the first; since: [s] when the ranks were launched
@@ -376,13 +393,10 @@ def _train(
         with quiet(), padding_free(model.model, int(examples.lengths.max())) if plan.padding_free else nullcontext():
             out = trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
         if stop.by:
-            raise Interrupted(
-                f"stopped by {stop.by} after step {trainer.state.global_step}, with a checkpoint; go on with: unsloth-nb run --resume {run.name}, or the Resume button of TrainingMonitor()"
-            )
+            raise _stopped(stop.by, trainer, run)
         check_weights(model.model)
-        res = _figures(
-            rec.sums, out.training_loss, trainer.state.global_step, trainer, plan, rec.peaks if since else ()
-        )
+        steps = trainer.state.global_step
+        res = _figures(rec.sums, out.training_loss, steps, trainer, plan, peaks=rec.peaks if since else ())
         if since:
             res |= dict(ranks=plan.ranks, launch_seconds=started - since)
         if job.save_steps is not None:
@@ -422,7 +436,7 @@ def train_rank(
 
     with stop_requests() as stop:
         try:
-            return _train(model, examples, job, run, _Unseen(), stop, own, since)
+            return _train(model, examples, job, run, live=_Unseen(), stop=stop, own=own, since=since)
         except torch.OutOfMemoryError as e:
             raise _out_of_memory(e, model, job, examples) from e
 

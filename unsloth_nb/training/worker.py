@@ -75,7 +75,8 @@ def work(run: Run, home: Path):
     examples = job.objective.read_examples(launch_dir(run) / 'examples', model.formatter)
     run.start_heart(home)
     try:
-        res = dict(training=train_rank(model, examples, job, run, None if first() else Run(home), asked['time']))
+        own = None if first() else Run(home)
+        res = dict(training=train_rank(model, examples, job, run, own=own, since=asked['time']))
     except Interrupted as e:
         res = dict(interrupted=str(e))
     weights = {n: whole(p.detach()).cpu().contiguous() for n, p in trained_weights(model.model).items()}
