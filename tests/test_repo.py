@@ -165,6 +165,17 @@ def test_a_readers_line():
     assert not {place: n for place, n in by_place.items() if n > LEFT.get(place, 0)}
 
 
+def test_no_private_name_crosses_a_module():
+    "What another module needs has a public name"
+    imports = re.compile(r'from (?:\.|unsloth_nb)[\w.]* import (\([^)]*\)|[^\n#]*)')
+    crossing = []
+    for p in (ROOT / 'unsloth_nb').rglob('*.py'):
+        if p.name != '_modidx.py':
+            names = [n for m in imports.finditer(p.read_text()) for n in re.findall(r'\w+', m[1])]
+            crossing += [f'{p.name}: {n}' for n in names if n.startswith('_')]
+    assert not crossing
+
+
 def test_format(tool):
     "Notebooks, tests and tools are as `ruff format` writes them, and hold to the few rules of pyproject.toml"
     folders = 'nbs', 'tests', 'tools', 'benchmarks'

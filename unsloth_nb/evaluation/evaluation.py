@@ -16,7 +16,7 @@ from ..core.escaping import html_text, plain_text
 from ..core.show import html_table, text_table
 from ..core.show import number as show_number
 from ..tokens.examples import make_examples
-from ..tokens.formatting import encode_pieces
+from ..tokens.formatting import IGNORE, encode_pieces
 from .generation import Answer, Sampling, answering, generate
 from ..training.loading import LoadedModel
 from ..training.resuming import code_hashes, rows_sha256, weights_sha256
@@ -63,7 +63,7 @@ def row_losses(
     import torch
     from transformers import DataCollatorForSeq2Seq
 
-    collate = DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=-100)
+    collate = DataCollatorForSeq2Seq(model.tok, padding=True, label_pad_token_id=IGNORE)
     out = {}
     with answering(model, tuned) as net, quiet():
         model.tok.padding_side = 'right'
@@ -75,7 +75,7 @@ def row_losses(
                 ]
             ).to(net.device)
             labels = x.pop('labels')[:, 1:]
-            at = labels != -100
+            at = labels != IGNORE
             nll = (
                 torch.nn.functional.cross_entropy(
                     net(**x, use_cache=False).logits[:, :-1][at].float(), labels[at], reduction='none'

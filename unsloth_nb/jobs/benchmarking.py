@@ -163,7 +163,7 @@ def _make_examples(job):
     tok = load_tokenizer(job, engine=job.template not in ('auto', 'chat', 'alpaca', 'raw'))
     return make_examples(
         data.train,
-        Formatter.for_job(job, tok, text=data.train[0].text is not None),
+        Formatter.for_job(job, tok, text=data.is_text),
         job.max_seq_length,
         job.over_length,
         job.max_dropped,

@@ -36,7 +36,7 @@ def inspect_data(
     formatter = Formatter.for_job(
         job,
         load_tokenizer(job, engine or job.template not in ('auto', 'chat', 'alpaca', 'raw')),
-        text=data.train[0].text is not None,
+        text=data.is_text,
     )
 
     def make(policy):

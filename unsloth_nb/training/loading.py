@@ -205,7 +205,7 @@ class LoadedModel:
 
     def formatter_for(self, convs):
         "The formatter for these rows: conversations, or plain text"
-        return Formatter.for_job(self.job, self.tok, text=True) if convs[0].text is not None else self.formatter
+        return Formatter.for_job(self.job, self.tok, text=True) if convs[0].is_text else self.formatter
 
     @property
     def parameters(self) -> tuple[int, int]:  # (trained, all)

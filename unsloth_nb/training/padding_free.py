@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import MethodType
 
 from ..planning.ways import padding_free_types
+from ..tokens.formatting import IGNORE
 
 # %% ../../nbs/training/padding_free.ipynb #527fc112
 class FlatCollator:
@@ -23,7 +24,7 @@ class FlatCollator:
         for n in lengths:
             starts.append(starts[-1] + n)
         labels = torch.tensor([t for r in rows for t in r['labels']])
-        labels[starts[:-1]] = -100
+        labels[starts[:-1]] = IGNORE
         ids = torch.tensor([t for r in rows for t in r['input_ids']])
         positions = torch.cat([torch.arange(n) for n in lengths])
         return dict(

@@ -57,7 +57,7 @@ class DataExplorer(Panel):
     def formatter(self):
         if self.job is None:
             raise SpecError("explorer: tokens need a tokenizer; say DataExplorer(data, job)")
-        return Formatter.for_job(self.job, load_tokenizer(self.job), text=self.data.train[0].text is not None)
+        return Formatter.for_job(self.job, load_tokenizer(self.job), text=self.data.is_text)
 
     @cached_property
     def numbers(self) -> np.ndarray:

@@ -18,7 +18,7 @@ class ContinuedPretraining(SupervisedFinetuning):
     scores = ('loss',)
 
     def check_data(self, data):
-        if data.train[0].text is None:
+        if not data.is_text:
             raise DataError(
                 f"dataset: {data.source} holds conversations ({data.reason}), and pretraining reads plain text; "
                 "use the finetune job, or give rows with a `text` column"

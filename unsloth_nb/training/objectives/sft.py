@@ -47,7 +47,7 @@ class SupervisedFinetuning(Objective):
         data.check_supervised()
 
     def formatter(self, job, tok, rows):
-        return Formatter.for_job(job, tok, text=rows[0].text is not None)
+        return Formatter.for_job(job, tok, text=rows[0].is_text)
 
     def make_examples(self, rows, formatter, job):
         return make_examples(rows, formatter, job.max_seq_length, job.over_length, job.max_dropped)
