@@ -389,7 +389,7 @@ def test_a_request_to_stop_forbids_a_retry(lib, monkeypatch, tmp_path):
 
     run = start_run(FinetuneJob(**SMALL, devices=2), tmp_path)
 
-    def lost(*args):
+    def lost(*args, **kw):
         run.stop('a test')
         raise RankLost('rank 1 of 2')
 
