@@ -436,7 +436,8 @@ def test_everything_fails(tmp_path):
 
 SCRIPT = """
 import sys
-from test_sweeping import Sweep,partial,quick,resume_sweep,run_sweep
+from functools import partial
+from test_sweeping import Sweep,quick,resume_sweep,run_sweep
 from unsloth_nb.jobs.sweep_report import sweep_dirs
 if __name__ == '__main__':
     s = Sweep(name='long', params=dict(max_steps=60), grid=dict(r=[2, 4, 8]))
