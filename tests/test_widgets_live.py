@@ -388,6 +388,7 @@ def test_two_ranks_in_a_cell(notebook, lab):
 
 
 HOSTILE = f"""from unsloth_nb import *
+from unsloth_nb import Chat
 from unsloth_nb.evaluation.generation import Answer
 import tempfile
 from types import SimpleNamespace as Stub
