@@ -124,6 +124,9 @@ class Call(threading.Thread):
                 'MODAL_TOKEN_SECRET': TOKEN_SECRET,
                 'UNSLOTH_NB_VOLUME': str(self.server.volume.live),
             }
+            env.pop(
+                'UNSLOTH_NB_TESTS_FORK', None
+            )  # A machine that is lost takes its kernels with it: no forks of others
             self.process = subprocess.Popen(
                 [sys.executable, '-c', RUN, str(job)],
                 env=env,
