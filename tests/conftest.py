@@ -22,8 +22,10 @@ THREADS = max(
 )  # Of each test: files side by side share the cores
 for k, v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0', OMP_NUM_THREADS=str(THREADS)).items():
     os.environ.setdefault(k, v)
-# Processes that need Unsloth are forks of one that has it (`forking/server.py`); without this variable each starts alone
+# With UNSLOTH_NB_FORKS=1 processes that need Unsloth are forks of one that has it (`forking/server.py`), which saves
+# minutes. Else each starts alone: the server has died under the trials of a sweep, and why is not known yet.
 FORK = 'UNSLOTH_NB_TESTS_FORK'
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(ROOT / 'tests/forking'), os.environ.get('PYTHONPATH'))))
 
 
 def start_forks():
@@ -41,12 +43,11 @@ def start_forks():
             cwd=ROOT,
         )
     os.environ[FORK] = str(place)
-    path = str(ROOT / 'tests/forking'), os.environ.get('PYTHONPATH')
-    os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, path))
     return process
 
 
-FORKS = None if 'PYTEST_XDIST_WORKER' in os.environ else start_forks()
+WANTED = os.environ.get('UNSLOTH_NB_FORKS') == '1'
+FORKS = start_forks() if WANTED and 'PYTEST_XDIST_WORKER' not in os.environ else None
 
 
 def has_cuda():
@@ -191,7 +192,7 @@ def once(tmp_path_factory):
 @pytest.fixture
 def no_forks(monkeypatch):
     "Kernels and ranks start from nothing, where processes themselves are tested"
-    monkeypatch.delenv(FORK)
+    monkeypatch.delenv(FORK, raising=False)
 
 
 # The smallest honest run of the finetune job

@@ -7,10 +7,10 @@ import sys
 import time
 import psutil
 import pytest
-from conftest import FORK
+from conftest import FORK, WANTED
 from test_notebooks import write_page
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WANTED, reason='forks are off: UNSLOTH_NB_FORKS=1')]
 
 
 def start(folder, *sources, **env):

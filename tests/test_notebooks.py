@@ -1,6 +1,6 @@
 """Every page's notebook runs from top to bottom, each in a process of its own: Unsloth must be imported before transformers.
 
-Pages that start the engine are forks of a process that has it (`forking/server.py`); in the long tests each imports it by itself. Tutorials have a file of their own."""
+With UNSLOTH_NB_FORKS=1 pages that start the engine are forks of a process that has it (`forking/server.py`). Tutorials have a file of their own."""
 
 import os
 import re
