@@ -22,8 +22,8 @@ THREADS = max(
 )  # Of each test: files side by side share the cores
 for k, v in dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0', OMP_NUM_THREADS=str(THREADS)).items():
     os.environ.setdefault(k, v)
-# With UNSLOTH_NB_FORKS=1 processes that need Unsloth are forks of one that has it (`forking/server.py`), which saves
-# minutes. Else each starts alone: the server has died under the trials of a sweep, and why is not known yet.
+# Processes that need Unsloth are forks of one that has it (`forking/server.py`), which saves minutes. With
+# UNSLOTH_NB_FORKS=0, and where the system is not Linux, each starts alone.
 FORK = 'UNSLOTH_NB_TESTS_FORK'
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(ROOT / 'tests/forking'), os.environ.get('PYTHONPATH'))))
 
@@ -46,7 +46,7 @@ def start_forks():
     return process
 
 
-WANTED = os.environ.get('UNSLOTH_NB_FORKS') == '1'
+WANTED = sys.platform == 'linux' and os.environ.get('UNSLOTH_NB_FORKS', '1') == '1'
 FORKS = start_forks() if WANTED and 'PYTEST_XDIST_WORKER' not in os.environ else None
 
 
@@ -191,7 +191,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture
 def no_forks(monkeypatch):
-    "Kernels and ranks start from nothing, where processes themselves are tested"
+    "Kernels and ranks start from nothing, where processes themselves are tested: a fork's parent is the server"
     monkeypatch.delenv(FORK, raising=False)
 
 

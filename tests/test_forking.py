@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 import psutil
 import pytest
 from conftest import FORK, WANTED
@@ -13,16 +15,21 @@ from test_notebooks import write_page
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WANTED, reason='forks are off: UNSLOTH_NB_FORKS=1')]
 
 
+@contextmanager
 def start(folder, *sources, **env):
-    "A page of these cells as a process"
-    return subprocess.Popen(
+    "A page of these cells as a process, which ends with the test"
+    with subprocess.Popen(
         [sys.executable, '-m', 'run_page', write_page(folder, *sources), '', '', folder],
         env=os.environ | env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )
+    ) as p:
+        try:
+            yield p
+        finally:
+            p.kill()
 
 
 WHO = 'import os,sys\nprint(os.getpid(), os.getppid(), file=open("who", "w"))'
@@ -90,3 +97,12 @@ def test_environment(tmp_path, monkeypatch):
     with start(tmp_path, WHO, check, OF_THIS_TEST='1', OMP_NUM_THREADS='1') as p:
         assert [*who(tmp_path, p)][1] not in (p.pid, os.getpid())
         assert p.wait(120) == 0, p.stdout.read()
+
+
+def test_cut_off(tmp_path, monkeypatch):
+    "Whoever is killed while he asks leaves the server as it is"
+    for said in (b'', b'1', (1000).to_bytes(8, 'big') + b'{"module": '):
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(os.environ[FORK])
+            s.sendall(said)
+    test_environment(tmp_path, monkeypatch)

@@ -524,7 +524,7 @@ def test_perplexity(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_trials(tmp_path):
+def test_real_trials(tmp_path, no_forks):
     "Real trials through the command line; the worker of the second is killed while it trains: its kernel ends, the run goes on from its checkpoint"
     import psutil
 

@@ -3,6 +3,7 @@
 A fork sees none of that: what Unsloth has brought along is hidden until the engine is started, and who imports transformers before it is refused as in a process of its own. Nothing runs on a GPU and no thread is alive before a fork."""
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -87,7 +88,7 @@ def serve(listener, engine):
         ready, _, _ = select.select([listener, sys.stdin, *running.values()], [], [], 0.05 if running else None)
         for pid, connection in [*running.items()]:
             if sys.stdin in ready or connection in ready:  # It was killed, or the tests are over
-                os.killpg(pid, signal.SIGKILL)
+                kill(pid)
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 answer(running.pop(pid), os.waitstatus_to_exitcode(status))
@@ -96,7 +97,11 @@ def serve(listener, engine):
         if listener not in ready:
             continue
         connection, _ = listener.accept()
-        request, fds = read_request(connection)
+        try:
+            request, fds = read_request(connection)
+        except (OSError, ValueError):
+            connection.close()  # Who asked was killed meanwhile
+            continue
         if not engine.suits(request['env']):
             answer(connection, 0)
         elif pid := os.fork():
@@ -105,6 +110,7 @@ def serve(listener, engine):
             connection.sendall(b'%d\n' % pid)
         else:
             lead_group(0)
+            end_with_parent()
             for c in (*running.values(), connection, listener):
                 c.close()
             return request | dict(fds=fds)
@@ -118,6 +124,19 @@ def lead_group(pid):
         os.setpgid(pid, 0)
     except (ProcessLookupError, PermissionError):
         pass  # It has ended
+
+
+def end_with_parent():
+    "No fork outlives the server, as nobody would be told how it ended (Linux)"
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def kill(pid):
+    "A fork and its children, if there are any left"
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def answer(connection, number):
