@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'Retries', 'Timeout', 'HangAfter',
-           'launch_app', 'Rendezvous', 'RunName', 'gguf_app', 'modal_app', 'SentRun', 'param_help', 'print_result',
+           'ResumedRun', 'Allowed', 'launch_app', 'Rendezvous', 'Devices', 'Nodes', 'NodeRank', 'Parallel', 'RunName',
+           'gguf_app', 'modal_app', 'SentRun', 'ModalGpu', 'ModalSecrets', 'ModalTimeout', 'TrialJob', 'SweepFile',
+           'TrialsAtOnce', 'Scheduler', 'ResumedSweep', 'RetryFailed', 'DryRun', 'param_help', 'print_result',
            'resume_command', 'launch_command', 'join_command', 'plan_command', 'data_command', 'check_command',
            'import_command', 'list_command', 'diff_command', 'compare_command', 'replay_command', 'stop_command',
            'show_command', 'talk', 'chat_command', 'export_command', 'push_command', 'serve_command',
@@ -144,26 +146,30 @@ def _add_job(name, cls):
         )
 
 # %% ../nbs/cli.ipynb #0fc5e114
+ResumedRun = Annotated[
+    str | None,
+    typer.Option(
+        '--resume',
+        metavar='RUN',
+        help='Go on with this run: its name, a unique part of it, its directory, or latest.',
+    ),
+]
+Allowed = Annotated[
+    str,
+    typer.Option(
+        '--allow',
+        metavar='NAMES',
+        help='What may differ from before: parameter names, or data, model, code, plan; separated by commas.',
+    ),
+]
+
+# %% ../nbs/cli.ipynb #1b4e792e
 @run_app.callback(invoke_without_command=True)
 def resume_command(
     ctx: typer.Context,
     param: Params,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            '--resume',
-            metavar='RUN',
-            help='Go on with this run: its name, a unique part of it, its directory, or latest.',
-        ),
-    ] = None,
-    allow: Annotated[
-        str,
-        typer.Option(
-            '--allow',
-            metavar='NAMES',
-            help='What may differ from before: parameter names, or data, model, code, plan; separated by commas.',
-        ),
-    ] = '',
+    resume: ResumedRun = None,
+    allow: Allowed = '',
     runs_dir: RunsDir = None,
     retries: Retries = 0,
     timeout: Timeout = None,
@@ -208,6 +214,15 @@ Rendezvous = Annotated[
     str | None,
     typer.Option(metavar='HOST:PORT', help='Where machines meet: the host of the first one; default: settings.ini.'),
 ]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help='GPUs of each machine, on a CPU processes; default: auto, as many as make it faster.', show_default=False
+    ),
+]
+Nodes = Annotated[int | None, typer.Option(help='Machines that train together; default: 1.', min=1, show_default=False)]
+NodeRank = Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')]
+Parallel = Annotated[str | None, typer.Option(help='ddp, fsdp, device_map or auto; default: auto.', show_default=False)]
 
 
 def _meet(place):
@@ -222,25 +237,15 @@ def _take_part(run):
     print(plain_text(f'takes part in {run.name}; logs of the ranks: {run.path}/launch/rank-*/log.txt'), flush=True)
     raise typer.Exit(join(run))
 
-
+# %% ../nbs/cli.ipynb #4dd26c22
 def launch_command(
     ctx: typer.Context,
     param: Params,
-    devices: Annotated[
-        str | None,
-        typer.Option(
-            help='GPUs of each machine, on a CPU processes; default: auto, as many as make it faster.',
-            show_default=False,
-        ),
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option(help='Machines that train together; default: 1.', min=1, show_default=False)
-    ] = None,
-    node_rank: Annotated[int, typer.Option(help='Which of them this is, from 0.', min=0, envvar='SLURM_NODEID')] = 0,
+    devices: Devices = None,
+    nodes: Nodes = None,
+    node_rank: NodeRank = 0,
     rendezvous: Rendezvous = None,
-    parallel: Annotated[
-        str | None, typer.Option(help='ddp, fsdp, device_map or auto; default: auto.', show_default=False)
-    ] = None,
+    parallel: Parallel = None,
     file: ParamsFile = None,
     preset: PresetName = None,
     runs_dir: RunsDir = None,
@@ -273,7 +278,7 @@ def launch_command(
 for _name in filter(trains, JOBS):
     launch_app.command(_name)(launch_command)
 
-
+# %% ../nbs/cli.ipynb #8346ca88
 @launch_app.command('join')
 def join_command(
     run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")],
@@ -616,8 +621,22 @@ app.add_typer(modal_app, name='modal')
 SentRun = Annotated[
     str, typer.Argument(metavar='RUN', help="Name of a submitted run, a unique part of it, or 'latest'.")
 ]
+ModalGpu = Annotated[
+    str, typer.Option(help='A card, or several of one machine as in H100:2; auto: the cheapest that fits.')
+]
+ModalSecrets = Annotated[
+    list[str] | None,
+    typer.Option(
+        '--secret',
+        metavar='NAME',
+        help='A secret of your Modal workspace, such as one with HF_TOKEN; may be repeated.',
+    ),
+]
+ModalTimeout = Annotated[
+    int, typer.Option(help='Longest time for an attempt [s]; a day is the most that Modal allows.')
+]
 
-
+# %% ../nbs/cli.ipynb #7043fe41
 @modal_app.command('submit')
 def modal_submit_command(
     param: Params,
@@ -625,20 +644,9 @@ def modal_submit_command(
     file: ParamsFile = None,
     preset: PresetName = None,
     runs_dir: RunsDir = None,
-    gpu: Annotated[
-        str, typer.Option(help='A card, or several of one machine as in H100:2; auto: the cheapest that fits.')
-    ] = 'auto',
-    secret: Annotated[
-        list[str] | None,
-        typer.Option(
-            '--secret',
-            metavar='NAME',
-            help='A secret of your Modal workspace, such as one with HF_TOKEN; may be repeated.',
-        ),
-    ] = None,
-    timeout: Annotated[
-        int, typer.Option(help='Longest time for an attempt [s]; a day is the most that Modal allows.')
-    ] = 24 * 3600,
+    gpu: ModalGpu = 'auto',
+    secret: ModalSecrets = None,
+    timeout: ModalTimeout = 24 * 3600,
     retries: Annotated[int, typer.Option(help='More attempts, each going on from the last checkpoint.', min=0)] = 2,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Show what would be asked, and stop.')] = False,
     yes: Annotated[bool, typer.Option('--yes', help='Send without asking.')] = False,
@@ -746,54 +754,54 @@ def modal_serve_command(
     )
 
 # %% ../nbs/cli.ipynb #44ad9b3b
+TrialJob = Annotated[
+    str | None,
+    typer.Argument(metavar='JOB', help='The job of each trial, as in: sweep finetune grid.yaml.', show_default=False),
+]
+SweepFile = Annotated[
+    Path | None,
+    typer.Argument(metavar='FILE', help='YAML file with params, grid or search, objective …', show_default=False),
+]
+TrialsAtOnce = Annotated[
+    str,
+    typer.Option(
+        metavar='N', help='Trials at once on this machine; auto: one a GPU, or as many as memory and cores allow.'
+    ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar='ADDRESS',
+        help='Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this one.',
+    ),
+]
+ResumedSweep = Annotated[
+    str | None,
+    typer.Option('--resume', metavar='SWEEP', help='Go on with this sweep: its name, a unique part of it, or latest.'),
+]
+RetryFailed = Annotated[bool, typer.Option('--retry-failed', help='With --resume: repeat failed trials too.')]
+DryRun = Annotated[bool, typer.Option('--dry-run', help='Only show the trials, with their predicted time and memory.')]
+
+# %% ../nbs/cli.ipynb #13ad7198
 @app.command('sweep')
 def sweep_command(
     param: Params,
-    job: Annotated[
-        str | None,
-        typer.Argument(
-            metavar='JOB', help='The job of each trial, as in: sweep finetune grid.yaml.', show_default=False
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Argument(metavar='FILE', help='YAML file with params, grid or search, objective …', show_default=False),
-    ] = None,
-    parallel: Annotated[
-        str,
-        typer.Option(
-            metavar='N', help='Trials at once on this machine; auto: one a GPU, or as many as memory and cores allow.'
-        ),
-    ] = 'auto',
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar='ADDRESS',
-            help=(
-                'Dask scheduler whose workers do the trials, as in tcp://10.0.0.5:8786; default: processes of this '
-                'machine.'
-            ),
-        ),
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            '--resume', metavar='SWEEP', help='Go on with this sweep: its name, a unique part of it, or latest.'
-        ),
-    ] = None,
-    retry_failed: Annotated[
-        bool, typer.Option('--retry-failed', help='With --resume: repeat failed trials too.')
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option('--dry-run', help='Only show the trials, with their predicted time and memory.')
-    ] = False,
+    job: TrialJob = None,
+    file: SweepFile = None,
+    parallel: TrialsAtOnce = 'auto',
+    scheduler: Scheduler = None,
+    resume: ResumedSweep = None,
+    retry_failed: RetryFailed = False,
+    dry_run: DryRun = False,
     runs_dir: RunsDir = None,
 ):
     "Carry out many trials of a job, each a run of its own, and compare them; what varies stands in a YAML file."
     from unsloth_nb.jobs.sweep_running import foresee, resume_sweep, run_sweep
     from unsloth_nb.jobs.sweeping import read_parallel, read_sweep
 
-    if bool(resume) == bool(job or file) or resume and (param or dry_run) or not resume and (not file or retry_failed):
+    whole = job and file and not retry_failed
+    only_resumed = not (job or file or param or dry_run)
+    if not (only_resumed if resume else whole):
         raise SpecError(
             "sweep: give a job and a file (unsloth-nb sweep finetune grid.yaml, with -p or --dry-run), or --resume "
             "and the name of a sweep (with --retry-failed)"

@@ -50,10 +50,21 @@ def markdown_code(s) -> str:
 
 # %% ../../nbs/core/escaping.ipynb #c5ca392e
 KEYS = re.compile(
-    r'(?<![\w-])(hf_(?=[A-Za-z]*\d|[a-z]*[A-Z])[A-Za-z0-9]{20,}|sk-(?=[\w-]*\d)[\w-]{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}|AIza[\w-]{35}|xox[abp]-[\w-]{20,})(?![\w-])'
+    r'(?<![\w-])('
+    r'hf_(?=[A-Za-z]*\d|[a-z]*[A-Z])[A-Za-z0-9]{20,}|'  # Hugging Face
+    r'sk-(?=[\w-]*\d)[\w-]{20,}|'  # OpenAI, Anthropic and those that do as they do
+    r'(?:AKIA|ASIA)[0-9A-Z]{16}|'  # AWS
+    r'gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|'
+    r'glpat-[\w-]{20,}|'  # GitLab
+    r'AIza[\w-]{35}|'  # Google
+    r'xox[abp]-[\w-]{20,}'  # Slack
+    r')(?![\w-])'
 )
 _NAMED = re.compile(
-    r'''(?i)(?<![A-Za-z0-9])(?:(?:hf|hub|hugging_?face(?:hub)?|github|wandb|access|auth|api)_?(?:hub_|api_)?token|token|\w*api_?key|\w*secret(?:_access)?_?(?:key)?|password|passwd)["']?\]?(?:\s*:\s*\w+)?\s*[=:,]\s*["']([^"'\s]{8,})["']'''
+    r'(?i)(?<![A-Za-z0-9])(?:'
+    r'(?:hf|hub|hugging_?face(?:hub)?|github|wandb|access|auth|api)_?(?:hub_|api_)?token|'
+    r'token|\w*api_?key|\w*secret(?:_access)?_?(?:key)?|password|passwd'
+    r''')["']?\]?(?:\s*:\s*\w+)?\s*[=:,]\s*["']([^"'\s]{8,})["']'''
 )
 _LOGIN = re.compile(r'''(?i)wandb[\w. ]*(?:login|api_?key)[^\n]{0,40}?(?<![0-9a-f])([0-9a-f]{40})(?![0-9a-f])''')
 _PLACEHOLDER = re.compile(r'(?i)your|token|example|placeholder|xxx|\*\*\*|\.\.\.|…|changeme|[<>{}|$/]')

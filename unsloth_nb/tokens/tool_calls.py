@@ -196,11 +196,13 @@ FORMATS = dict(
         r'(?:<\|tool_call>|<start_function_call>)call:(?P<name>[\w.-]+)', r'<tool_call\|>|<end_function_call>', _gemma
     ),  # Gemma 4, FunctionGemma
     gpt_oss=_tag(
-        r'(?:<\|start\|>assistant)?(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[\w.-]+)(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\w*<\|message\|>',
+        r'(?:<\|start\|>assistant)?(?:<\|channel\|>\w+)?\s*to=functions\.(?P<name>[\w.-]+)'
+        r'(?:<\|channel\|>\w+)?\s*(?:<\|constrain\|>)?\w*<\|message\|>',
         r'<\|call\|>',
     ),
     deepseek=_tag(
-        r'(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```json\s*)?',
+        r'(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?'
+        r'(?P<name>[\w.-]+)(?:<｜tool▁sep｜>)?\s*(?:```json\s*)?',
         r'(?:```\s*)?<｜tool▁call▁end｜>(?:\s*<｜tool▁calls▁end｜>)?',
     ),
 )

@@ -50,16 +50,16 @@ def flash_varlen(
 
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))
     out = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        0.0,
-        True,
-        False,
+        query=q,
+        key=k,
+        value=v,
+        cum_seq_q=cu_seqlens,
+        cum_seq_k=cu_seqlens,
+        max_q=longest,
+        max_k=longest,
+        dropout_p=0.0,
+        is_causal=True,
+        return_debug_mask=False,
         scale=scale,
         window_size_left=window - 1 if window else -1,
         window_size_right=0,
@@ -81,9 +81,8 @@ def _attention(original):
         cu = _Route.cu_seqlens
         if cu is None or not context.training or Q.shape[0] != 1:
             return original(config=config, context=context, Q=Q, K=K, V=V)
-        return flash_varlen(
-            Q, K, V, cu, _Route.longest, context.sliding_window, (config.flash_varlen_kwargs or {}).get('softmax_scale')
-        )
+        scale = (config.flash_varlen_kwargs or {}).get('softmax_scale')
+        return flash_varlen(Q, K, V, cu, _Route.longest, window=context.sliding_window, scale=scale)
 
     return _run_attention
 
