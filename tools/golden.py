@@ -119,6 +119,8 @@ def record():
     from unsloth_nb.core.engine import start_engine, versions
 
     dev = start_engine()
+    if dev.kind != 'cpu':
+        os.environ['UNSLOTH_BLOCK_COMPILE'] = '0'  # Compiled blocks draw dropout and round otherwise; read at each call
     todo = {n: p for n, p in configurations(dev.kind).items() if dev.bf16 or p['dtype'] != 'bfloat16'}
     with tempfile.TemporaryDirectory() as folder:
         traces = {n: trace(p, bands(n, dev.kind), folder, dev.kind) for n, p in todo.items()}

@@ -123,11 +123,9 @@ def padding_free(
         _Route.longest = longest
         return forward(*args, attention_mask=attention_mask, **kw)
 
-    attention_dispatch._run_attention, core.forward, os.environ['UNSLOTH_BLOCK_COMPILE'] = (
-        _attention(original),
-        MethodType(flat, core),
-        '0',
-    )
+    attention_dispatch._run_attention = _attention(original)
+    core.forward = MethodType(flat, core)
+    os.environ['UNSLOTH_BLOCK_COMPILE'] = '0'
     core._unsloth_allow_packed_overlength = True  # A row of several examples may be longer than max_seq_length
     try:
         yield
