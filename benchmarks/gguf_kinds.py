@@ -19,7 +19,7 @@ from pathlib import Path
 from unsloth_nb.export.gguf import (
     BINDINGS,
     CONVERTER,
-    KINDS,
+    GGUF_KINDS,
     GgufError,
     check_gguf_kind,
     install_converter,
@@ -96,7 +96,7 @@ def main(out):
     request, want, probes = reference()
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
-        for kind in KINDS:
+        for kind in GGUF_KINDS:
             try:
                 check_gguf_kind(kind)
             except GgufError as e:

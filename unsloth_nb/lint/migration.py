@@ -17,7 +17,7 @@ from ..core.show import Markup, markdown_table
 from ..core.spec import EXPORTS, LINEARS, TEMPLATES, ExportJob, FinetuneJob, split_batch
 from .drafting import SECRET, Draft, Line, MigrationError, full_rule, make_rules, test_rule
 from .other_tools import TRAINER, add_rows, read_axolotl, read_llama_factory, read_yaml
-from .scanning import UNKNOWN, Source, read_table, scan
+from .scanning import UNKNOWN, SourceCode, read_table, scan
 
 # %% ../../nbs/lint/migration.ipynb #88dade23
 _TABLE = read_table('unsloth')
@@ -61,7 +61,7 @@ def _at(c, name=''):
     return line if c.cell is None else f'cell {c.cell}, {line}'
 
 
-def _other_work(src: Source):
+def _other_work(src: SourceCode):
     "(what, why) of a notebook that does something else than a finetune job; None: it does not"
     for c in src.calls:
         if not c.dead and c.last in _TABLE['other_work']:
@@ -77,7 +77,7 @@ def _other_work(src: Source):
     return None
 
 
-def _refuse(src: Source):
+def _refuse(src: SourceCode):
     "Raises `MigrationError` for a notebook that does something else"
     other = _other_work(src)
     if other:
@@ -314,7 +314,7 @@ def _loss(d, src):
 # %% ../../nbs/lint/migration.ipynb #d29e56e9
 def read_notebook(
     path,  # `.ipynb` or `.py`
-    src: Source = None,  # What it says; None: it is read
+    src: SourceCode = None,  # What it says; None: it is read
 ) -> tuple:  # (Draft, defaults, epochs)
     "A notebook or script as a draft; raises `MigrationError` for one that stands for no finetune job"
     src = src or scan(path)

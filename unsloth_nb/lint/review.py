@@ -26,10 +26,10 @@ from unsloth_nb.lint.advice import (
     refusals,
     report,
 )
-from ..core.escaping import KEYS, find_secrets, mask_secrets
+from ..core.escaping import SECRET_KEYS, find_secrets, mask_secrets
 from ..core.show import gib
 from ..planning.plan import make_plan
-from .scanning import UNKNOWN, Dotted, ScanError, Source, read_table, read_text, scan
+from .scanning import UNKNOWN, Dotted, ScanError, SourceCode, read_table, read_text, scan
 from ..core.schema import SpecError
 from ..core.spec import JOBS, FinetuneJob
 
@@ -100,7 +100,7 @@ def _pin(shell, name) -> tuple:
     return ()
 
 
-def _loads(s: Source, trainers):
+def _loads(s: SourceCode, trainers):
     "Calls that load what is trained; later ones load what was trained"
     loader = re.compile(r'(?:\w+\.)*(?:Fast|AutoModel)\w*\.from_pretrained$')
     loads = [c for c in s.named('from_pretrained') if loader.match(c.name)]
@@ -113,7 +113,7 @@ def _named_model(trainer) -> bool:
     return isinstance(first, str) and not isinstance(trainer.get('model'), Dotted)
 
 # %% ../../nbs/lint/review.ipynb #040a5c9e
-def _facts(s: Source):
+def _facts(s: SourceCode):
     "The parts of a file that rules ask for"
     trainers = s.named(*_TRAINERS)
     configs = s.named(*_TABLE['configs'])
@@ -423,7 +423,7 @@ def _argument_rules(f, device, profile):
 _RUNNERS = re.compile(r'subprocess\.\w+$|(?:.*\.)?(?:system|getoutput|run_line_magic|check_call|check_output|Popen)$')
 
 
-def _commands(s: Source):
+def _commands(s: SourceCode):
     "(command, place) of all that goes to a shell"
     yield from ((x.text, x) for x in s.shell if not x.dead)
     for c in s.calls:
@@ -469,7 +469,7 @@ def _secret_rules(f, device, profile):
     for c in f.src.cells:
         for start, _ in find_secrets(c.text):
             yield 'secret', SimpleNamespace(cell=c.index, line=c.text.count('\n', 0, start) + 1), '', ''
-        if any(True for m in KEYS.finditer(c.output) if find_secrets(m[0])):
+        if any(True for m in SECRET_KEYS.finditer(c.output) if find_secrets(m[0])):
             yield 'secret', SimpleNamespace(cell=c.index, line=None), 'in the saved output', ''
 
 # %% ../../nbs/lint/review.ipynb #0e8beaec
@@ -477,7 +477,7 @@ _GROUPS = (_model_rules, _lora_rules, _train_rules, _loss_rules, _argument_rules
 
 
 def check_source(
-    s: Source,  # From `scan` or `scan_cells`
+    s: SourceCode,  # From `scan` or `scan_cells`
     device=None,  # A `Device` that it is meant for; None: not known
     profile=None,  # Profile of the data it trains on; None: not known
 ) -> Findings:
@@ -522,7 +522,7 @@ def _known(v) -> bool:
     return v is not UNKNOWN and UNKNOWN not in (v if isinstance(v, list) else [])
 
 
-def _job_calls(s: Source, device, profile):
+def _job_calls(s: SourceCode, device, profile):
     "Jobs that a notebook or script states"
     for c in s.named('FinetuneJob'):
         vals = {k: v for k, v in c.keywords.items() if _known(v)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'ScanError', 'Cell', 'notebook_cells', 'Shell', 'split_cell', 'Dotted', 'dotted', 'known_value',
-           'known_names', 'Found', 'Source', 'scan_cells', 'read_text', 'scan', 'read_table']
+           'known_names', 'Found', 'SourceCode', 'scan_cells', 'read_text', 'scan', 'read_table']
 
 # %% ../../nbs/lint/scanning.ipynb #5815fb3d
 import ast
@@ -366,7 +366,7 @@ class Found:
 
 # %% ../../nbs/lint/scanning.ipynb #7522c1da
 @dataclass
-class Source:
+class SourceCode:
     "What a file says"
 
     path: str  # As given
@@ -393,7 +393,7 @@ def _never(test):
 
 
 class _Reader(ast.NodeVisitor):
-    "Collects what one cell holds into a Source"
+    "Collects what one cell holds into a SourceCode"
 
     def __init__(self, src, cell):
         self.src = src
@@ -511,9 +511,9 @@ def _parts(cell) -> tuple:  # (trees, shell, error)
     return list(_pieces(cell.text)) if error else [], shell, error
 
 
-def scan_cells(cells: list[Cell], path: str = '', kind: str = 'notebook') -> Source:
+def scan_cells(cells: list[Cell], path: str = '', kind: str = 'notebook') -> SourceCode:
     "What cells say; nothing is run"
-    src = Source(str(path), kind, cells)
+    src = SourceCode(str(path), kind, cells)
     parts = [_parts(c) for c in cells]
     try:
         src.names = known_names([t for p in parts for t in p[0]])
@@ -532,7 +532,7 @@ def read_text(path) -> str:
         raise ScanError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
-def scan(path) -> Source:  # Of a `.ipynb` or `.py` file
+def scan(path) -> SourceCode:  # Of a `.ipynb` or `.py` file
     "Read a notebook or a script without running it"
     suffix = Path(path).suffix.lower()
     if suffix not in ('.ipynb', '.py'):
