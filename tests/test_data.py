@@ -582,7 +582,7 @@ def test_built_in_rows_in_a_mix(mix):
         ),
         (
             '- dataset: a.jsonl\n- {dataset: b.jsonl, seed: 2}\n',
-            "dataset: the mix mix.yaml, entry 2: unknown name 'seed'; known: dataset, dataset_columns, dataset_format, dataset_revision, dataset_roles, dataset_split, weight",
+            "dataset: the mix mix.yaml, entry 2: unknown name 'seed'; known: dataset, dataset_columns, dataset_format, dataset_revision, dataset_roles, dataset_split, dataset_turns, weight",
         ),
         (
             '- {dataset: a.jsonl, weight: 1}\n- dataset: b.jsonl\n',
@@ -683,7 +683,7 @@ A = m('assistant', 'a')
 ALPACA = [dict(instruction=f'{i}', output='o') for i in range(4)]
 PREFER = [dict(prompt=f'{i}', chosen='good', rejected='bad') for i in range(4)]
 LABELLED = [dict(prompt=f'{i}', completion='a', label=True) for i in range(4)]
-KNOWN = 'messages: a list of turns with role and content; sharegpt: a list of turns with from and value; alpaca: an instruction, an optional input and the answer; prompt_completion: a prompt and its completion; text: plain text for continued pretraining; preference: two answers, of which the first is better; unpaired_preference: messages or prompt and completion, and whether the answer is good'
+KNOWN = 'messages: a list of turns with role and content; sharegpt: a list of turns with from and value; alpaca: an instruction, an optional input and the answer; prompt_completion: a prompt and its completion; gemini: a list of turns with role and parts; xlam: a question, functions, and the calls that answer it; segments: pieces of text, each with a label that says whether it is trained; text: plain text for continued pretraining; preference: two answers, of which the first is better; unpaired_preference: messages or prompt and completion, and whether the answer is good'
 KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt'
 EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
 
@@ -700,16 +700,18 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case(
             'missing', after(OK, prompt='x'), "row 4: column 'completion' is missing or null; fill it or remove the row"
         ),
-        case('number', after(OK, prompt='x', completion=5), "row 4: column 'completion' holds a int, expected text"),
+        case(
+            'object', after(OK, prompt=dict(a=1), completion='y'), "row 4: column 'prompt' holds a dict, expected text"
+        ),
         case(
             'several',
-            [*OK[:2], *[dict(prompt='x', completion=5)] * 7],
-            "row 2: column 'completion' holds a int, expected text; and 6 more: rows 3, 4, 5, 6, …",
+            [*OK[:2], *[dict(prompt=dict(a=1), completion='y')] * 7],
+            "row 2: column 'prompt' holds a dict, expected text; and 6 more: rows 3, 4, 5, 6, …",
         ),
         case(
             'kinds of fault',
-            [*OK, dict(prompt='x', completion=5), dict(prompt=' ', completion='y')],
-            f"row 4: column 'completion' holds a int, expected text\ndataset: rows.jsonl, row 5: column 'prompt' {EMPTY}",
+            [*OK, dict(prompt=dict(a=1), completion='y'), dict(prompt=' ', completion='y')],
+            f"row 4: column 'prompt' holds a dict, expected text\ndataset: rows.jsonl, row 5: column 'prompt' {EMPTY}",
         ),
         case('blank answer', after(OK, prompt='x', completion='  '), f"row 4: column 'completion' {EMPTY}"),
         case('blank question', after(OK, prompt='', completion='x'), f"row 4: column 'prompt' {EMPTY}"),
@@ -785,19 +787,24 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case(
             'two answers',
             turns(Q, A, A),
-            'row 4, turn 3: got an assistant turn, expected user; turns must alternate, starting with user',
+            "row 4, turn 3: got an assistant turn, expected user; turns must alternate, starting with user, or say same_role='merge' to make one turn of them",
         ),
         case(
             'two questions',
             turns(Q, Q, A),
-            'row 4, turn 2: got a user turn, expected assistant; turns must alternate, starting with user',
+            "row 4, turn 2: got a user turn, expected assistant; turns must alternate, starting with user, or say same_role='merge' to make one turn of them",
         ),
         case(
             'answer first',
             turns(A, Q, A),
-            'row 4, turn 1: got an assistant turn, expected user; turns must alternate, starting with user',
+            "row 4, turn 1: got an assistant turn, expected user; turns must alternate, starting with user, or say answer_first='context' to keep it untrained, or 'cut' to leave it out",
         ),
-        case('no answer', turns(Q, A, Q), "row 4: ends without an answer; the last turn must be the assistant's"),
+        case(
+            'no answer',
+            turns(Q, A, Q),
+            "row 4: ends without an answer; the last turn must be the assistant's, or say last_question='cut' to end the row with its last answer",
+        ),
+        case('question alone', turns(Q), "row 4: ends without an answer; the last turn must be the assistant's"),
         case(
             'system alone',
             turns(m('system', 's')),
@@ -806,12 +813,12 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case(
             'system later',
             turns(Q, A, m('system', 's'), Q, A),
-            'row 4, turn 3: got a system turn, expected user; turns must alternate, starting with user',
+            "row 4, turn 3: got a system turn, expected user; turns must alternate, starting with user, or say late_system='to_user' to put it in front of the next question, or 'keep' to leave it there",
         ),
         case(
             'system twice',
             turns(m('system', 's'), m('system', 't'), Q, A),
-            'row 4, turn 2: got a system turn, expected user; turns must alternate, starting with user',
+            "row 4, turn 2: got a system turn, expected user; turns must alternate, starting with user, or say same_role='merge' to make one turn of them",
         ),
         case(
             'system beside turns',
@@ -825,8 +832,8 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case('turns null', after(CHATS, messages=None), "row 4: column 'messages' must be a list of turns, got null"),
         case(
             'turn no dict',
-            turns('hello'),
-            "row 4: column 'messages', turn 1: expected a dict with 'role' and 'content', got str",
+            turns(Q, 'hello'),
+            "row 4: column 'messages', turn 2: expected a dict with 'role' and 'content', got str",
         ),
         case(
             'turn without content',
@@ -835,8 +842,8 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         ),
         case(
             'wrong style',
-            shared_gpt(('human', 'q'))[:4] + [dict(conversations=[{'from': 'human', 'text': 'q'}])],
-            "row 4: column 'conversations', turn 1: expected a dict with 'from' and 'value', got ['from', 'text']",
+            shared_gpt(('human', 'q'))[:4] + [dict(conversations=[{'who': 'human', 'text': 'q'}])],
+            "row 4: column 'conversations', turn 1: expected a dict with 'role' and 'content', got ['text', 'who']; say dataset_turns=role:who",
         ),
         case(
             'content null',
@@ -844,9 +851,9 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
             "row 4: column 'messages', turn 2: 'content' holds a NoneType, expected text",
         ),
         case(
-            'content number',
-            turns(m('user', 5), A),
-            "row 4: column 'messages', turn 1: 'content' holds a int, expected text",
+            'content object',
+            turns(m('user', dict(a=1)), A),
+            "row 4: column 'messages', turn 1: 'content' holds a dict, expected text",
         ),
         case('empty answer', turns(Q, m('assistant', '\n')), f'row 4, turn 2: the answer {EMPTY}'),
         case('empty question', turns(m('user', ''), A), f'row 4, turn 1: the question {EMPTY}'),
@@ -969,9 +976,9 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
             "row 4: column 'history' must be a list of pairs, question and answer",
         ),
         case(
-            'system number',
-            after(ALPACA, instruction='x', output='y', system=5),
-            "row 4: column 'system' holds a int, expected text",
+            'system object',
+            after(ALPACA, instruction='x', output='y', system=dict(a=1)),
+            "row 4: column 'system', part 1: expected a part of type text, reasoning or tool_call, got 'a'; only text can be trained here",
         ),
         # Files
         case('bad line', lines(OK) + b'\n{"prompt": "a"', 'row 4: line 5 is not JSON: Expecting…(column 15)'),
@@ -1246,7 +1253,7 @@ FAULTY = [
     dict(prompt='x', completion=' '),
     *pairs(5, 6),
     dict(prompt='bell\x07', completion='y'),
-    dict(prompt='z', completion=5),
+    dict(prompt=dict(z=1), completion='y'),
     dict(prompt='w', completion='\x1b[1m'),
 ]
 
@@ -1267,7 +1274,7 @@ def test_row_policies(malformed, empty, control):
         for p, w in (
             (empty, f"row 5: column 'completion' {EMPTY}"),
             (control, 'row 8, turn 1: character 4 is U+0007'),
-            (malformed, "row 9: column 'completion' holds a int"),
+            (malformed, "row 9: column 'prompt' holds a dict"),
         )
         if p == 'error'
     ]

@@ -143,7 +143,7 @@ FAULTS = dict(
 )
 bad_rows = dict(
     malformed=[
-        lambda t: dict(prompt=t, completion=5),
+        lambda t: dict(prompt=dict(a=t), completion='a'),
         lambda t: dict(prompt=t, completion=[]),
         lambda t: dict(prompt=t, completion='\ud800'),
         lambda t: t,

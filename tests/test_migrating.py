@@ -334,14 +334,11 @@ def test_axolotl_columns_roles_and_text(tmp_path):
             yaml_file(tmp_path / 'a.yaml', **AXO | dict(datasets=[dict(path='owner/c', type='sharegpt', **kw)]))
         )
 
-    def renamed(got):
-        return any('rename them to role and content' in l.why for l in got.left)
-
-    assert (
-        named().job.dataset_format == 'sharegpt'
-        and not renamed(named())
-        and renamed(named(message_field_role='speaker'))
-    )
+    assert named().job.dataset_format == 'sharegpt' and named().job.dataset_turns == {}
+    assert named(message_field_role='who').job.dataset_turns == dict(role='who', content='value')
+    got = named(message_property_mappings=dict(role='who', content='said', tool_calls='calls'))
+    assert got.job.dataset_turns == dict(role='who', content='said')
+    assert 'datasets.message_property_mappings.tool_calls' in names(got.left)
     j = import_job(
         yaml_file(tmp_path / 'b.yaml', **AXO | dict(datasets=[dict(path='book.txt', type='completion', field='body')]))
     ).job
@@ -448,6 +445,33 @@ def test_llama_factory_finds_its_datasets_and_they_load(tmp_path):
     assert [p.name for p in out] == ['p.yaml', 's_mix.yaml'] and job.test_size == 4
     data = load_data(job)
     assert len(data.train) + len(data.test) == 24 and {c.messages[0]['role'] for c in data.train} == {'user'}
+
+
+TAGS = dict(role_tag='who', content_tag='said', user_tag='customer', assistant_tag='agent')
+
+
+def test_llama_factory_tags_are_honoured(tmp_path):
+    "Keys and roles of turns are taken over, and the job reads the rows; what is not taken over is left, by name"
+    from unsloth_nb.data.load import load_data
+
+    rows = [
+        dict(persona='Sell.', talk=[dict(who='customer', said=f'q{i}'), dict(who='agent', said='a')]) for i in range(8)
+    ]
+    columns = dict(messages='talk', system='persona')
+    info = dict(mine=dict(file_name='a.json', formatting='sharegpt', columns=columns, tags=TAGS))
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'a.json').write_text(json.dumps(rows))
+    (tmp_path / 'data' / 'dataset_info.json').write_text(json.dumps(info))
+    f = yaml_file(tmp_path / 's.yaml', **LF | dict(dataset='mine', val_size=2))
+    got = import_job(f, model='smollm2-135m')
+    assert got.job.dataset_turns == dict(role='who', content='said')
+    assert got.job.dataset_roles == dict(customer='user', agent='assistant')
+    conv = load_data(got.job, split=False).train[0]
+    assert [m['role'] for m in conv.messages] == ['system', 'user', 'assistant']
+    info['mine'] |= dict(tags=TAGS | dict(function_tag='do'), columns=columns | dict(mood='mood'), folder='x')
+    (tmp_path / 'data' / 'dataset_info.json').write_text(json.dumps(info))
+    left = names(import_job(f, model='smollm2-135m').left)
+    assert {'dataset mine: tags.function_tag', 'dataset mine: columns.mood', 'dataset mine: folder'} <= set(left)
 
 
 def test_llama_factory_names_that_are_not_found(tmp_path):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'BENCHMARKS', 'JOBS', 'jobs_dir', 'Preset', 'presets', 'preset', 'Template',
-           'chat_templates', 'ModelRef', 'resolve_model', 'SourceParams', 'DataParams', 'RowParams', 'GenerateParams',
-           'ModelParams', 'LoraParams', 'FormatParams', 'StepParams', 'OptimizerParams', 'TrainParams', 'DeviceParams',
-           'split_batch', 'SaveParams', 'TrainingJob', 'find_objective', 'FinetuneJob', 'PretrainJob', 'EvaluateJob',
-           'ExportJob', 'BenchmarkJob', 'trains', 'make_job']
+           'chat_templates', 'ModelRef', 'resolve_model', 'SourceParams', 'DataParams', 'RowParams', 'TurnParams',
+           'GenerateParams', 'ModelParams', 'LoraParams', 'FormatParams', 'StepParams', 'OptimizerParams',
+           'TrainParams', 'DeviceParams', 'split_batch', 'SaveParams', 'TrainingJob', 'find_objective', 'FinetuneJob',
+           'PretrainJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob', 'trains', 'make_job']
 
 # %% ../../nbs/core/spec.ipynb #f9b1ec1b
 import importlib
@@ -130,6 +130,10 @@ def resolve_model(
 # %% ../../nbs/core/spec.ipynb #a7fe4762
 _classic = "Unsloth's LoRA recipe"
 _auto = Literal['auto']
+_FORMAT = Literal[
+    'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'gemini', 'xlam', 'segments', 'text', 'preference',
+    'unpaired_preference',
+]  # fmt: skip
 _MODEL = 'Model'
 _DATA = 'Data'
 _ROWS = 'Rows that need a decision'
@@ -161,10 +165,11 @@ class SourceParams(Job):
 class DataParams(SourceParams):
     "How rows are read as conversations"
 
-    dataset_format: Literal[
-        'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'text', 'preference', 'unpaired_preference'
-    ] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
+    dataset_format: _FORMAT = param('auto', 'How rows are read; auto detects it and says why', _DATA)
     dataset_roles: dict[str, str] = param({}, 'Roles that go by other names, as yours:standard', _DATA)
+    dataset_turns: dict[str, str] = param(
+        {}, 'Keys of turns that go by other names, as standard:yours: role:who,content:said', _DATA
+    )
     train_on_preferred: bool = param(
         False, 'Train on the chosen answers of preference data; false: refuse such data', _DATA
     )
@@ -195,7 +200,27 @@ class RowParams(Job):
         le=1,
     )
     overlap: Literal['error', 'drop', 'keep'] = param('error', 'Training rows that are held out as well', _ROWS)
+    media: Literal['error', 'drop', 'keep'] = param(
+        'error', 'Rows with pictures, sound or video; keep: train on their text alone', _ROWS
+    )
     max_dropped: float = param(0.1, 'Share of rows that may be dropped for their faults', _ROWS, ge=0, le=1)
+
+# %% ../../nbs/core/spec.ipynb #1502f9cb
+class TurnParams(Job):
+    "What becomes of rows whose turns do not alternate"
+
+    same_role: Literal['error', 'drop', 'merge'] = param(
+        'error', 'Rows with two turns of one role behind each other; merge: make one turn of them', _ROWS
+    )
+    answer_first: Literal['error', 'drop', 'context', 'cut'] = param(
+        'error', 'Rows that begin with an answer, as a greeting; context: keep it, untrained', _ROWS
+    )
+    last_question: Literal['error', 'drop', 'cut'] = param(
+        'error', 'Rows that end with a question; cut: end them with their last answer', _ROWS
+    )
+    late_system: Literal['error', 'drop', 'keep', 'to_user'] = param(
+        'error', 'Rows with a system turn later on; to_user: put it in front of the next question', _ROWS
+    )
 
 # %% ../../nbs/core/spec.ipynb #bb4a8360
 class GenerateParams(Job):
@@ -460,7 +485,7 @@ def find_objective(
     return importlib.import_module(f'unsloth_nb.training.objectives.{name}').OBJECTIVE
 
 # %% ../../nbs/core/spec.ipynb #d16ee76a
-class FinetuneJob(SaveParams, GenerateParams, FormatParams, DataParams, TrainingJob):
+class FinetuneJob(SaveParams, GenerateParams, FormatParams, TurnParams, DataParams, TrainingJob):
     "Fine-tune a model on a dataset, and compare before and after"
 
     trains_by: ClassVar[str] = 'sft'
@@ -472,6 +497,11 @@ class PretrainJob(SaveParams, TrainingJob):
     trains_by: ClassVar[str] = 'cpt'
     dataset_format: ClassVar[str] = 'text'  # What other jobs leave open stands fast here
     dataset_roles: ClassVar[dict] = {}
+    dataset_turns: ClassVar[dict] = {}
+    same_role: ClassVar[str] = 'error'
+    answer_first: ClassVar[str] = 'error'
+    last_question: ClassVar[str] = 'error'
+    late_system: ClassVar[str] = 'error'
     train_on_preferred: ClassVar[bool] = False
     template: ClassVar[str] = 'auto'
     loss_on: ClassVar[str] = 'everything'
@@ -563,9 +593,7 @@ class BenchmarkJob(Job):
         2048, 'Length of a packed row; longer examples are cut', _MODEL, 'tokens', _classic, ge=8, le=1048576
     )
     dataset: str = param('events', "'events' (built in), a file, a folder, a mix (.yaml) or a Hub id", _DATA)
-    dataset_format: Literal[
-        'auto', 'alpaca', 'messages', 'sharegpt', 'prompt_completion', 'text', 'preference', 'unpaired_preference'
-    ] = param('auto', 'How rows are read; auto detects it and says why', _DATA)
+    dataset_format: _FORMAT = param('auto', 'How rows are read; auto detects it and says why', _DATA)
     template: str = param(
         'auto', "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; or a template by name", _DATA
     )

@@ -26,15 +26,16 @@ from unsloth_nb.data.conversations import (
     Conversation,
     Reading,
     check_characters,
-    detect_format,
     strings,
     without_control,
 )
 from ..core.escaping import markdown_text, plain_text
 from .events import BUILT_IN
+from .formats import detect_format
 from .ledger import Faults, Ledger, count_rows
 from ..core.schema import nearest
 from .sources import DataError, Source, Spool, find_source
+from .turn_order import POLICIES, TurnPolicies
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/data/load.ipynb #617e6776
@@ -127,15 +128,16 @@ def fingerprint_rows(*parts) -> str:  # SHA-256
 
 # %% ../../nbs/data/load.ipynb #33e4812c
 def _peek(rows, n=1000):
-    "The columns of the first rows, whether there are any, and all rows again"
+    "The columns of the first rows, these rows, and all rows again"
     from itertools import chain, islice
 
     head = list(islice(rows, n))
-    return list(dict.fromkeys(k for r, _, _ in head if isinstance(r, dict) for k in r)), bool(head), chain(head, rows)
+    some = [r for r, _, _ in head]
+    return list(dict.fromkeys(k for r in some if isinstance(r, dict) for k in r)), some, chain(head, rows)
 
 
-def _reading(job, cols, name):
-    "How to read rows with these columns, why, and which columns stay unused"
+def _check_columns(job, cols, name):
+    "Raise `DataError` for mappings of columns and roles that these columns do not have"
     own = set(job.dataset_columns.values())
     std = set(job.dataset_columns)
     missing = sorted(own - set(cols))
@@ -153,26 +155,53 @@ def _reading(job, cols, name):
             f"dataset_roles: {wrong!r} is no role; expected yours:standard, where the standard ones are system, "
             "user, assistant, tool"
         )
+
+# %% ../../nbs/data/load.ipynb #14b32e5a
+def _reading(job, cols, name, rows=()):
+    "How to read rows with these columns, why, and which columns stay unused"
+    _check_columns(job, cols, name)
+    own = set(job.dataset_columns.values())
+    std = set(job.dataset_columns)
     known = [c for c in cols if c not in own] + list(std)
-    f, why = detect_format(known, name) if job.dataset_format == 'auto' else (job.dataset_format, 'asked for')
+    if job.dataset_format == 'auto':
+        f, why = detect_format(known, name, () if own else rows)
+    else:
+        f, why = job.dataset_format, 'asked for'
     unused = sorted(str(c) for c in known if c not in {*FORMATS[f][0], *EXTRA[f]})
-    return Reading(f, job.dataset_columns, job.dataset_roles, job.empty == 'keep'), why, unused
+    reading = Reading(
+        f,
+        job.dataset_columns,
+        job.dataset_roles,
+        job.empty == 'keep',
+        keys=_turn_keys(job),
+        policies=TurnPolicies(**{p: getattr(job, p) for p in POLICIES}),
+        media=job.media,
+    )
+    return reading, why, unused
+
+
+def _turn_keys(job):
+    "The job's own keys of turns; raises `DataError` for a standard name that is none"
+    wrong = next((k for k in job.dataset_turns if k not in ('role', 'content')), None)
+    if wrong:
+        raise DataError(f"dataset_turns: {wrong!r} is no key; expected standard:yours, as in role:who,content:said")
+    return job.dataset_turns
 
 # %% ../../nbs/data/load.ipynb #19020527
 def _convert(reading, row, i, job):
-    "A row as a checked conversation"
+    "A row as a checked conversation, and what there is to say about it"
     if isinstance(row, DataError):
         raise DataError(f"row {i}: {row}")
-    conv = reading.conversation(row, i)
+    conv, said = reading.read(row, i)
     try:
         check_characters(conv)
     except DataError as e:
         if e.reason != 'control_characters' or job.control_characters in ('error', 'drop'):
             raise
         if job.control_characters == 'keep':
-            return conv, 'control_characters_kept'
-        return without_control(conv), 'control_characters_removed'
-    return conv, None
+            return conv, said, ['control_characters_kept']
+        return without_control(conv), said, ['control_characters_removed']
+    return conv, said, []
 
 # %% ../../nbs/data/load.ipynb #4fa013eb
 def _with_place(e, src, n, file, at):
@@ -193,19 +222,58 @@ def _trained_on(conv, job):
         return conv
     return Conversation(conv.messages, conv.text, conv.fields, conv.row, conv.tools)
 
+# %% ../../nbs/data/load.ipynb #d6d4fea8
+def _noted_features(src):
+    "What a source's own notes say of its columns, as dicts; empty without any"
+    if hasattr(src.object, 'features') and src.object.features:
+        return {
+            k: dict(_type=type(f).__name__, names=getattr(f, 'names', None)) for k, f in src.object.features.items()
+        }
+    if src.kind != 'files' or not src.files or src.files[0].suffix.lower() != '.parquet':
+        return {}
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        notes = pq.read_schema(src.files[0]).metadata or {}
+        return json.loads(notes.get(b'huggingface', b'{}')).get('info', {}).get('features', {})
+    except (pa.ArrowException, OSError, ValueError, AttributeError):
+        return {}  # The rows say what is wrong with the file
+
+
+def _names_of_classes(src, job):
+    "Column to the names of its classes, for the columns that are read as text"
+    used = {job.dataset_columns.get(k, k) for k in ('prompt', 'completion', 'instruction', 'input', 'output', 'text')}
+    return {
+        k: f['names']
+        for k, f in _noted_features(src).items()
+        if k in used and isinstance(f, dict) and f.get('_type') == 'ClassLabel' and f.get('names')
+    }
+
+
+def _with_names(row, names):
+    "A row with the names of its classes in the place of their numbers; the row itself where it has none"
+    if not names or not isinstance(row, dict):
+        return row
+    new = {k: ns[row[k]] for k, ns in names.items() if isinstance(row.get(k), int) and 0 <= row[k] < len(ns)}
+    return row | new if new else row
+
 # %% ../../nbs/data/load.ipynb #50ea235e
 def collect(
     src: Source,  # What to read
     job,  # Its policies
     store: Store,  # Where conversations go
     where=None,  # A function of a Conversation; rows for which it is false are left out
-) -> dict:  # rows, index, faults, left, noted, format, reason, unused
+) -> dict:  # rows, index, faults, left, noted, unused_keys, format, reason, unused
     "Read a source into the store under the job's policies; raises `DataError` as they say"
     cols, some, rows = _peek(src.rows())
     if not some:
         raise DataError(f"dataset: {src.name} holds no rows")
-    reading, why, unused = _reading(job, cols, src.name) if cols else (Reading('text'), 'no row could be read', [])
-    books = dict(faults=Faults(), left=Counter(), noted=Counter())
+    reading, why, unused = Reading('text'), 'no row could be read', []
+    if cols:
+        reading, why, unused = _reading(job, cols, src.name, some)
+    names = _names_of_classes(src, job)
+    books = dict(faults=Faults(), left=Counter(), noted=Counter(), unused_keys=Counter())
     first = len(store)
     n = -1
     seen = set(cols)
@@ -214,14 +282,16 @@ def collect(
             unused += sorted(map(str, row.keys() - seen))
             seen |= row.keys()
         try:
-            conv, note = _convert(reading, row, n, job)
+            named = _with_names(row, names)
+            conv, said, notes = _convert(reading, named, n, job)
         except DataError as e:
             books['faults'].add(_with_place(e, src, n, file, at), n)
             continue
         if gone := _left_out(conv, job, where):
             books['left'][gone] += 1
             continue
-        books['noted'].update([note] if note else [])
+        books['noted'].update([*notes, *said.notes, *(['class_names_as_text'] if named is not row else [])])
+        books['unused_keys'].update(said.unused)
         store.add(_trained_on(conv, job))
     books['faults'].check(lambda r: getattr(job, r), n + 1, job.max_dropped)
     why += f"; left out of the folder: {', '.join(src.left_out)}" if src.left_out else ''
@@ -278,7 +348,10 @@ def split_rows(
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 # %% ../../nbs/data/load.ipynb #a33db1b3
-_OF_A_SOURCE = ('dataset', 'dataset_format', 'dataset_columns', 'dataset_roles', 'dataset_split', 'dataset_revision')
+_OF_A_SOURCE = (
+    *('dataset', 'dataset_format', 'dataset_columns', 'dataset_roles', 'dataset_turns'),
+    *('dataset_split', 'dataset_revision'),
+)
 
 
 def read_mix(path, job) -> list[tuple]:  # (job for one source, weight or None)
@@ -345,6 +418,7 @@ class Data:
     fingerprint: str  # SHA-256 of all conversations, in order
     revision: str | None = None  # Of a Hub dataset
     unused: list = field(default_factory=list)  # Columns that are not used
+    unused_keys: dict = field(default_factory=dict)  # Keys of turns that are not used, and in how many rows
     warnings: list = field(default_factory=list)  # What a careful reader would want to know
 
     def __repr__(self):
@@ -372,7 +446,7 @@ class Data:
     def to_dict(self) -> dict:
         return {
             k: getattr(self, k)
-            for k in ('source', 'revision', 'format', 'reason', 'fingerprint', 'system', 'unused', 'warnings')
+            for k in 'source revision format reason fingerprint system unused unused_keys warnings'.split()
         } | dict(ledger=self.ledger.to_dict(), characters=self.profile(), spool=self.storage())
 
 # %% ../../nbs/data/load.ipynb #3eb3ef5f
@@ -410,6 +484,9 @@ def facts(self: Data) -> list[str]:
     if s['on_disk']:
         where += f", {s['on_disk'] / 2**20:.0f} MiB on disk"
     unused = [f"columns that are not used: {', '.join(self.unused)}"] if self.unused else []
+    if self.unused_keys:
+        keys = ', '.join(f'{k} ({count_rows(n)})' for k, n in self.unused_keys.items())
+        unused.append(f'keys of turns that are not used: {keys}')
     return [
         f"characters per row: {p['min']:,} to {p['max']:,}, median {p['median']:,}",
         f"kept as conversations: {where}",
@@ -439,7 +516,8 @@ def __str__(self: Data):
 # %% ../../nbs/data/load.ipynb #573df145
 # Reasons why a row does not go on
 LEFT_OUT = '''
-malformed empty control_characters filtered not_preferred not_in_mix duplicates near_duplicates overlap not_used
+malformed empty same_role answer_first last_question late_system media
+control_characters filtered not_preferred not_in_mix duplicates near_duplicates overlap not_used
 '''.split()
 
 
@@ -457,10 +535,18 @@ def _source(job, test=False):
     return src
 
 
+def _with_index(rows):
+    "Rows in memory, where a data frame's index that has a name is a column as others are"
+    names = getattr(getattr(rows, 'index', None), 'names', ())
+    if hasattr(rows, 'iloc') and any(n is not None and n not in rows.columns for n in names):
+        return rows.reset_index()
+    return rows
+
+
 def _parts(job, rows):
     "The sources of a job, each with the job that reads it and its weight"
     if rows is not None:
-        return [(Source(f'a {type(rows).__name__} in memory', 'python', object=rows), job, None)]
+        return [(Source(f'a {type(rows).__name__} in memory', 'python', object=_with_index(rows)), job, None)]
     src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
     if src.kind != 'mix':
         return [(_source(job), job, None)]
@@ -617,6 +703,7 @@ def _data(job, parts, came, got, formats, books):
         fingerprint=fingerprint_rows(train, test),
         revision=job.dataset_revision,
         unused=sorted({u for g in got for u in g['unused']}),
+        unused_keys=dict(sorted(sum((g['unused_keys'] for g in got), Counter()).items())),
         warnings=books['warnings'],
     )
 

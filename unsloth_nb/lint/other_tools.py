@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINER', 'AXOLOTL', 'AXOLOTL_DEFAULTS', 'LLAMA_FACTORY', 'LLAMA_FACTORY_DEFAULTS', 'read_yaml', 'split_of',
-           'add_rows', 'read_axolotl', 'dataset_info', 'read_llama_factory']
+           'add_rows', 'turn_names', 'read_axolotl', 'dataset_info', 'read_llama_factory']
 
 # %% ../../nbs/lint/other_tools.ipynb #42c401e8
 import json
@@ -94,24 +94,35 @@ def _roles(e) -> dict:
     return {str(y): k for y, k in pairs if y != k}
 
 
+def turn_names(role, content) -> dict:
+    "`dataset_turns` for turns with these keys; empty for the two pairs that need no words"
+    usual = (role, content) in (('role', 'content'), ('from', 'value'))
+    return {} if usual else dict(role=role, content=content)
+
+
 def _turns(e, d):
-    "How an Axolotl entry names columns and turns: (format, columns, roles)"
+    "How an Axolotl entry names columns and turns: (format, columns, roles, keys of turns)"
     old = e.get('type') == 'sharegpt'
     usual = dict(role='from', content='value') if old else dict(role='role', content='content')
     names = e.get('message_property_mappings')
     names = names if isinstance(names, dict) else {}
     role, text = (names.get(k) or e.get(f'message_field_{k}') or usual[k] for k in ('role', 'content'))
     fmt = 'sharegpt' if (role, text) == ('from', 'value') else 'messages'
-    if fmt == 'messages' and (role, text) != ('role', 'content'):
-        d.leave('datasets', names, f"turns with {role} and {text}; rename them to role and content")
+    for k, own in names.items():
+        if k not in ('role', 'content') and own != k:
+            d.leave(f'datasets.message_property_mappings.{k}', own, f'a key of turns; rename it to {k} in the rows')
     field = e.get('field_messages') or ('conversations' if old else 'messages')
     own = dict(messages='messages', sharegpt='conversations')[fmt]
-    return fmt, {own: field} if field != own else {}, _roles(e)
+    return fmt, {own: field} if field != own else {}, _roles(e), turn_names(role, text)
 
 # %% ../../nbs/lint/other_tools.ipynb #40978962
 _PROMPT = (
     'a prompt of your own; here rows are drawn by the Alpaca prompt or a chat template: '
     'write the finished prompts as messages where the wording matters'
+)
+_PIECES = (
+    'pieces of finished text; here they become turns, which the chat template draws: take its own tokens out of '
+    'the pieces, and look at what the loss sees: unsloth-nb data FILE --show 1'
 )
 _COLUMNS = read_table('axolotl')['columns']
 
@@ -137,7 +148,7 @@ def _text(d, e):
     d.loss_on = 'everything'
     return dict(dataset_format='text', dataset_columns={'text': column} if column and column != 'text' else {})
 
-
+# %% ../../nbs/lint/other_tools.ipynb #9b11d494
 def _format(d, name, e):
     "How the rows of an entry are read, as parameters of ours"
     kind = str(e.get('type') or ('completion' if name == 'pretraining_dataset' else 'chat_template'))
@@ -147,7 +158,11 @@ def _format(d, name, e):
     if base == 'alpaca':
         return _alpaca(d, name, e, kind)
     if base in ('chat_template', 'sharegpt'):
-        return dict(zip(('dataset_format', 'dataset_columns', 'dataset_roles'), _turns(e, d)))
+        names = ('dataset_format', 'dataset_columns', 'dataset_roles', 'dataset_turns')
+        return dict(zip(names, _turns(e, d)))
+    if base == 'input_output':
+        d.leave(name, kind, _PIECES)
+        return dict(dataset_format='segments')
     if base in ('completion', 'pretrain'):
         return _text(d, e)
     d.leave(name, kind, 'rows that Axolotl reads by code of its own; write them as messages and name the file')
@@ -304,6 +319,9 @@ def dataset_info(
 
 # %% ../../nbs/lint/other_tools.ipynb #ad1af43d
 _LLAMA_FACTORY_TABLE = read_table('llama_factory')
+_ENTRY_OF_LLAMA_FACTORY = set(
+    'file_name hf_hub_url ms_hub_url om_hub_url formatting columns tags ranking split subset num_samples'.split()
+)
 
 
 def _columns(d, name, e) -> tuple:  # (format or None, columns)
@@ -316,6 +334,10 @@ def _columns(d, name, e) -> tuple:  # (format or None, columns)
         d.leave('dataset', name, why)
         fmt = 'alpaca'
     ours = {o: cols[k] for k, o in names[fmt].items() if k in cols}
+    for k in cols.keys() - names[fmt].keys() - {'chosen', 'rejected', 'kto_tag'}:
+        d.leave(
+            f'dataset {name}: columns.{k}', cols[k], f'no column that {fmt} rows have; what it holds is not trained'
+        )
     if fmt == 'sharegpt' and tags.get('role_tag') == 'role':
         fmt = 'messages'
         ours = {('messages' if k == 'conversations' else k): v for k, v in ours.items()}
@@ -327,12 +349,27 @@ def _columns(d, name, e) -> tuple:  # (format or None, columns)
         return None, {}
     return fmt, {k: v for k, v in ours.items() if k != v}
 
-
+# %% ../../nbs/lint/other_tools.ipynb #92293823
 def _tagged_roles(e) -> dict:
     "Names of roles that an entry uses, and ours"
     tags = e.get('tags') if isinstance(e.get('tags'), dict) else {}
-    ours = dict(user_tag='user', assistant_tag='assistant', system_tag='system')
+    ours = dict(user_tag='user', assistant_tag='assistant', system_tag='system', observation_tag='tool')
     return {v: ours[k] for k, v in tags.items() if k in ours and v != ours[k]}
+
+
+def _tagged_keys(d, name, e) -> dict:
+    "Keys of turns that an entry uses; what is not honoured is left"
+    tags = e.get('tags') if isinstance(e.get('tags'), dict) else {}
+    known = {'role_tag', 'content_tag', 'user_tag', 'assistant_tag', 'system_tag', 'observation_tag'}
+    for k in tags.keys() - known:
+        if (k, tags[k]) != ('function_tag', 'function_call'):
+            why = 'a role whose turns are calls; rename it to function_call in the rows'
+            d.leave(
+                f'dataset {name}: tags.{k}', tags[k], why if k == 'function_tag' else 'a tag that is not known here'
+            )
+    if e.get('formatting') != 'sharegpt':
+        return {}
+    return turn_names(tags.get('role_tag', 'from'), tags.get('content_tag', 'value'))
 
 # %% ../../nbs/lint/other_tools.ipynb #996ae879
 def _named_dataset(d, name, e, folder):
@@ -347,7 +384,10 @@ def _named_dataset(d, name, e, folder):
     if not where:
         why = 'its entry says neither file_name nor hf_hub_url; name where the rows are: dataset=…'
         return d.leave('dataset', name, why)
-    read_as = dict(dataset_format=fmt, dataset_columns=columns, dataset_roles=_tagged_roles(e))
+    read_as = dict(dataset_format=fmt, dataset_columns=columns)
+    read_as |= dict(dataset_roles=_tagged_roles(e), dataset_turns=_tagged_keys(d, name, e))
+    for k in e.keys() - _ENTRY_OF_LLAMA_FACTORY:
+        d.leave(f'dataset {name}: {k}', e[k], 'a setting of this dataset that is not there here')
     more = dict(split=e.get('split'), subset=e.get('subset'))
     add_rows(d, 'dataset', where, [where] if file else None, **more, **read_as)
     if e.get('num_samples'):
