@@ -23,7 +23,7 @@ from ..core.settings import settings
 from ..core.schema import SpecError, explain_address, parse_yaml
 from .events import BUILT_IN
 from .files import ARCHIVES, DataError, RowFile, file_kind, open_archive, packed_as
-from .formats import read_csv, read_json, read_jsonl, read_text, read_workbook
+from .file_formats import read_csv, read_json, read_jsonl, read_text, read_workbook
 
 # %% ../../nbs/data/sources.ipynb #32a2891d
 def plain(v):
