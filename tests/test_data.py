@@ -206,7 +206,7 @@ def test_source(tmp_path, source, kind, format):
 
 
 def test_text_file(tmp_path):
-    "A line of a text file is a row; blank lines are none"
+    "A paragraph of a text file is a row; blank lines are none"
     (tmp_path / 'rows.txt').write_text('\n\n'.join(r['text'] for r in FLAT['text']) + '\n')
     got = read(tmp_path / 'rows.txt')
     want = load_data(whole(), FLAT['text'], split=False)
@@ -582,7 +582,7 @@ def test_built_in_rows_in_a_mix(mix):
         ),
         (
             '- dataset: a.jsonl\n- {dataset: b.jsonl, seed: 2}\n',
-            "dataset: the mix mix.yaml, entry 2: unknown name 'seed'; known: dataset, dataset_columns, dataset_format, dataset_revision, dataset_roles, dataset_split, dataset_turns, weight",
+            "dataset: the mix mix.yaml, entry 2: unknown name 'seed'; known: dataset, dataset_columns, dataset_format, dataset_revision, dataset_roles, dataset_split, dataset_turns, text_rows, weight",
         ),
         (
             '- {dataset: a.jsonl, weight: 1}\n- dataset: b.jsonl\n',
@@ -684,7 +684,7 @@ ALPACA = [dict(instruction=f'{i}', output='o') for i in range(4)]
 PREFER = [dict(prompt=f'{i}', chosen='good', rejected='bad') for i in range(4)]
 LABELLED = [dict(prompt=f'{i}', completion='a', label=True) for i in range(4)]
 KNOWN = 'messages: a list of turns with role and content; sharegpt: a list of turns with from and value; alpaca: an instruction, an optional input and the answer; prompt_completion: a prompt and its completion; gemini: a list of turns with role and parts; xlam: a question, functions, and the calls that answer it; segments: pieces of text, each with a label that says whether it is trained; text: plain text for continued pretraining; preference: two answers, of which the first is better; unpaired_preference: messages or prompt and completion, and whether the answer is good'
-KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .txt'
+KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .feather, .xlsx, .txt, .md'
 EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
 
 
@@ -1002,7 +1002,7 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case(
             'no gz',
             lines(OK),
-            'dataset: rows.jsonl.gz cannot be read as jsonl: Not a gzipped file (…)',
+            'dataset: rows.jsonl.gz is no gzip data, whatever its suffix says; rename it to rows.jsonl',
             'rows.jsonl.gz',
         ),
         case(
@@ -1011,7 +1011,9 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
             'dataset: rows.txt.zst cannot be read as txt: Truncated…',
             'rows.txt.zst',
         ),
-        case('no zst', lines(OK), 'dataset: rows.jsonl.zst cannot be read as jsonl: …', 'rows.jsonl.zst'),
+        case(
+            'no zst', lines(OK), 'dataset: rows.jsonl.zst is no zstd data, …; rename it to rows.jsonl', 'rows.jsonl.zst'
+        ),
         case(
             'a dict',
             '{"a": 1}',
@@ -1070,20 +1072,25 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case(
             'UTF-16',
             'text\na\n'.encode('utf-16'),
-            'dataset: rows.csv is not UTF-8 text (byte 0); save it as UTF-8',
+            "dataset: rows.csv is UTF-16, not UTF-8 text; save it as UTF-8 (in Excel: 'CSV UTF-8')",
             'rows.csv',
         ),
         case(
             'ragged CSV',
             'prompt,completion\na,b\na,b,c\n',
-            'row 1: …has more or fewer cells than the header',
+            'row 1: …has more or fewer cells than the header (3, not 2); quote a text that holds the separator',
             'rows.csv',
         ),
-        case('short CSV', 'prompt,completion\na,b\na\n', 'row 1: …has more or fewer cells than the header', 'rows.csv'),
+        case(
+            'short CSV',
+            'prompt,completion\na,b\na\n',
+            'row 1: …has more or fewer cells than the header (1, not 2); …',
+            'rows.csv',
+        ),
         case(
             'open quote',
             'prompt,completion\na,"b\n',
-            'dataset: rows.csv cannot be read as csv: unexpected end of data',
+            'dataset: rows.csv cannot be read as csv: unexpected end of data, row 0, line 2',
             'rows.csv',
         ),
         case(
@@ -1107,13 +1114,13 @@ EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
         case(
             'spreadsheet',
             'x',
-            f'dataset: rows.xlsx is a .xlsx file; expected one of {KINDS}, also with .gz or .zst, or a mix (.yaml)',
-            'rows.xlsx',
+            'dataset: rows.xls is a .xls file; write its rows to a .csv (as UTF-8), .jsonl or .parquet file',
+            'rows.xls',
         ),
         case(
             'no suffix',
             'x',
-            f'dataset: rows is a nameless file; expected one of {KINDS}, also with .gz or .zst, or a mix (.yaml)',
+            f'dataset: rows is a nameless file; expected one of {KINDS}, .zip, .tar, also with .gz, .bz2, .xz or .zst, or a mix (.yaml)',
             'rows',
         ),
         case(

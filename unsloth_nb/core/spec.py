@@ -22,7 +22,7 @@ import yaml
 from fastcore.basics import patch
 from pydantic import Field, field_validator, model_validator
 
-from .schema import Job, SpecError, nearest, param, read_params
+from .schema import Job, SpecError, explain_address, nearest, param, read_params
 from .scoring import named_scorers
 
 # %% ../../nbs/core/spec.ipynb #8cf03313
@@ -122,8 +122,10 @@ def resolve_model(
     path = Path(os.path.expanduser(model))
     if os.path.isdir(path):
         return ModelRef('local', str(path.resolve()), p)
-    if model.count('/') == 1 and not model.startswith(('.', '/', '~')):
+    if model.count('/') == 1 and not model.startswith(('.', '/', '~')) and not explain_address(model, 'model'):
         return ModelRef('hub', model, p)
+    if why := explain_address(model, 'model'):
+        raise SpecError(f"model: {why}")
     what = "no such folder" if '/' in model else "neither a preset, nor a folder, nor a Hub id (owner/name)"
     raise SpecError(f"model: {model!r} is {what}{nearest(model, presets())}")
 
@@ -154,6 +156,9 @@ class SourceParams(Job):
     dataset_columns: dict[str, str] = param({}, 'Columns that go by other names, as standard:yours', _DATA)
     dataset_split: str = param('train', 'Split of a Hub dataset or of a folder', _DATA)
     dataset_revision: str | None = param(None, 'Commit, tag or branch of a Hub dataset; null: its main branch', _DATA)
+    text_rows: Literal['auto', 'file', 'paragraph', 'line'] = param(
+        'auto', 'What is a row of a text file (.txt, .md); auto: a paragraph, by blank lines or long lines', _DATA
+    )
     max_rows: int | None = param(None, 'Use at most this many training rows; null: all', _DATA, 'rows', ge=1)
     test_size: int = param(64, 'Rows held out for the before/after comparison', _DATA, 'rows', ge=1)
     test_dataset: str | None = param(None, 'Hold out the rows of this dataset instead; null: rows of dataset', _DATA)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 import numpy as np
-import yaml
 
 from unsloth_nb.data.conversations import (
     EXTRA,
@@ -33,7 +32,7 @@ from ..core.escaping import markdown_text, plain_text
 from .events import BUILT_IN
 from .formats import detect_format
 from .ledger import Faults, Ledger, count_rows
-from ..core.schema import nearest
+from ..core.schema import SpecError, nearest, parse_yaml
 from .sources import DataError, Source, Spool, find_source
 from .turn_order import POLICIES, TurnPolicies
 from ..core.spec import FinetuneJob
@@ -294,9 +293,12 @@ def collect(
         books['unused_keys'].update(said.unused)
         store.add(_trained_on(conv, job))
     books['faults'].check(lambda r: getattr(job, r), n + 1, job.max_dropped)
+    why += f"; {src.how_text()}" if src.how_text() else ''
     why += f"; left out of the folder: {', '.join(src.left_out)}" if src.left_out else ''
+    hint = "; where each line is a text of its own, say text_rows='line'" if 'paragraph' in src.texts else ''
     index = np.arange(first, len(store))
-    return dict(books, rows=n + 1, index=index, format=reading.format, name=src.name, reason=why, unused=unused)
+    told = dict(format=reading.format, name=src.name, reason=why, unused=unused, notes=src.remarks(), hint=hint)
+    return dict(books, rows=n + 1, index=index, **told)
 
 # %% ../../nbs/data/load.ipynb #10e26006
 def duplicate_rows(keys) -> np.ndarray:  # True where an equal row came before
@@ -350,16 +352,16 @@ def split_rows(
 # %% ../../nbs/data/load.ipynb #a33db1b3
 _OF_A_SOURCE = (
     *('dataset', 'dataset_format', 'dataset_columns', 'dataset_roles', 'dataset_turns'),
-    *('dataset_split', 'dataset_revision'),
+    *('dataset_split', 'dataset_revision', 'text_rows'),
 )
 
-
+# %% ../../nbs/data/load.ipynb #40091267
 def read_mix(path, job) -> list[tuple]:  # (job for one source, weight or None)
     "The entries of a mix; paths in it are relative to its folder; raises `DataError`"
     try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as e:
-        raise DataError(f"dataset: the mix {path} is not YAML: {' '.join(str(e).split())}") from None
+        entries = parse_yaml(Path(path).read_bytes(), f'the mix {path}')
+    except SpecError as e:
+        raise DataError(f"dataset: {e}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) and 'dataset' in e for e in entries):
         raise DataError(
             f"dataset: the mix {path} must be a list of entries with a dataset, as in '- dataset: rows.jsonl'"
@@ -523,7 +525,7 @@ control_characters filtered not_preferred not_in_mix duplicates near_duplicates 
 
 def _source(job, test=False):
     "The one source that a job's dataset is"
-    src = find_source(job.dataset, job.dataset_split, job.dataset_revision)
+    src = find_source(job.dataset, job.dataset_split, job.dataset_revision, job.text_rows)
     if src.kind == 'mix':
         raise DataError(
             f"dataset: {job.dataset} is a mix, which can stand neither in another mix nor as test_dataset; "
@@ -661,13 +663,12 @@ def load_data(
         books['left'].update(g['faults'].counts)
         books['left'].update(g['left'])
         books['noted'].update(g['noted'])
-        books['warnings'] += g['faults'].notes()
+        books['warnings'] += [*g['notes'], *g['faults'].notes()]
     _check_left(train, got, books)
     if other:
         test = other[0]
     elif split:
-        parts = split_rows(train.column('key'), job.test_size, job.seed)
-        train, test = (Conversations(train.store, train.index[i]) for i in parts)
+        train, test = _split(train, job, got)
     else:
         test = train[:0]
     train = _without_overlap(train, test, job, books)
@@ -678,6 +679,16 @@ def load_data(
     return _data(job, (used, test), came, got=got, formats=formats, books=books)
 
 # %% ../../nbs/data/load.ipynb #bdc2ab98
+def _split(convs, job, got):
+    "Rows to train on and rows held out; where too few are there, the error says what was taken for a row"
+    try:
+        parts = split_rows(convs.column('key'), job.test_size, job.seed)
+    except DataError as e:
+        hint = next((g['hint'] for g in got if g['hint']), '')
+        raise DataError(f'{e}{hint}', e.reason) from None
+    return [Conversations(convs.store, convs.index[i]) for i in parts]
+
+
 def _check_left(train, got, books):
     "Raise `DataError` when no row is left to train on"
     if not len(train):

@@ -16,7 +16,7 @@ from ..core.escaping import markdown_code, markdown_text, plain_text
 from ..core.show import Markup, markdown_table
 from ..core.spec import EXPORTS, LINEARS, TEMPLATES, ExportJob, FinetuneJob, split_batch
 from .drafting import SECRET, Draft, Line, MigrationError, full_rule, make_rules, test_rule
-from .other_tools import TRAINER, add_rows, read_axolotl, read_llama_factory, read_yaml
+from .other_tools import TRAINER, add_rows, read_axolotl, read_llama_factory, read_yaml, turn_names
 from .scanning import UNKNOWN, SourceCode, read_table, scan
 
 # %% ../../nbs/lint/migration.ipynb #88dade23
@@ -131,9 +131,20 @@ def _named_template(d, c):
     else:
         why = "no template of that name is there; the model's own is used: template='chat'"
         d.leave('chat_template', name, why)
-    mapping = c.get('mapping')
-    if isinstance(mapping, dict) and (mapping.get('role'), mapping.get('content')) == ('from', 'value'):
-        d.take('mapping', mapping, dataset_format='sharegpt')
+    if isinstance(c.get('mapping'), dict):
+        _turn_mapping(d, c.get('mapping'))
+
+# %% ../../nbs/lint/migration.ipynb #cb2a3cdd
+def _turn_mapping(d, mapping):
+    "Keys and roles of turns, as `get_chat_template` names them"
+    keys = mapping.get('role', 'role'), mapping.get('content', 'content')
+    roles = {str(mapping[k]): k for k in ('system', 'user', 'assistant') if mapping.get(k, k) != k}
+    roles = {own: k for own, k in roles.items() if (own, k) not in (('human', 'user'), ('gpt', 'assistant'))}
+    if keys == ('from', 'value'):
+        d.take('mapping', mapping, dataset_format='sharegpt', **(dict(dataset_roles=roles) if roles else {}))
+    elif turn_names(*keys) or roles:
+        got = dict(dataset_turns=turn_names(*keys), dataset_roles=roles)
+        d.take('mapping', mapping, **{k: v for k, v in got.items() if v})
 
 
 def _template_kind(src, named, alpaca):

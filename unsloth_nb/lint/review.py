@@ -30,7 +30,7 @@ from ..core.escaping import SECRET_KEYS, find_secrets, mask_secrets
 from ..core.show import gib
 from ..planning.plan import make_plan
 from .scanning import UNKNOWN, Dotted, ScanError, SourceCode, read_table, read_text, scan
-from ..core.schema import SpecError
+from ..core.schema import SpecError, parse_yaml
 from ..core.spec import JOBS, FinetuneJob
 
 # %% ../../nbs/lint/review.ipynb #c14af06b
@@ -543,10 +543,10 @@ def _job_calls(s: SourceCode, device, profile):
 def _read_params(path, text) -> tuple:  # (name to value, name to line)
     "A params file as data; raises `ScanError` for another file"
     try:
+        values = parse_yaml(text, str(path))
         node = yaml.compose(text, yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
-        raise ScanError(mask_secrets(f"{path} is not YAML: {' '.join(str(e).split())}")) from None
+    except SpecError as e:
+        raise ScanError(mask_secrets(str(e))) from None
     if values is not None and not isinstance(values, dict):
         raise ScanError(f"{path} must hold 'name: value' lines, got a {type(values).__name__}")
     if not values:

@@ -525,9 +525,10 @@ def scan_cells(cells: list[Cell], path: str = '', kind: str = 'notebook') -> Sou
 
 # %% ../../nbs/lint/scanning.ipynb #fefaba73
 def read_text(path) -> str:
-    "A file's text; bytes that are no UTF-8 become replacement characters"
+    "A file's text, UTF-8 or UTF-16 by its mark; bytes that are neither become replacement characters"
     try:
-        return Path(path).read_bytes().decode('utf-8-sig', 'replace')
+        held = Path(path).read_bytes()
+        return held.decode('utf-16' if held[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig', 'replace')
     except (OSError, ValueError) as e:
         raise ScanError(f"{path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
