@@ -256,7 +256,7 @@ def test_every_page(width, reader, pages):
     assert not r.wrong, '\n'.join(r.wrong)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.browser
 def test_accessible(reader, site, pages):
     "axe-core finds nothing serious in what pages say that have styles or pictures of their own; all others are drawn as those of the next test"

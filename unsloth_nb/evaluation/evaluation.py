@@ -34,7 +34,7 @@ from unsloth_nb.evaluation.significance import (
     difference_cells,
     estimate,
     interval,
-    number,
+    four_digits,
 )
 
 # %% ../../nbs/evaluation/evaluation.ipynb #3f125051
@@ -355,7 +355,7 @@ def _score_rows(self: Comparison):
         d = Difference(**v['difference']) if 'difference' in v else None
         yield [
             name,
-            *(f'{number(e.mean)} {interval(e)}' if e else '' for e in sides),
+            *(f'{four_digits(e.mean)} {interval(e)}' if e else '' for e in sides),
             *(difference_cells(d) if both else []),
             str(max(e.n for e in sides if e)),
         ]

@@ -25,7 +25,7 @@ from unsloth_nb.evaluation.significance import (
     difference_cells,
     estimate,
     interval,
-    number,
+    four_digits,
 )
 
 # %% ../../nbs/evaluation/leaderboard.ipynb #0f1f043e
@@ -132,7 +132,7 @@ def _cells(board, rows):
     for s in rows:
         e = s.estimate
         d = s.difference
-        score = [Markup(c) for c in (e.n, number(e.mean), interval(e))] if e else [''] * 3
+        score = [Markup(c) for c in (e.n, four_digits(e.mean), interval(e))] if e else [''] * 3
         yield [s.run, s.model, s.dataset, *score, *difference_cells(d), s.note]
 
 
