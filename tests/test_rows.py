@@ -459,3 +459,17 @@ def test_preferences_with_a_greeting():
     )  # fmt: skip
     conv = read(row, answer_first='cut').train[0]
     assert [m['content'] for m in conv.messages] == ['q', 'a'] and conv.rejected[0]['content'] == 'b'
+
+
+# Private characters ---------------------------------------------------------------------------------------------------------------------
+def test_text_with_private_characters(lib):
+    "Icons of a font stand where marks could; the roles are found all the same"
+    from unsloth_nb.tokens.formatting import Formatter
+    from unsloth_nb.training.loading import load_tokenizer
+
+    tok = load_tokenizer(job())
+    icons = ''.join(map(chr, (0xF0000, 0x100000, 0x100001, 0x100002, 0x10FFFD)))
+    data = read(dict(prompt=f'icon {icons}', completion=f'{icons} glyph'))
+    (ex,) = Formatter(tok, 'chat', ['user', 'assistant']).examples(data.train)[0]
+    trained = tok.decode([i for i, m in zip(ex.input_ids, ex.mask) if m])
+    assert trained == f'icon {icons}<|im_end|>{icons} glyph<|im_end|>'

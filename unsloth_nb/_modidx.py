@@ -3053,6 +3053,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates._end_token': ( 'tokens/templates.html#_end_token',
                                                                                          'unsloth_nb/tokens/templates.py'),
+                                             'unsloth_nb.tokens.templates._free_marks': ( 'tokens/templates.html#_free_marks',
+                                                                                          'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates._holds': ( 'tokens/templates.html#_holds',
                                                                                      'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates._marked': ( 'tokens/templates.html#_marked',
