@@ -303,13 +303,15 @@ _MARKS = re.compile(
     re.I,
 )
 _PLAIN_MARK = re.compile(rf'\A\s*<({_names})>|^[ \t]*<({_names})>[ \t]*$|\s<({_names})>\s*\Z', re.I | re.M)
+_WORDS = ('image', 'img', 'audio', 'video', 'picture', 'speech', 'sound', 'vision_start', '__media__')
 _FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|mp3|wav|flac|ogg|m4a|mp4|avi|mov|mkv|webm)\b|://|\Adata:', re.I)
 
 
 def media_mark(text):
     "The placeholder of a picture, sound or video in a text, or None"
-    if '<' not in text and '[' not in text:
-        return None
+    low = text.lower()
+    if not any(w in low for w in _WORDS):
+        return None  # Quick, and most texts end here
     if m := _MARKS.search(text):
         return m[0]
     m = _PLAIN_MARK.search(text)
@@ -369,6 +371,8 @@ def _first(t, keys):
 @patch
 def _keys_of(self: TurnReader, t):
     "(key of the role, key of the text) of a turn; None for what it has not"
+    if not self.keys and isinstance(t.get('role'), str) and isinstance(t.get('content'), str):
+        return 'role', 'content'
     return tuple(
         _first(t, (self.keys[k],) if k in self.keys else names)
         for k, names in (('role', ROLE_KEYS), ('content', TEXT_KEYS))
@@ -424,6 +428,8 @@ def message(self: TurnReader, t, where, others=()):
         raise self._no_turn(t, where)
     role = self.role(t[role_key], where, others)
     v = t.get(text_key)
+    if len(t) == 2 and isinstance(v, str) and t[role_key] not in ('function_call', 'tool_call'):
+        return [dict(role=role, content=v)]
     thought = _first(t, _REASONING)
     used = {role_key, text_key, thought, *FLAGS, 'tool_calls', 'function_call', 'tool_call_id', 'name'}
     self._list_unused(t, used, where)
@@ -475,7 +481,7 @@ def _whole_turns(turns):
         return None
     try:
         got = [json.loads(t) for t in turns]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return got if all(map(is_turn, got)) else None
 
