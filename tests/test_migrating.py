@@ -313,6 +313,21 @@ def test_axolotl(tmp_path):
     ) and 'lr_scheduler_type' in names(got.defaults)
 
 
+def test_all_of_a_mapping_is_taken_over(tmp_path):
+    "Keys and roles that `get_chat_template` names"
+
+    def drafted(mapping):
+        draw = 'from unsloth.chat_templates import get_chat_template\n'
+        draw += f'tokenizer = get_chat_template(tokenizer, chat_template="llama-3.1", mapping={mapping!r})\n'
+        return import_job(notebook(tmp_path / 'n.ipynb', LOAD, LORA, draw + ROWS, TRAIN)).job
+
+    job = drafted(dict(role='who', content='said', user='customer', assistant='agent'))
+    assert job.dataset_turns == dict(role='who', content='said')
+    assert job.dataset_roles == dict(customer='user', agent='assistant')
+    job = drafted({'role': 'from', 'content': 'value', 'user': 'human', 'assistant': 'gpt'})
+    assert (job.dataset_format, job.dataset_turns, job.dataset_roles) == ('sharegpt', {}, {})
+
+
 def test_axolotl_columns_roles_and_text(tmp_path):
     chats = dict(
         path='owner/c',

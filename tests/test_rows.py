@@ -70,10 +70,13 @@ LAYOUTS = {
     'object answer': lambda i: dict(query=f'q{i}', response=dict(n=i)),
     'body': lambda i: dict(article=f'text {i}', url='u'),
     'tools beside a chat': lambda i: dict(chat=turns(('user', f'q{i}'), A)['messages'], functions=[dict(name='f')]),
+    'premise and hypothesis': lambda i: dict(premise=f'q{i}', hypothesis='h', label=i % 2),
+    'source and target': lambda i: dict(src=f'q{i}', tgt='a'),
+    'chosen alone': lambda i: dict(question=f'q{i}', chosen='a'),
     'older Gemini': lambda i: dict(text_input=f'q{i}', output='a'),
 }
 # Columns that have a meaning of their own, and so must not be lost in a suggestion
-MEANT = {'context', 'passage', 'choices', 'system_prompt', 'system', 'history', 'Complex_CoT', 'reasoning', 'rationale',
+MEANT = {'context', 'hypothesis', 'passage', 'choices', 'system_prompt', 'system', 'history', 'Complex_CoT', 'reasoning', 'rationale',
          'system_message', 'summary', 'label', 'sentiment', 'question', 'functions', 'text'}  # fmt: skip
 
 
@@ -145,6 +148,13 @@ def test_flags_that_contradict():
         read(turns(U, (*A, dict(loss=0.53))))
 
 
+@pytest.mark.parametrize('flag', [dict(mask=True), dict(masked=0), dict(ignore=True)])
+def test_flags_that_could_mean_either(flag):
+    with pytest.raises(DataError, match='turn 2: .* may say that the turn is trained or that it is not'):
+        read(turns(U, (*A, flag)))
+    assert read(turns(U, (*A, dict(mask='a text')))).unused_keys == dict(mask=1)
+
+
 def test_keys_of_turns_that_are_not_used():
     "They are listed with the number of rows; what holds nothing is not"
     rows = [
@@ -166,6 +176,10 @@ PLAIN = turns(U, A)
         (PLAIN | dict(image='0001'), "column 'image'"),
         (PLAIN | dict(Audio='x.wav'), "column 'Audio'"),
         (PLAIN | dict(videos=['https://example.org/v']), "column 'videos'"),
+        (PLAIN | dict(image_1='a.png'), "column 'image_1'"),
+        (PLAIN | dict(media=[dict(url='x')]), "column 'media'"),
+        (turns(('user', 'Compare <image 1> with it'), A), "turn 1: the placeholder '<image 1>'"),
+        (turns(('user', 'See <start_of_image>.'), A), "turn 1: the placeholder '<start_of_image>'"),
         (PLAIN | dict(anything=dict(bytes=None, path='a.png')), "column 'anything'"),
         (turns((*U, dict(image='a.png')), A), "turn 1: 'image'"),
         (turns(('user', '<image>\nWhat?'), A), "turn 1: the placeholder '<image>'"),
@@ -236,6 +250,7 @@ def test_own_keys_and_roles_of_turns():
         ([dict(input='q', output='a')], 'turns_by_position'),
         ([dict(human='q', assistant='a')], 'turns_by_position'),
         (json.dumps(PLAIN['messages']), 'turns_from_text'),
+        ([json.dumps(t) for t in PLAIN['messages']], 'turns_from_text'),
         (repr(PLAIN['messages']), 'turns_from_text'),
     ],
 )
@@ -243,6 +258,25 @@ def test_own_keys_and_roles_of_turns():
 def test_lists_in_other_shapes(value, note, column):
     data = read({column: value})
     assert said(data) == CHAT and noted(data) == {note: 1}
+
+
+def test_an_object_of_lists():
+    "How some tables keep a list of turns"
+    assert said(read(dict(messages=dict(role=['user', 'assistant'], content=['q', 'a'])))) == CHAT
+
+
+def test_columns_that_seem_to_belong_to_the_rows():
+    "A format fits, and a column with a meaning is left: a warning says how to use it, and it works"
+    rows = [dict(conversations=turns(('user', f'q{i}'), A)['messages'], system_prompt='s', id=i) for i in range(3)]
+    data = read(*rows)
+    (warning,) = data.warnings
+    proposed = as_params(warning.split('; say ')[1])
+    assert proposed == dict(dataset_columns=dict(system='system_prompt'))
+    data = read(*rows, **proposed)
+    assert data.warnings == [] and said(data)[0] == ('system', 's') and data.unused == ['id']
+    asked = dict(dataset_columns=dict(instruction='task', output='result'))
+    (warning,) = read(dict(task='q', result='a', context='c'), **asked).warnings
+    assert warning.endswith('say dataset_columns=instruction:task,output:result,input:context')
 
 
 def test_a_list_that_numpy_printed_is_refused():
@@ -302,6 +336,9 @@ def test_names_of_classes_in_parquet(tmp_path):
     datasets.Dataset.from_dict(dict(text=['q'], label=[1]), features=features).to_parquet(tmp_path / 'a.parquet')
     asked = job(dataset=str(tmp_path / 'a.parquet'), dataset_columns=dict(prompt='text', completion='label'))
     assert load_data(asked, split=False).train[0].messages[-1]['content'] == 'good'
+    datasets.Dataset.from_parquet(str(tmp_path / 'a.parquet'), cache_dir=str(tmp_path)).save_to_disk(tmp_path / 'saved')
+    saved = asked.replace(dataset=str(tmp_path / 'saved'))
+    assert load_data(saved, split=False).train[0].messages[-1]['content'] == 'good'
 
 
 def test_an_index_with_a_name_is_a_column():
@@ -459,3 +496,17 @@ def test_preferences_with_a_greeting():
     )  # fmt: skip
     conv = read(row, answer_first='cut').train[0]
     assert [m['content'] for m in conv.messages] == ['q', 'a'] and conv.rejected[0]['content'] == 'b'
+
+
+# Private characters ---------------------------------------------------------------------------------------------------------------------
+def test_text_with_private_characters(lib):
+    "Icons of a font stand where marks could; the roles are found all the same"
+    from unsloth_nb.tokens.formatting import Formatter
+    from unsloth_nb.training.loading import load_tokenizer
+
+    tok = load_tokenizer(job())
+    icons = ''.join(map(chr, (0xF0000, 0x100000, 0x100001, 0x100002, 0x10FFFD)))
+    data = read(dict(prompt=f'icon {icons}', completion=f'{icons} glyph'))
+    (ex,) = Formatter(tok, 'chat', ['user', 'assistant']).examples(data.train)[0]
+    trained = tok.decode([i for i, m in zip(ex.input_ids, ex.mask) if m])
+    assert trained == f'icon {icons}<|im_end|>{icons} glyph<|im_end|>'

@@ -42,9 +42,12 @@ ROLES = dict(
 ROLE_KEYS = ('role', 'from', 'speaker', 'author', 'sender')
 TEXT_KEYS = ('content', 'value', 'text', 'parts', 'message', 'utterance')
 FLAGS = ('weight', 'train', 'trainable', 'training', 'loss', 'loss_mask', 'loss_weight')  # Is the turn trained?
-MEDIA = set(
-    'image images image_path image_paths image_url image_urls img imgs picture pictures pixel_values '
-    'audio audios audio_path audio_url speech video videos video_path video_url'.split()
+_UNCLEAR_FLAGS = ('mask', 'masked', 'ignore')
+MEDIA = re.compile(
+    r'(image|img|picture|photo|audio|speech|sound|video|frame|media)s?'
+    r'([_-]?(path|url|uri|file|name|bytes|b64|base64|\d+)s?)?'
+    '|pixel_values|jpe?g|png|webp|mp3|wav|flac|mp4',
+    re.I,
 )
 _REASONING = ('reasoning_content', 'reasoning', 'thinking')
 _QUESTIONS = ('input', 'human', 'user', 'question', 'prompt', 'instruction', 'query')
@@ -273,6 +276,11 @@ _YES_NO = {0: 0, 1: 1, 'false': 0, 'true': 1, '0': 0, '1': 1}
 
 def read_weight(t, where):
     "0 or 1 from whichever flag a turn has, None without one; raises `DataError`"
+    if unclear := next((k for k in _UNCLEAR_FLAGS if isinstance(t.get(k), (bool, int))), None):
+        raise DataError(
+            f"{where}: {unclear}={t[unclear]!r} may say that the turn is trained or that it is not; "
+            "write weight instead: 0 (not trained) or 1"
+        )
     found = {}
     for k in FLAGS:
         if t.get(k) is None:
@@ -289,18 +297,21 @@ def read_weight(t, where):
 # %% ../../nbs/data/turns.ipynb #85250ff4
 _names = r'(?:image|img|video|audio|picture|speech|sound)'
 _MARKS = re.compile(
-    rf'<\|{_names}(?:_?\d+|_pad|_start|_placeholder)?\|>|<{_names}[_-](?:\d+|placeholder|here)>|<\|vision_start\|>'
-    r'|<ImageHere>|<__media__>|\[IMG\]|<img>[^<\n]+</img>',
+    rf'<\|{_names}(?:_?\d+|_pad|_start|_bos|_placeholder)?\|>|<{_names}[_ -](?:\d+|placeholder|here|soft_token)>'
+    rf'|<\|vision_start\|>|<\|?(?:start|begin)_of_{_names}\|?>|<ImageHere>|<__media__>|\[(?:IMG|AUDIO)\]'
+    r'|<img>[^<\n]+</img>',
     re.I,
 )
 _PLAIN_MARK = re.compile(rf'\A\s*<({_names})>|^[ \t]*<({_names})>[ \t]*$|\s<({_names})>\s*\Z', re.I | re.M)
+_WORDS = ('image', 'img', 'audio', 'video', 'picture', 'speech', 'sound', 'vision_start', '__media__')
 _FILE = re.compile(r'\.(jpe?g|png|gif|webp|bmp|tiff?|mp3|wav|flac|ogg|m4a|mp4|avi|mov|mkv|webm)\b|://|\Adata:', re.I)
 
 
 def media_mark(text):
     "The placeholder of a picture, sound or video in a text, or None"
-    if '<' not in text and '[IMG]' not in text:
-        return None
+    low = text.lower()
+    if not any(w in low for w in _WORDS):
+        return None  # Quick, and most texts end here
     if m := _MARKS.search(text):
         return m[0]
     m = _PLAIN_MARK.search(text)
@@ -332,7 +343,7 @@ def check_media(self: TurnReader, row, i, used=()):
         if k in used or v is None:
             continue
         blob = isinstance(v, dict) and v.keys() >= {'bytes', 'path'}
-        if blob or (str(k).lower() in MEDIA and is_media(v)):
+        if blob or (MEDIA.fullmatch(str(k)) and is_media(v)):
             self.refuse_media(f"row {i}: column {k!r}", 'holds pictures, sound or video')
 
 
@@ -360,6 +371,8 @@ def _first(t, keys):
 @patch
 def _keys_of(self: TurnReader, t):
     "(key of the role, key of the text) of a turn; None for what it has not"
+    if not self.keys and isinstance(t.get('role'), str) and isinstance(t.get('content'), str):
+        return 'role', 'content'
     return tuple(
         _first(t, (self.keys[k],) if k in self.keys else names)
         for k, names in (('role', ROLE_KEYS), ('content', TEXT_KEYS))
@@ -385,7 +398,7 @@ def _list_unused(self: TurnReader, t, used, where):
     for k, v in t.items():
         if k in used or v in (None, '', [], {}, False):
             continue
-        if str(k).lower() in MEDIA and is_media(v):
+        if MEDIA.fullmatch(str(k)) and is_media(v):
             self.refuse_media(f"{where}: {k!r}", 'holds pictures, sound or video')
         self.unused.add(str(k))
 
@@ -398,7 +411,7 @@ def _no_turn(self: TurnReader, t, where):
     fix = ''
     if isinstance(t, dict) and not self.keys:
         missing = [k for k, own in zip(names, self._keys_of(t)) if own is None]
-        left = [k for k in t if k not in {*self._keys_of(t), *FLAGS, *MEDIA} and isinstance(t[k], str)]
+        left = [k for k in t if k not in {*self._keys_of(t), *FLAGS} and isinstance(t[k], str)]
         left.sort(key=lambda k: _standard(t[k], self.roles) is None)
         if 0 < len(missing) == len(left):
             fix = '; say dataset_turns=' + ','.join(f'{m}:{k}' for m, k in zip(missing, left))
@@ -415,6 +428,8 @@ def message(self: TurnReader, t, where, others=()):
         raise self._no_turn(t, where)
     role = self.role(t[role_key], where, others)
     v = t.get(text_key)
+    if len(t) == 2 and isinstance(v, str) and t[role_key] not in ('function_call', 'tool_call'):
+        return [dict(role=role, content=v)]
     thought = _first(t, _REASONING)
     used = {role_key, text_key, thought, *FLAGS, 'tool_calls', 'function_call', 'tool_call_id', 'name'}
     self._list_unused(t, used, where)
@@ -460,9 +475,32 @@ def is_turn(t):
     return named and any(k in t for k in (*TEXT_KEYS, 'tool_calls', 'function_call'))
 
 
+def _whole_turns(turns):
+    "The turns of a list in which each is the JSON of one; None for another list"
+    if not all(isinstance(t, str) and t.lstrip().startswith('{') for t in turns):
+        return None
+    try:
+        got = [json.loads(t) for t in turns]
+    except (ValueError, RecursionError):
+        return None
+    return got if all(map(is_turn, got)) else None
+
+
+def _rows_of_columns(v):
+    "A list of turns from an object of lists, as some tables keep it; other values as they are"
+    if not isinstance(v, dict) or not any(k in v for k in ROLE_KEYS):
+        return v
+    lists = [x for x in v.values() if isinstance(x, list)]
+    if len(lists) != len(v) or len(set(map(len, lists))) != 1:
+        return v
+    return [{k: x for k, x in zip(v, turn) if x is not None} for turn in zip(*lists)]
+
+# %% ../../nbs/data/turns.ipynb #5a3efb6d
 @patch
 def _spread(self: TurnReader, turns):
     "Turns with roles, from a list of strings or of pairs; other lists as they are"
+    if whole := _whole_turns(turns):
+        return self.note('turns_from_text', whole)
     if all(isinstance(t, str) for t in turns):
         roles = ('user', 'assistant')
         return self.note('turns_by_position', [dict(role=roles[n % 2], content=t) for n, t in enumerate(turns)])
@@ -482,7 +520,7 @@ def _spread(self: TurnReader, turns):
 @patch
 def turns(self: TurnReader, v, col, i):
     "Standard messages from a column with a list of turns; raises `DataError`"
-    turns = self.list_of(v, f"row {i}: column {col!r}")
+    turns = _rows_of_columns(self.list_of(v, f"row {i}: column {col!r}"))
     if not isinstance(turns, list) or not turns:
         raise DataError(
             f"row {i}: column {col!r} must be a list of turns, got "

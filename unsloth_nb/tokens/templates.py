@@ -13,6 +13,7 @@ import io
 import re
 import tempfile
 from contextlib import chdir, redirect_stdout
+from itertools import islice
 
 from ..data.conversations import Conversation
 from ..core.engine import quiet, start_engine
@@ -299,28 +300,34 @@ def check_shown(conv: Conversation, seen: dict):
         raise FormatError(f"row {conv.row}: the chat template leaves out {_probes[bad][1]}")
 
 # %% ../../nbs/tokens/templates.ipynb #4e872b41
-def _marked(messages):
+def _free_marks(text, n):
+    "So many private characters that a text does not have"
+    used = set(text)
+    return list(islice((c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in used), n))
+
+
+def _marked(messages, marks):
     "Messages with a mark before and behind each content, blanks at its edges left outside"
     for k, m in enumerate(messages):
         core = m['content'].strip()
-        yield (
-            m
-            if not core
-            else dict(m, content=m['content'].replace(core, chr(0x100000 + 2 * k) + core + chr(0x100001 + 2 * k), 1))
-        )
+        content = m['content'].replace(core, marks[2 * k] + core + marks[2 * k + 1], 1) if core else m['content']
+        yield dict(m, content=content)
 
 
 def role_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (start, end, role)), in order
     "The text of a conversation, and which part of it is whose content"
     plain = render(tok, conv.messages, conv.tools, row=conv.row)
-    text = render(tok, list(_marked(conv.messages)), conv.tools, row=conv.row)
-    marks = list(re.finditer('[\U00100000-\U0010ffff]', text))
-    if re.sub('[\U00100000-\U0010ffff]', '', text) != plain:
+    free = _free_marks(plain + ''.join(m['content'] for m in conv.messages), 2 * len(conv.messages))
+    text = render(tok, list(_marked(conv.messages, free)), conv.tools, row=conv.row)
+    any_mark = re.compile('[' + ''.join(free) + ']')
+    marks = list(any_mark.finditer(text))
+    if any_mark.sub('', text) != plain:
         raise FormatError(
             f"row {conv.row}: the chat template changes the text of a turn, "
             "so its tokens cannot be given to roles; use loss_on='responses'"
         )
-    at = {ord(m[0]) - 0x100000: m.start() - n for n, m in enumerate(marks)}
+    order = {c: k for k, c in enumerate(free)}
+    at = {order[m[0]]: m.start() - n for n, m in enumerate(marks)}
     return plain, sorted(
         (at[2 * k], at[2 * k + 1], m['role']) for k, m in enumerate(conv.messages) if 2 * k in at and 2 * k + 1 in at
     )
