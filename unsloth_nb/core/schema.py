@@ -401,9 +401,9 @@ def parse_yaml(
         return yaml.load(text, _UniqueNames)
     except SpecError as e:
         raise SpecError(f"{name}: {e}") from None
-    except yaml.reader.ReaderError as e:
-        raise SpecError(f"{name} is not UTF-8 text (byte {e.position}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
+        if getattr(e, 'encoding', '') == 'utf-8':
+            raise SpecError(f"{name} is not UTF-8 text (byte {e.position}); save it as UTF-8") from None
         raise SpecError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
 
 # %% ../../nbs/core/schema.ipynb #522863d8
