@@ -216,7 +216,8 @@ def _renamed(f, suffix):
     "The name that a file should have, by what it holds"
     if suffix in PACKED:
         return f.name + suffix
-    return str(PurePosixPath(f.name).with_suffix(suffix))
+    stem = PurePosixPath(f.name).stem
+    return stem if stem.endswith(suffix) else stem + suffix
 
 
 def _refuse_other(f, head, kind):
