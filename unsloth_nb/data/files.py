@@ -22,7 +22,7 @@ from ..core.schema import SpecError
 
 # %% ../../nbs/data/files.ipynb #6087a916
 class DataError(SpecError):
-    "Rows that are not what they should be; names the source, the row, the column and the mend"
+    "Rows that are not what they should be; names the source, the row, the column and the fix"
 
     def __init__(self, message, reason='malformed'):
         super().__init__(message)
