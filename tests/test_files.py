@@ -15,7 +15,7 @@ from unsloth_nb.core.schema import SpecError, read_params
 from unsloth_nb.core.spec import FinetuneJob, PretrainJob, resolve_model
 from unsloth_nb.data.files import file_kind
 from unsloth_nb.data.load import load_data
-from unsloth_nb.data.sources import find_source, rows_of
+from unsloth_nb.data.sources import READERS, find_source, rows_of
 from unsloth_nb.lint.review import check_file
 from unsloth_nb.lint.scanning import ScanError
 
@@ -667,3 +667,16 @@ def test_frame_of_another_library():
 
 def test_kinds():
     assert [file_kind(n) for n in ('a.tgz', 'a.tar.xz', 'a.JSONL.BZ2')] == ['.tar', '.tar', '.jsonl']
+
+
+def test_a_format_of_ones_own(tmp_path, monkeypatch):
+    "A function and an entry are enough"
+
+    def read_words(f):
+        with f.open('rb') as h:
+            yield from (dict(prompt=w, completion=w) for w in h.read().decode().split())
+
+    monkeypatch.setitem(READERS, '.words', read_words)
+    assert len(load(put(tmp_path, 'a.words', 'one two')).train) == 2
+    assert len(load(put(tmp_path, 'a.words.gz', gzip.compress(b'one two'))).train) == 2
+    assert len(load(zipped(tmp_path, 'a.zip', **{'a.words': 'one two'})).train) == 2

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from collections import Counter
+from collections import ChainMap, Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -95,7 +95,7 @@ READERS = {
     '.markdown': read_text,
 }  # Suffix to what reads such a file
 TEXTS = ('.txt', '.md', '.markdown')
-KINDS = [*READERS, *ARCHIVES]
+KINDS = ChainMap(dict.fromkeys(ARCHIVES), READERS)  # All that a dataset may be, also what is added later
 
 # %% ../../nbs/data/sources.ipynb #e733c77a
 def read_file(f: Path | RowFile):  # Yields a dict a row, or a DataError in its place
