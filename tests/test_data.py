@@ -684,7 +684,7 @@ ALPACA = [dict(instruction=f'{i}', output='o') for i in range(4)]
 PREFER = [dict(prompt=f'{i}', chosen='good', rejected='bad') for i in range(4)]
 LABELLED = [dict(prompt=f'{i}', completion='a', label=True) for i in range(4)]
 KNOWN = 'messages: a list of turns with role and content; sharegpt: a list of turns with from and value; alpaca: an instruction, an optional input and the answer; prompt_completion: a prompt and its completion; gemini: a list of turns with role and parts; xlam: a question, functions, and the calls that answer it; segments: pieces of text, each with a label that says whether it is trained; text: plain text for continued pretraining; preference: two answers, of which the first is better; unpaired_preference: messages or prompt and completion, and whether the answer is good'
-KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .feather, .xlsx, .txt, .md'
+KINDS = '.json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .feather, .xlsx, .txt, .md, .markdown'
 EMPTY = "is empty; fill it or remove the row, or say empty='drop'"
 
 

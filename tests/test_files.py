@@ -15,7 +15,7 @@ from unsloth_nb.core.schema import SpecError, read_params
 from unsloth_nb.core.spec import FinetuneJob, PretrainJob, resolve_model
 from unsloth_nb.data.files import file_kind
 from unsloth_nb.data.load import load_data
-from unsloth_nb.data.sources import find_source, rows_of
+from unsloth_nb.data.sources import READERS, find_source, rows_of
 from unsloth_nb.lint.review import check_file
 from unsloth_nb.lint.scanning import ScanError
 
@@ -99,6 +99,17 @@ def test_folder_of_books(tmp_path):
     assert whole.ledger.came == 2 and len(whole.train) == len(whole.test) == 1
 
 
+def test_folders_of_texts(tmp_path):
+    "Texts are read from the folders inside as well; other rows there are named as left out"
+    put(tmp_path, 'docs/a.md', 'One.\n')
+    put(tmp_path, 'docs/in/deep/b.txt', 'Two.\n')
+    put(tmp_path, 'docs/.git/c.txt', 'no\n')
+    assert [c.text for c in load(tmp_path / 'docs').train] == ['One.', 'Two.']
+    put(tmp_path, 'rows/a.jsonl', LINES)
+    put(tmp_path, 'rows/older/a.jsonl', LINES)
+    assert load(tmp_path / 'rows').reason.endswith('left out of the folder: older/')
+
+
 def test_too_few_paragraphs(tmp_path):
     "A list of lines without a blank one is a single paragraph: the error says what to do"
     f = put(tmp_path, 'lines.txt', 'one\ntwo\nthree\n')
@@ -117,6 +128,8 @@ def test_too_few_paragraphs(tmp_path):
         ('rows.json.txt', json.dumps(ROWS, indent=1), 'rows.json'),
         ('rows.csv.txt', 'prompt,completion\na,b\n', 'rows.csv'),
         ('rows.txt', 'prompt,completion\na,b\nc,d\n', 'rows.csv'),
+        ('rows.jsonl.txt.gz', gzip.compress(LINES.encode()), 'rows.jsonl.gz'),
+        ('rows.txt', "{'prompt': 'a', 'completion': 'b'}\n", 'rows.jsonl'),
         ('rows.txt', 'Prompt\tCompletion\na\tb\nc\td\n', 'rows.tsv'),
     ],
 )
@@ -166,6 +179,8 @@ def quoted(r, sep=',', end='\r\n'):
         ('a.csv', table('prompt,completion,,\n', ',', lambda r: quoted(r, end=',,\n')), 'without a name, left out (2'),
         ('a.csv', table('prompt,completion,\n', ',', quoted), 'a column without a name, left out'),
         ('a.csv', table('prompt,completion\n', ',', lambda r: quoted(r, end=',,\n')), 'left out (5 times)'),
+        ('a.csv', table('prompt,completion\n', ',', quoted) + ',\n,\n', 'a row with nothing in it, left out (2 times)'),
+        ('a.csv', table('prompt\u200b,\xa0completion\n', ',', quoted), 'blanks around the name of a column'),
         ('a.csv', table(',prompt,completion\n', ',', lambda r: '7,' + quoted(r)), 'a column without a name, left out'),
     ],
 )
@@ -207,6 +222,13 @@ def test_quotes_with_a_backslash(tmp_path):
         ('a.jsonl', LINES + '\ufeff' + LINES, 'row 5: line 6 is not JSON: a byte order mark'),
         ('a.jsonl', '# rows\n' + LINES, 'line 1 is not JSON: it is a comment'),
         ('a.jsonl', '["a"]\n["b"]\n', 'row 0: expected columns, got a list'),
+        (
+            'a.jsonl',
+            '[{"role": "user"}]\n[{"role": "user"}]\n',
+            'got a list of turns; give it a name, as in {"messages"',
+        ),
+        ('a.jsonl', 'Entry not found', "line 1 is not JSON: Expecting value (column 1), not 'Entry not found'"),
+        ('a.json', '[{"prompt": "a"}, {"prompt": "b"', 'the file ends here, as one does that was cut off'),
         ('a.jsonl', pretty() + '{"prompt": x}\n', 'row 5, line 21'),
         ('a.json', '[\n{"prompt": "a"},\n{"prompt": b}]', 'row 1, line 3'),
         ('a.csv', 'prompt,completion,\na,b,and more\n', "row 0 has 'and more' in column 3, which has no name"),
@@ -454,6 +476,8 @@ POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         ('a.jsonl', b'\0' * 99, 'is a run of zero bytes'),
         ('a.pdf', b'x', 'is a .pdf file; write its text to a .txt or .md file'),
         ('a.docx', b'x', 'write its text to a .txt or .md file'),
+        ('rows.parquet.txt', parquet_bytes, 'is a Parquet file, not txt; rename it to rows.parquet'),
+        ('rows.gz', gzip.compress(b'x'), 'does not say what is packed in it; rename it, as in rows.jsonl.gz'),
         ('a.ods', b'x', 'write its rows to a .csv'),
         ('a.tar.zst', b'\x28\xb5\x2f\xfd', 'is a tar archive in zstd; unpack it, and name the folder'),
     ],
@@ -491,6 +515,8 @@ ENTRY = 'configs:\n- config_name: default\n  data_files:\n'
         ('', {'data/train/part-0.jsonl': LINES, 'data/test/part-0.jsonl': OTHER}),
         ('', {'math_train.jsonl': LINES, 'math_test.jsonl': OTHER}),
         ('', {'rows.jsonl': LINES, 'rows.test.jsonl': OTHER}),
+        ('', {'train.jsonl': LINES, 'test.jsonl': OTHER, 'sample_submission.jsonl': OTHER}),
+        (ENTRY + '  - split: train\n    path: data/**', {'data/a/x.jsonl': LINES}),
         ('', {'rows.jsonl': LINES, 'dataset_info.json': '{}', 'LICENSE.md': 'x'}),
         ('license: mit', {'rows.jsonl': LINES}),
         (
@@ -542,7 +568,7 @@ def test_clone_of_a_dataset(tmp_path, head, files):
             '',
             {'main/a.jsonl': LINES, 'socratic/a.jsonl': OTHER},
             {},
-            'name one of its folders that hold some: main, socr',
+            'name one of its folders that do: main, socratic',
         ),
         ('', {'data/train.parquet': POINTER}, {}, 'git lfs pull'),
     ],
@@ -573,6 +599,11 @@ def test_clone_that_cannot_be_read(tmp_path, head, files, kw, said):
         ),
         ('C:/rows', "under WSL it is '/mnt/c/rows'"),
         ('\\\\server\\share\\rows.jsonl', 'is a path of Windows'),
+        ('datasets/owner/name', "dataset='owner/name'"),
+        ('owner/name/', "ends with a slash and is no folder here; a Hub id has none: dataset='owner/name'"),
+        ('data\\rows.jsonl', "has backslashes between folders; write dataset='data/rows.jsonl'"),
+        ('$HOME/rows.jsonl', 'begins with a variable that nothing has filled in'),
+        ('/dev/stdin', 'is a stream or a device'),
         ('/dev/null', 'is a stream or a device, which cannot be read twice'),
         ('-', 'write the rows to a file first, as in: cat > rows.jsonl'),
     ],
@@ -612,6 +643,20 @@ def test_frame_with_an_index_that_has_a_name():
     assert list(rows_of(frame.set_index(['prompt', 'completion']))) == ROWS
 
 
+def test_columns_of_one_name(tmp_path):
+    "In a frame and in a table, of whose columns the last alone would be read"
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    frame = pd.DataFrame([['a', 'b', 'c']], columns=['prompt', 'completion', 'prompt'])
+    made = pa.table([['a'], ['b'], ['c']], names=list(frame.columns))
+    pq.write_table(made, tmp_path / 'a.parquet')
+    for rows in (frame, made):
+        assert "has two columns 'prompt'; rename one of them" in refused(lambda rows=rows: list(rows_of(rows)))
+    assert "has two columns 'prompt'" in refused(lambda: load(tmp_path / 'a.parquet'))
+
+
 def test_frame_of_another_library():
     "What gives an Arrow table is read as one, as a polars frame does"
     import pyarrow as pa
@@ -622,3 +667,16 @@ def test_frame_of_another_library():
 
 def test_kinds():
     assert [file_kind(n) for n in ('a.tgz', 'a.tar.xz', 'a.JSONL.BZ2')] == ['.tar', '.tar', '.jsonl']
+
+
+def test_a_format_of_ones_own(tmp_path, monkeypatch):
+    "A function and an entry are enough"
+
+    def read_words(f):
+        with f.open('rb') as h:
+            yield from (dict(prompt=w, completion=w) for w in h.read().decode().split())
+
+    monkeypatch.setitem(READERS, '.words', read_words)
+    assert len(load(put(tmp_path, 'a.words', 'one two')).train) == 2
+    assert len(load(put(tmp_path, 'a.words.gz', gzip.compress(b'one two'))).train) == 2
+    assert len(load(zipped(tmp_path, 'a.zip', **{'a.words': 'one two'})).train) == 2

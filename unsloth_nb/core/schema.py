@@ -54,7 +54,7 @@ def nearest(
 
 # %% ../../nbs/core/schema.ipynb #5c094f33
 _ON_HUB = re.compile(
-    r'(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:datasets/|models/|spaces/)?'
+    r'(?:(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:datasets/|models/|spaces/)?|datasets/)'
     r'([\w.-]+/[\w.-]+)'
 )
 _WINDOWS = re.compile(r'([A-Za-z]):[\\/](.*)|\\\\.*', re.DOTALL)
@@ -75,6 +75,12 @@ def explain_address(
     if os.name != 'nt' and (w := _WINDOWS.match(name)):
         there = f"; under WSL it is '/mnt/{w[1].lower()}/{w[2]}'".replace('\\', '/') if w[1] else ''
         return f"{name!r} is a path of Windows, which this machine does not have{there}"
+    if os.name != 'nt' and '\\' in name:
+        return f"{name!r} has backslashes between folders; write {parameter}={name.replace(chr(92), '/')!r}"
+    if re.match(r'[$%]\w|\$\{', name):
+        return f"{name!r} begins with a variable that nothing has filled in; write the path itself"
+    if re.fullmatch(r'[\w.-]+/[\w.-]+/+', name):
+        return f"{name!r} ends with a slash and is no folder here; a Hub id has none: {parameter}={name.rstrip('/')!r}"
     path = os.path.expanduser(name)
     if os.path.islink(path) and not os.path.exists(path):
         there = os.readlink(path)
@@ -401,9 +407,9 @@ def parse_yaml(
         return yaml.load(text, _UniqueNames)
     except SpecError as e:
         raise SpecError(f"{name}: {e}") from None
-    except yaml.reader.ReaderError as e:
-        raise SpecError(f"{name} is not UTF-8 text (byte {e.position}); save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
+        if getattr(e, 'encoding', '') == 'utf-8':
+            raise SpecError(f"{name} is not UTF-8 text (byte {e.position}); save it as UTF-8") from None
         raise SpecError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
 
 # %% ../../nbs/core/schema.ipynb #522863d8

@@ -22,7 +22,7 @@ from ..core.schema import SpecError
 
 # %% ../../nbs/data/files.ipynb #6087a916
 class DataError(SpecError):
-    "Rows that are not what they should be; names the source, the row, the column and the mend"
+    "Rows that are not what they should be; names the source, the row, the column and the fix"
 
     def __init__(self, message, reason='malformed'):
         super().__init__(message)
@@ -216,7 +216,8 @@ def _renamed(f, suffix):
     "The name that a file should have, by what it holds"
     if suffix in PACKED:
         return f.name + suffix
-    return str(PurePosixPath(f.name).with_suffix(suffix))
+    stem = PurePosixPath(f.name).stem
+    return stem if stem.endswith(suffix) else stem + suffix
 
 
 def _refuse_other(f, head, kind):
