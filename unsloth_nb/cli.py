@@ -112,7 +112,10 @@ HangAfter = Annotated[
 
 
 def _over(run):
-    print_result(run)
+    try:
+        print_result(run)
+    except OSError:
+        pass  # Nobody reads any more, as after a lost connection; the exit code is still right
     raise typer.Exit({'finished': 0, 'interrupted': 3}.get(run.status, 1))
 
 # %% ../nbs/cli.ipynb #036636c9
@@ -828,6 +831,9 @@ def sweep_command(
 # %% ../nbs/cli.ipynb #fad57334
 def main():
     "Entry point: what this package refuses or reports is one message and its exit code"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # A terminal that lacks a character shows ? in its place
     try:
         app()
     except UnslothNbError as e:

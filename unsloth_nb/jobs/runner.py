@@ -15,7 +15,7 @@ from ..evaluation.harness import check_tasks
 from ..training.launching import check_rendezvous, tidy
 from ..training.loading import check_model
 from ..planning.plan import check_devices
-from ..runs.run import Run, new_run_dir, open_run, record_job
+from ..runs.run import Run, is_unproved, new_run_dir, open_run, record_job
 from ..core.schema import Job, SpecError, fields, nearest, read_value
 from ..data.sources import find_source
 from ..core.spec import JOBS, BenchmarkJob, make_job
@@ -40,7 +40,7 @@ def preflight(job: Job, runs_dir=None):
             job.objective.check_data(load_data(job))
         return
     run = open_run(job.run, runs_dir, trained=True)
-    if run.status != 'finished':
+    if run.status != 'finished' and not is_unproved(run.path / 'adapter'):
         raise SpecError(
             f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest"
         )
