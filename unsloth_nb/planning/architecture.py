@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 
 from ..core.engine import check_hub
-from ..core.spec import ModelRef
+from ..core.spec import EMBEDDINGS, ModelRef
 
 # %% ../../nbs/planning/architecture.ipynb #d1bd523e
 _NEEDED = (
@@ -166,11 +166,13 @@ def parameter_counts(
     active = head + layers * sum(
         a * b * (s['num_experts_per_tok'] if n > 1 and n == experts else n) for a, b, n in lin.values()
     )
+    whole = head * sum(name in targets for name in EMBEDDINGS)  # Copies that are trained, without a rank
     if s.get('weights'):
-        return _from_files(s, r, targets) | dict(active=active)
+        counts = _from_files(s, r, targets)
+        return counts | dict(adapter=counts['adapter'] + whole, active=active)
     return dict(
         linear=layers * sum(a * b * n for a, b, n in lin.values()),
         embedding=head * (1 if s.get('tie_word_embeddings') else 2) + _tower(s),
-        adapter=layers * sum(r * (a + b) * n for k, (a, b, n) in lin.items() if k in targets),
+        adapter=layers * sum(r * (a + b) * n for k, (a, b, n) in lin.items() if k in targets) + whole,
         active=active,
     )
