@@ -115,3 +115,159 @@ def test_memory_of_embeddings():
     )
     assert many.disk['adapter'] - few.disk['adapter'] == 4 * 2 * 128256 * 4096
     assert many.peak - few.peak > 8 * 2 * 128256 * 4096
+
+
+@pytest.mark.parametrize(
+    'config,limit,words',
+    [
+        (dict(max_position_embeddings=4096), 4096, ''),
+        (dict(max_position_embeddings=4096, rope_scaling=dict(type='linear', factor=2.0)), 8192, 'linear, 2 times'),
+        (
+            dict(
+                max_position_embeddings=40960,
+                rope_parameters=dict(rope_type='yarn', factor=4, original_max_position_embeddings=32768),
+            ),
+            131072,
+            'yarn, 4 times 32,768',
+        ),
+        (dict(text_config=dict(max_position_embeddings=1024)), 1024, ''),
+        (dict(max_position_embeddings=2048, rope_parameters=dict(rope_type='default', rope_theta=1e4)), 2048, ''),
+        (dict(), None, ''),
+    ],
+)
+def test_positions(tmp_path, config, limit, words):
+    "How far a model reads, its scaling counted; a job that goes beyond is told, in its check and in its plan"
+    from unsloth_nb.core.spec import resolve_model
+    from unsloth_nb.lint.advice import check_job
+    from unsloth_nb.planning.architecture import position_limit
+
+    folder = write(tmp_path / 'm', config=config)
+    got, scaling = position_limit(resolve_model(str(folder)))
+    assert got == limit and words in scaling
+
+    def found(n):
+        return [f.message for f in check_job(FinetuneJob(model=str(folder), max_seq_length=n)) if 'positions' in f.rule]
+
+    if limit:
+        assert not found(limit) and f'{limit:,}' in found(limit + 1)[0] and words in found(limit + 1)[0]
+        plan = make_plan(FinetuneJob(model=str(folder), max_seq_length=2 * limit), None, 'T4')
+        assert f'{limit:,}' in plan.reasons['max_seq_length']
+
+
+# What a run's own numbers say against it
+
+
+def a_run(folder, losses, base, tuned, **more):
+    from unsloth_nb.runs.run import start_run
+
+    run = start_run(FinetuneJob(max_steps=len(losses)), folder)
+    for i, loss in enumerate(losses):
+        run.log(step=i + 1, loss=loss, epoch=(i + 1) / 4)
+    return run.finish(base=dict(loss=base), tuned=dict(loss=tuned), **more)
+
+
+@pytest.mark.parametrize(
+    'losses,base,tuned,words',
+    [
+        ([2.0, 1.5, 1.2, 1.1], 2.0, 1.2, None),
+        ([2.0, 3.5, 6.2, 7.1], 2.0, 6.9, 'made the model worse'),
+        ([2.0, 2.0, 2.0, 2.0], 2.0, 1.99, 'hardly learned'),
+        ([2.0] + [0.05] * 19, 2.0, 1.5, 'by heart'),
+    ],
+)
+def test_made_worse(tmp_path, losses, base, tuned, words, capsys):
+    "It stands in the run, as `runs show` and the report have it, and in the summary on the console"
+    from unsloth_nb.cli import print_result
+
+    run = a_run(tmp_path, losses, base, tuned)
+    print_result(run)
+    for text in (run._repr_markdown_(), capsys.readouterr().out):
+        assert ('worth a look' in text) == bool(words) and (words or '') in text
+
+
+def test_worse_answers(tmp_path):
+    "A score that fell by more than chance explains is named"
+    run = a_run(tmp_path, [2.0, 1.0], 2.0, 1.0)
+    side = dict(low=0.0, high=1.0, n=40)
+    fell = dict(difference=-0.5, p=0.001)
+    run.save(
+        'statistics',
+        dict(scores=dict(exact_match=dict(base=side | dict(mean=0.9), tuned=side | dict(mean=0.4), difference=fell))),
+    )
+    assert any('exact match: 0.9 before, 0.4 after' in t for t in run.troubles())
+
+
+@pytest.mark.parametrize(
+    'end,reason,says',
+    [
+        ('interrupt', 'stopped by SIGHUP', 'go on with     unsloth-nb run --resume'),
+        ('fail', 'the kernel died: it was killed', 'go on with     unsloth-nb run --resume'),
+        ('fail', 'cell 12: SpecError: r: the adapter has 8', 'with a new run'),
+        ('fail', 'cell 19: IndexError: index out of range in self', 'with a new run'),
+        ('fail', 'cell 9: SpecError: 2 GB free, and up to 9 are needed', 'go on with     unsloth-nb run --resume'),
+        ('fail', 'cell 9: CheckpointError: data; allow it: --allow data', 'go on with     unsloth-nb run --resume'),
+    ],
+)
+def test_resume_is_named_where_it_helps(tmp_path, capsys, end, reason, says):
+    "A refusal that comes again is not resumed"
+    from unsloth_nb.cli import print_result
+    from unsloth_nb.runs.run import start_run
+
+    run = start_run(FinetuneJob(), tmp_path)
+    getattr(run, end)(reason)
+    print_result(run)
+    out = capsys.readouterr().out
+    assert says in out and ('--resume' in says) == ('--resume ' + run.name in out)
+    (run.path / 'adapter').mkdir()
+    (run.path / 'adapter' / 'unproved.json').write_text('{}')
+    print_result(run)
+    assert '--resume ' + run.name in capsys.readouterr().out
+
+
+# The machine
+
+
+def test_home_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    "Caches go to a temporary folder, and the setting is named; a place that is set is left alone"
+    from unsloth_nb.core import settings
+
+    (tmp_path / 'file').write_text('')
+    monkeypatch.delenv('UNSLOTH_NB_CACHE_DIR', raising=False)
+    monkeypatch.setattr(settings.tempfile, 'tempdir', str(tmp_path))
+    monkeypatch.setattr(settings.platformdirs, 'user_cache_path', lambda name: tmp_path / 'file' / '.cache')
+    place = settings.settings(tmp_path).cache_dir
+    assert place.parent == tmp_path and place.is_dir() and place.stat().st_mode & 0o777 == 0o700
+    assert 'UNSLOTH_NB_CACHE_DIR' in capsys.readouterr().err
+    settings.settings(tmp_path)
+    assert capsys.readouterr().err == ''
+    monkeypatch.setenv('UNSLOTH_NB_CACHE_DIR', str(tmp_path / 'mine'))
+    assert settings.settings(tmp_path).cache_dir == tmp_path / 'mine'
+
+
+def test_terminal_without_utf8(tmp_path):
+    "What it cannot show is a question mark, never a traceback"
+    import os
+    import subprocess
+    import sys
+
+    code = "import sys; from unsloth_nb import cli; cli.app = lambda: print('a \\u23ce \\u2026 b'); cli.main()"
+    env = os.environ | dict(PYTHONIOENCODING='cp1252', PYTHONUTF8='0')
+    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, cwd=tmp_path)
+    assert r.returncode == 0 and r.stdout.startswith(b'a ?') and b'Traceback' not in r.stderr
+
+
+def test_hangup_is_a_request():
+    "SIGHUP asks for an end as SIGTERM does, more than once too; where it is ignored, as by nohup, it stays so"
+    import os
+    import signal
+    from unsloth_nb.training.guards import stop_requests, stop_signals
+
+    with stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.by == 'SIGHUP'
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, old)

@@ -428,9 +428,54 @@ def fail(self: Run, reason: str, **more):
     return self._end('failed', reason=mask_secrets(reason, named=False), metrics={}, artifacts=self.artifacts(), **more)
 
 # %% ../../nbs/runs/run.ipynb #84591f05
+def _mean_of_last(metrics):
+    "Training loss, the mean of the last tenth of its steps; None where it is not known"
+    losses = [m['loss'] for m in metrics if isinstance(m.get('loss'), (int, float))]
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else None
+
+
+def _loss_troubles(base, tuned, trained, epochs):
+    "What losses on held-out rows, before and after, and the training loss say"
+    change = f'the loss on held-out rows: {number(base)} before, {number(tuned)} after'
+    if tuned > base:
+        yield f'{change}: training has made the model worse; lower learning_rate, or train for fewer steps'
+    elif tuned > 0.98 * base:
+        yield f'{change}: it has hardly learned; more steps, or a larger learning_rate'
+    if trained is not None and epochs >= 2 and trained < 0.5 * tuned:
+        yield (
+            f'training loss {number(trained)}, on held-out rows {number(tuned)} after {epochs:.0f} passes: it knows its '
+            'rows by heart (overfitting); fewer passes, or more rows'
+        )
+
+
+def _score_troubles(statistics):
+    "Scores that fell by more than chance explains"
+    for name, found in ((statistics or {}).get('scores') or {}).items():
+        d = found.get('difference')
+        if d and name not in ('loss', 'perplexity') and d['difference'] < 0 and d['p'] <= 0.05:
+            yield (
+                f"{name.replace('_', ' ')}: {number(found['base']['mean'])} before, {number(found['tuned']['mean'])} "
+                f"after (p = {d['p']:.2g}): the answers are worse"
+            )
+
+
+@patch
+def troubles(self: Run) -> list[str]:  # Empty where nothing is wrong
+    "What the numbers of a finished run say against it: made worse, hardly learned, learned by heart"
+    metrics = (self.result or {}).get('metrics') or {}
+    base, tuned = ((metrics.get(side) or {}).get('loss') for side in ('base', 'tuned'))
+    steps = self.metrics
+    found = []
+    if isinstance(base, (int, float)) and isinstance(tuned, (int, float)) and self.trains:
+        epochs = steps[-1].get('epoch') or 0 if steps else 0
+        found += _loss_troubles(base, tuned, _mean_of_last(steps), epochs)
+    return [*found, *_score_troubles(read_json(self.path / 'statistics.json'))] if self.trains else []
+
+
 def before_after(metrics: dict) -> str:  # Markdown
     "Table of the base and the tuned model's metrics"
-    sides = [k for k in ('base', 'tuned') if k in metrics]
+    sides = [k for k in ('raw', 'base', 'tuned') if k in metrics]
     names = dict.fromkeys(n for s in sides for n in metrics[s])
     rows = [(n, *(number(metrics[s].get(n)) for s in sides)) for n in names]
     return markdown_table([('metric', *sides), *rows]) if sides else ''
@@ -445,6 +490,7 @@ def _repr_markdown_(self: Run):
         '',
         before_after(r.get('metrics', {})),
         '',
+        *(f'- **worth a look**: {markdown_text(t)}\n' for t in self.troubles()),
     ]
     if r.get('artifacts'):
         out += [
