@@ -271,3 +271,122 @@ def test_hangup_is_a_request():
         assert signal.SIGHUP not in stop_signals()
     finally:
         signal.signal(signal.SIGHUP, old)
+
+
+# What is kept, with a tiny model
+
+SMALL = dict(max_rows=8, test_size=1, max_steps=2, batch_size=2, max_seq_length=256, max_new_tokens=4, r=4)
+
+
+@pytest.fixture(scope='module')
+def small(lib, tiny, tmp_path_factory):
+    "A function that loads a tiny model and, if asked to, trains it: (model, run, data)"
+
+    def f(model=tiny, steps=2, **kw):
+        job = lib.FinetuneJob(model=str(model), **(SMALL | dict(max_steps=max(steps, 1)) | kw))
+        data = lib.load_data(job)
+        model = lib.load_model(job, lib.make_plan(job, data))
+        run = lib.start_run(job, tmp_path_factory.mktemp('runs'))
+        if steps:
+            lib.train(model, lib.make_examples(data.train, model.formatter, job.max_seq_length), job, run)
+        return model, run, data
+
+    return f
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    "Witnesses answer in this process, which has imported everything"
+    from unsloth_nb.export import artifacts
+    from unsloth_nb.export.witness import transformers_answers
+
+    monkeypatch.setattr(artifacts, 'ask_witness', lambda kind, spec, request: transformers_answers(spec, request))
+
+
+def test_adapter_is_kept(lib, small, inside, monkeypatch):
+    "It is there before its certificate, unproved; a certificate that breaks leaves it; the proved one takes its place"
+    from unsloth_nb.export import artifacts
+    from unsloth_nb.export.certificate import ExportError
+    from unsloth_nb.export.witness import WitnessError
+    from unsloth_nb.jobs.runner import preflight
+    from unsloth_nb.jobs.supervising import Supervisor, conclude
+    from unsloth_nb.runs.checkpoints import check_whole
+    from unsloth_nb.runs.run import is_unproved
+
+    model, run, data = small()
+    folder = model.keep_adapter(run)
+    made = (folder / 'adapter_model.safetensors').stat().st_mtime_ns
+    assert is_unproved(folder) and check_whole(folder) and (folder / 'base.json').exists()
+    assert model.keep_adapter(run) == folder and (folder / 'adapter_model.safetensors').stat().st_mtime_ns == made
+
+    def breaks(*a):
+        raise WitnessError('no memory for a second process')
+
+    with monkeypatch.context() as m:
+        m.setattr(artifacts, 'ask_witness', breaks)
+        with pytest.raises(WitnessError):
+            lib.keep_artifact(model, run, 'adapter', data.test)
+    with monkeypatch.context() as m:
+        m.setattr(artifacts, 'weight_checks', lambda *a: [dict(name='x', value=1, limit='0', ok=False, unit='')])
+        with pytest.raises(ExportError):
+            lib.keep_artifact(model, run, 'adapter', data.test)
+    assert is_unproved(folder) and check_whole(folder) and not list(run.path.glob('.saving-*'))
+    conclude(run, RuntimeError('the evaluation broke'), Supervisor(run))
+    assert run.status == 'failed' and f'kept in {folder}, unproved' in run.result['reason']
+    assert 'adapter' in run.result['artifacts']
+    preflight(lib.EvaluateJob(run=str(run.path)))
+    run = run.reopen()
+    assert lib.keep_artifact(model, run, 'adapter', data.test)['passed']
+    assert not is_unproved(folder) and check_whole(folder) and not (run.path / 'attempts' / 'adapter-1').exists()
+    assert model.keep_adapter(run) == folder and not is_unproved(folder)
+    next(p for p in model.model.parameters() if p.requires_grad).data.add_(1)
+    assert is_unproved(model.keep_adapter(run)) and not is_unproved(run.path / 'attempts' / 'adapter-1')
+
+
+def test_layers_of_their_own(small, inside, tmp_path, lib):
+    "An adapter whose layers have ranks and scales of their own is gone on with, rehearsed and certified"
+    import shutil
+
+    model, run, data = small(steps=0, target_modules=['q_proj', 'v_proj'])
+    folder = tmp_path / 'a'
+    shutil.copytree(model.keep_adapter(run), folder)
+    for name in ('manifest.json', 'manifest.sha256', 'unproved.json'):
+        (folder / name).unlink()
+    config = json.loads((folder / 'adapter_config.json').read_text())
+    config |= dict(alpha_pattern={'layers.0.self_attn.q_proj': 64}, use_rslora=True)
+    (folder / 'adapter_config.json').write_text(json.dumps(config))
+    model, run, data = small(folder, steps=2)
+    assert model.job.r == 4 and model.job.target_modules == ['q_proj', 'v_proj']
+    model.rehearse_saving(data.test)
+    assert lib.keep_artifact(model, run, 'adapter', data.test)['passed']
+    layer = next(l for l in model.model.modules() if 'default' in getattr(l, 'lora_A', {}))
+    layer.scaling['default'] *= 2
+    with pytest.raises(RuntimeError, match='tensors not as trained'):
+        model.rehearse_saving(data.test)
+    layer.scaling['default'] /= 2
+    before = model.score_before(data.test, max_new_tokens=2)
+    assert [*before] == ['raw', 'base'] and before['raw'].metrics['loss'] != before['base'].metrics['loss']
+    result = lib.compare(model, data.test, base=before, max_new_tokens=2)
+    assert [*result.metrics] == ['raw', 'base', 'tuned'] and result.statistics['scores']['loss']['difference']['n'] == 1
+    assert 'raw' in repr(result)
+
+
+def test_whole_embeddings_and_named_templates(small, inside, tiny, tmp_path, lib):
+    "Embeddings among the layers, templates with names, end tokens of the model's own: saved, certified, loaded again"
+    import shutil
+
+    folder = tmp_path / 'm'
+    shutil.copytree(tiny, folder)
+    template = (folder / 'chat_template.jinja').read_text()
+    (folder / 'chat_template.jinja').unlink()
+    tokenizer = json.loads((folder / 'tokenizer_config.json').read_text())
+    named = [dict(name='default', template=template), dict(name='tool_use', template=template + ' ')]
+    write(folder, tokenizer_config=tokenizer | dict(chat_template=named))
+    write(folder, generation_config=dict(eos_token_id=[2, 5, 10**6]))
+    layers = ['q_proj', 'v_proj', 'embed_tokens', 'lm_head']
+    model, run, data = small(folder, target_modules=layers)
+    assert isinstance(model.tok.chat_template, dict) and model.generation_config().eos_token_id == [2, 5]
+    model.rehearse_saving(data.test)
+    assert lib.keep_artifact(model, run, 'adapter', data.test)['passed']
+    again = lib.load_run(run)
+    assert again.parameters == model.parameters

@@ -434,7 +434,7 @@ def _of_adapter(folder):
         values['template'] = base['template']
     return values
 
-
+# %% ../../nbs/core/spec.ipynb #ea918dab
 def suited_to(
     model,  # As a job has it; anything else has no values
     cls,  # Class of the job

@@ -312,7 +312,7 @@ def _rate_rules(job, plan, profile):
         what = f"{job.warmup_steps:g} steps of warm-up, and training has {steps}"
         yield 'warmup-long', 'warmup_steps', what, '', f'warmup_steps={steps // 10}'
 
-
+# %% ../../nbs/lint/advice.ipynb #6aab80fb
 def _loss_rules(job):
     "Questions that count in the loss"
     whole = job.loss_on == 'everything' or isinstance(job.loss_on, list) and 'user' in job.loss_on

@@ -444,8 +444,8 @@ def _loss_troubles(base, tuned, trained, epochs):
         yield f'{change}: it has hardly learned; more steps, or a larger learning_rate'
     if trained is not None and epochs >= 2 and trained < 0.5 * tuned:
         yield (
-            f'training loss {number(trained)}, on held-out rows {number(tuned)} after {epochs:.0f} passes: it knows its '
-            'rows by heart (overfitting); fewer passes, or more rows'
+            f'training loss {number(trained)}, on held-out rows {number(tuned)} after {epochs:.0f} passes: it knows '
+            'its rows by heart (overfitting); fewer passes, or more rows'
         )
 
 
@@ -459,7 +459,7 @@ def _score_troubles(statistics):
                 f"after (p = {d['p']:.2g}): the answers are worse"
             )
 
-
+# %% ../../nbs/runs/run.ipynb #b66d9caf
 @patch
 def troubles(self: Run) -> list[str]:  # Empty where nothing is wrong
     "What the numbers of a finished run say against it: made worse, hardly learned, learned by heart"
@@ -472,7 +472,7 @@ def troubles(self: Run) -> list[str]:  # Empty where nothing is wrong
         found += _loss_troubles(base, tuned, _mean_of_last(steps), epochs)
     return [*found, *_score_troubles(read_json(self.path / 'statistics.json'))] if self.trains else []
 
-
+# %% ../../nbs/runs/run.ipynb #2fb156db
 def before_after(metrics: dict) -> str:  # Markdown
     "Table of the base and the tuned model's metrics"
     sides = [k for k in ('raw', 'base', 'tuned') if k in metrics]

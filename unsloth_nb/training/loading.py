@@ -197,7 +197,7 @@ def tokens_beyond(
     words = words | {t['content']: t['id'] for t in tokenizer.get('added_tokens') or ()}
     return {w: i for w, i in words.items() if i >= rows}
 
-
+# %% ../../nbs/training/loading.ipynb #f0a3ba92
 def _named_tokens(folder):
     "Start, end, padding and unknown token, and the template, as a folder's files have them"
     config = read_json(folder / 'tokenizer_config.json') or {}
@@ -218,7 +218,7 @@ def _use_of(token, texts, template, convs):
     row = next((c for c in convs if word in str(c.text if c.is_text else c.messages)), None)
     return '' if row is None else f'row {row.row} has it'
 
-
+# %% ../../nbs/training/loading.ipynb #96766a08
 def check_tokens(
     job: TrainingJob,  # For its model
     convs=(),  # Rows that the model is to learn from, or to answer
@@ -310,14 +310,22 @@ ALPACA_TEMPLATE = (
 )
 
 
+def _own_end_tokens(src, tok):
+    "End tokens that a model's own generation config names, as far as its tokenizer has them"
+    folder = weights_folder(src)
+    own = (read_json(folder / 'generation_config.json') or {}).get('eos_token_id') if folder else None
+    ids = own if isinstance(own, list) else [own]
+    return {i for i in ids if isinstance(i, int) and 0 <= i < len(tok) and i != tok.pad_token_id}
+
+
 @patch
 def generation_config(self: LoadedModel):
-    "Greedy, ending where training ended"
+    "Greedy, ending where training ended, and where the model as it came ended"
     from transformers import GenerationConfig
 
     return GenerationConfig(
         do_sample=False,
-        eos_token_id=self.formatter.stop_ids(),
+        eos_token_id=sorted({*self.formatter.stop_ids(), *_own_end_tokens(self.source, self.tok)}),
         pad_token_id=self.tok.pad_token_id,
         bos_token_id=self.tok.bos_token_id,
     )

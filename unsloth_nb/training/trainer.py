@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
+
+# %% ../../nbs/training/trainer.ipynb #25013f89
 from ..core.engine import device_info, quiet
 from ..planning.devices import peak_memory, reset_peak
 from unsloth_nb.runs.checkpoints import (
