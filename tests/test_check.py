@@ -560,6 +560,15 @@ STATED = [
             job=dict(model='llama-3.1-8b', gradient_checkpointing=False, max_seq_length=8192, batch_size=8), device=T4
         ),
     ),  # The second would with checkpointing
+    (
+        'beyond-positions',
+        'warning',
+        dict(job=dict(model='tinyllama-1.1b-chat', max_seq_length=4096)),
+        dict(job=dict(model='tinyllama-1.1b-chat', max_seq_length=2048)),
+    ),
+    ('learning-rate-far', 'warning', dict(job=dict(learning_rate=0.5)), dict(job=dict(learning_rate=2e-3))),
+    ('learning-rate-far', 'warning', dict(job=dict(learning_rate=1e-9)), dict(job=dict(learning_rate=1e-5))),
+    ('warmup-long', 'warning', dict(job=dict(max_steps=5)), dict(job=dict(max_steps=6))),
     ('plain-adamw', 'warning', dict(job=WIDE | dict(optim='adamw_torch'), device=TIGHT), dict(job=WIDE, device=TIGHT)),
     (
         'plain-adamw',

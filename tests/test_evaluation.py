@@ -502,3 +502,12 @@ def test_page(scored, tmp_path):
     board = compare_runs(runs)
     assert '<img' not in board._repr_markdown_() and '\x1b' not in repr(board)
     assert not [p for p in Path(tmp_path).iterdir() if p.name.startswith('.page')]
+
+
+def test_one_held_out_row():
+    "A single row has a difference, and nothing that chance could not explain: no interval, no crash"
+    for first, second in (([0.5], [0.7]), ([0.0], [1.0]), ([0.3], [0.3])):
+        d = difference(first, second, weights=[3])
+        assert (d.n, d.p, d.low, d.high) == (1, 1.0, None, None)
+    assert difference([0.0], [1.0]).p == 1.0 and estimate([0.4]).low is None
+    assert 'too few' in caution(1)

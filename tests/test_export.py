@@ -306,3 +306,19 @@ def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
     with pytest.raises(WitnessError, match='no kernel image'):
         export.save_artifact(model, run, 'adapter', rows[:1], vllm=True)
     assert not (run.path / 'adapter').exists() and not list(run.path.glob('.saving-*'))
+
+
+def test_limits_know_their_sample():
+    "A share of few tokens fails where chance does not explain it: one of 49 is no fault, five of 49 are"
+    from unsloth_nb.export.certificate import LIMITS, fewest, number_checks
+
+    def failed(right, n, prompts=4, answered=1.0, to='adapter'):
+        measured = dict(tokens=n, agreement=right / n, prompts=prompts, greedy_agreement=answered)
+        rest = dict(kl_divergence=0.0, max_difference=0.0, perplexity_change=0.0, runs_on=0)
+        return [c['name'] for c in number_checks(measured | rest, LIMITS[to]) if not c['ok']]
+
+    assert failed(48, 49) == [] and failed(3, 4) == [] and failed(1, 1) == []
+    assert failed(44, 49) == ['likeliest token'] and failed(0, 1) == ['likeliest token']
+    assert failed(4700, 5000) == ['likeliest token'] and failed(49, 49, 1, 0.0) == ['greedy answers']
+    for n in range(1, 200):
+        assert 1 <= fewest(0.98, n) <= n

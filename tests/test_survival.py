@@ -414,6 +414,33 @@ def test_sigterm_and_resume(tiny, whole, tmp_path, no_forks):
 
 
 @pytest.mark.slow
+def test_lost_terminal(tiny, tmp_path, no_forks):
+    "The terminal of a run goes away: a checkpoint and a result, as after SIGTERM, although nobody reads what it prints"
+    import fcntl
+    import pty
+    import termios
+    from unsloth_nb.runs.run import Run
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, '-c', 'from unsloth_nb.cli import main; main()', 'run', 'finetune']
+    p = subprocess.Popen(
+        [*command, '--runs-dir', tmp_path, *params(tiny, **SLOWLY)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    path, _ = wait_for_step(tmp_path, 5)
+    os.close(ours)
+    assert p.wait(timeout=120) == 3
+    run = Run(path)
+    assert run.status == 'interrupted' and 'stopped by SIGHUP' in run.result['reason']
+    assert 5 <= run.metrics[-1]['step'] < 200 and [*(path / 'checkpoints').iterdir()]
+
+
+@pytest.mark.slow
 def test_killed_and_retried(tiny, whole, tmp_path, no_forks):
     "kill -9 of the kernel, and one retry: the same adapter; the first notebook says where it ended"
     import nbformat

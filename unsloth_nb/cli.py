@@ -16,6 +16,7 @@ __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', '
 
 # %% ../nbs/cli.ipynb #cd52944f
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +35,7 @@ from .jobs.runner import read_pairs, replay_run, resume_run, run_job
 from .evaluation.leaderboard import compare_runs, write_comparison
 from .core.settings import settings
 from .planning.plan import make_plan
-from .runs.run import list_runs, Run, RunError, before_after, open_run, read_lines
+from .runs.run import list_runs, Run, RunError, before_after, is_unproved, open_run, read_lines
 from .core.schema import SpecError, fields, nearest
 from .core.spec import EXPORTS, JOBS, FinetuneJob, make_job, trains
 
@@ -84,17 +85,41 @@ RunsDir = Annotated[
 ]
 
 # %% ../nbs/cli.ipynb #7ce9e419
+# Errors that come again with the same parameters and the same code
+_SAME_AGAIN = re.compile(
+    r'(cell \d+: )?(Spec|Export|Scorer|Index|Key|Type|Attribute|Value|Assertion|Name|Import|ZeroDivision)Error\b'
+)
+_ROOM = re.compile('GB free|cannot be written|cannot be reached')  # What others may have put right meanwhile
+
+
+def _what_next(run) -> str:
+    "How to go on with a run that is not finished, where that helps"
+    if run.status == 'finished':
+        return ''
+    reason = (run.result or {}).get('reason', '')
+    resume = f'unsloth-nb run --resume {run.name}'
+    if run.status == 'interrupted' or not reason:
+        return f'\ngo on with     {resume}'
+    if is_unproved(run.path / 'adapter'):
+        return f'\nadapter        {run.path / "adapter"} (unproved)\nonce fixed     {resume}'
+    if _SAME_AGAIN.match(reason) and not _ROOM.search(reason):
+        return '\ngo on          with a new run; going on with this one would end alike'
+    return f'\ngo on with     {resume}'
+
+
 def print_result(run: Run):
     "What a person wants to know when a job is over"
     res = run.result
     print(plain_text(f"\n{run.name}: {run.status}" + (f": {res['reason']}" if 'reason' in res else '')))
     if table := before_after(res.get('metrics', {})):
         print('\n' + table)
+    for trouble in run.troubles():
+        print(plain_text(f'\nworth a look: {trouble}'))
     if cert := res.get('metrics', {}).get('certificate'):
         print(f'\n{Certificate(cert)}')
     print(
         plain_text(f"\nrun directory  {run.path}\nreport         {run.path / 'report.html'}")
-        + ('' if run.status == 'finished' else f"\ngo on with     unsloth-nb run --resume {run.name}"),
+        + plain_text(_what_next(run)),
         flush=True,
     )
 
@@ -112,7 +137,10 @@ HangAfter = Annotated[
 
 
 def _over(run):
-    print_result(run)
+    try:
+        print_result(run)
+    except OSError:
+        pass  # Nobody reads any more, as after a lost connection; the exit code is still right
     raise typer.Exit({'finished': 0, 'interrupted': 3}.get(run.status, 1))
 
 # %% ../nbs/cli.ipynb #036636c9
@@ -828,6 +856,9 @@ def sweep_command(
 # %% ../nbs/cli.ipynb #fad57334
 def main():
     "Entry point: what this package refuses or reports is one message and its exit code"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # A terminal that lacks a character shows ? in its place
     try:
         app()
     except UnslothNbError as e:

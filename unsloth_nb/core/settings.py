@@ -8,7 +8,10 @@ __all__ = ['Settings', 'settings']
 # %% ../../nbs/core/settings.ipynb #e9c18818
 import configparser
 import os
+import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import platformdirs
@@ -38,6 +41,35 @@ def _find_ini(start: Path):
             return d, dict(ini['unsloth_nb'])
     return start, {}
 
+# %% ../../nbs/core/settings.ipynb #22df7f5c
+def _can_hold(folder) -> bool:
+    "Can files be written into a folder, or into the nearest one above that exists?"
+    there = next(p for p in [folder, *folder.parents] if os.path.exists(p))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        return False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _writable_cache(usual: Path) -> Path:
+    "The user's cache directory, or one under the temporary directory where that one cannot be written"
+    if _can_hold(usual):
+        return usual
+    other = Path(tempfile.gettempdir()) / f'unsloth_nb-{os.getuid()}'
+    other.mkdir(mode=0o700, exist_ok=True)
+    if other.stat().st_uid != os.getuid():  # Somebody else has made it
+        other = Path(tempfile.mkdtemp(prefix='unsloth_nb-'))
+    print(
+        f"unsloth-nb: cache_dir: {usual} cannot be written; caches go to {other}, which may not last. Set "
+        "UNSLOTH_NB_CACHE_DIR, or cache_dir in settings.ini, to a folder that can be written",
+        file=sys.stderr,
+    )
+    return other
+
 # %% ../../nbs/core/settings.ipynb #1041666c
 def settings(start=None) -> Settings:  # Read afresh at every call
     "Places on this machine: environment, then `settings.ini`, then defaults"
@@ -47,10 +79,10 @@ def settings(start=None) -> Settings:  # Read afresh at every call
     for k in vals:
         if k not in names:
             raise SpecError(f"{base / 'settings.ini'}: unknown setting {k!r}{nearest(k, names)}")
-    d = dict(
-        runs_dir=start / 'runs', cache_dir=platformdirs.user_cache_path('unsloth_nb'), kernel='python3', vllm='vllm'
-    )
+    d = dict(runs_dir=start / 'runs', kernel='python3', vllm='vllm')
     d |= {k: v if k in _WORDS else base / Path(v).expanduser() for k, v in vals.items()}
     env = {k: os.environ[f'UNSLOTH_NB_{k.upper()}'] for k in names if os.environ.get(f'UNSLOTH_NB_{k.upper()}')}
     d |= {k: v if k in _WORDS else start / Path(v).expanduser() for k, v in env.items()}
+    if 'cache_dir' not in d:
+        d['cache_dir'] = _writable_cache(platformdirs.user_cache_path('unsloth_nb'))
     return Settings(**d)

@@ -9,6 +9,9 @@ __all__ = ['witness_spec', 'vllm_spec', 'save_artifact', 'keep_artifact', 'expor
 import shutil
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
+
+from fastcore.basics import patch
 
 from .model_cards import model_card
 from .certificate import Certificate, certify, expect, make_request, weight_checks
@@ -174,6 +177,24 @@ def vllm_spec(model, folder):
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return spec | dict(memory=min(0.9, (free - GIB) / total))
+
+# %% ../../nbs/export/artifacts.ipynb #f8a2dee0
+@patch
+def rehearse_saving(
+    self: LoadedModel,
+    convs,  # Held-out conversations that saving will compare on
+):
+    "Do once, on a row, all that saving a trained adapter needs; raises what saving would raise"
+    tok = self.exported_tokenizer(adapter=True)
+    request = make_request(self, convs, tok)
+    at = next((i for i, e in enumerate(request['examples']) if e['at']), 0)
+    prompts = request['prompts'][:1]
+    request |= dict(examples=[request['examples'][at]], prompts=prompts, max_new_tokens=1)
+    want = expect(self, request, tok)
+    with tempfile.TemporaryDirectory() as tmp:
+        checks = _write(self, Path(tmp), 'adapter')
+    certificate = certify(self, request, want, want, 'adapter', trained=checks)
+    certificate.check()
 
 # %% ../../nbs/export/artifacts.ipynb #71936cc7
 def save_artifact(

@@ -109,7 +109,9 @@ PROBES = [
 
 
 def template_sha256(text) -> str | None:
-    "The hash of a chat template's text"
+    "The hash of a chat template's text, or of several that have names"
+    if isinstance(text, dict):
+        text = json.dumps(text, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest() if text else None
 
 

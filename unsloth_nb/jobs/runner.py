@@ -13,9 +13,9 @@ from ..core.engine import device_info
 from ..export.gguf import check_gguf_kind, find_llama
 from ..evaluation.harness import check_tasks
 from ..training.launching import check_rendezvous, tidy
-from ..training.loading import check_model
+from ..training.loading import check_model, check_tokens
 from ..planning.plan import check_devices
-from ..runs.run import Run, new_run_dir, open_run, record_job
+from ..runs.run import Run, is_unproved, new_run_dir, open_run, record_job
 from ..core.schema import Job, SpecError, fields, nearest, read_value
 from ..data.sources import find_source
 from ..core.spec import JOBS, BenchmarkJob, make_job
@@ -36,11 +36,14 @@ def preflight(job: Job, runs_dir=None):
         check_rendezvous(job.nodes)
         if job.devices not in (1, 'auto'):
             check_devices(job, device_info())
+        check_tokens(job)
         if find_source(job.dataset, job.dataset_split).kind != 'hub':
-            job.objective.check_data(load_data(job))
+            data = load_data(job)
+            job.objective.check_data(data)
+            check_tokens(job, [*data.train, *data.test])
         return
     run = open_run(job.run, runs_dir, trained=True)
-    if run.status != 'finished':
+    if run.status != 'finished' and not is_unproved(run.path / 'adapter'):
         raise SpecError(
             f"run: {run.name} is {run.status}, not finished; choose another one, or leave `run` out for the latest"
         )

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from fastcore.basics import patch
 from ..core.escaping import mask_secrets, plain_text
+from ..training.guards import stop_signals
 from ..training.launching import tidy_after
 from ..core.settings import settings
-from ..runs.run import RUN_DIR_VARIABLE, Run, read_json, read_lines
+from ..runs.run import RUN_DIR_VARIABLE, Run, is_unproved, read_json, read_lines
 from ..core.spec import jobs_dir
 
 # %% ../../nbs/jobs/supervising.ipynb #dd3470c9
@@ -41,7 +42,10 @@ class Watcher(threading.Thread):
 
     def say(self, text):
         self.last = time.time()
-        print(f'[{self.last - self.start_time:5.0f}s] {plain_text(text)}', file=self.out, flush=True)
+        try:
+            print(f'[{self.last - self.start_time:5.0f}s] {plain_text(text)}', file=self.out, flush=True)
+        except OSError:
+            pass  # The terminal is gone; the run is not
 
     def run(self):
         while not self.over.wait(0.5):
@@ -248,19 +252,21 @@ def end(self: Supervisor, why: str, beat: dict):
 # %% ../../nbs/jobs/supervising.ipynb #c566ef90
 @contextmanager
 def _passing_on(sup):
-    "SIGINT and SIGTERM go to the kernel inside"
+    "SIGINT, SIGTERM and SIGHUP, the end of a terminal, go to the kernel inside"
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def got(number, frame):
+        if sup.asked and number == signal.SIGHUP:
+            return  # A terminal that closes says so more than once
         if sup.asked:
             raise KeyboardInterrupt
         sup.why = f'stopped by {signal.Signals(number).name}'
         if not sup.ask():
             raise KeyboardInterrupt  # Nothing has started that could be stopped in order
 
-    old = {s: signal.signal(s, got) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, got) for s in stop_signals()}
     try:
         yield
     finally:
@@ -299,6 +305,7 @@ def execute(job, name, run, sup):
                 RUN_DIR_VARIABLE: str(run.path),
                 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
                 'UNSLOTH_NB_RUNS_DIR': str(run.path.parent),
+                'UNSLOTH_NB_CACHE_DIR': str(settings().cache_dir),
             }
         ),
     ):
@@ -341,11 +348,19 @@ def reason(
     return 'failed', f'{kind}: {e}', False
 
 # %% ../../nbs/jobs/supervising.ipynb #d2bb8baf
+def _what_is_kept(run) -> str:
+    "What a run that broke after its training has all the same"
+    if not is_unproved(run.path / 'adapter'):
+        return ''
+    return f'; the trained adapter is kept in {run.path / "adapter"}, unproved, and resuming repeats what broke only'
+
+
 def conclude(run: Run, error, sup: Supervisor) -> bool:  # Would another attempt be worth it?
     "Give the run its result if the notebook did not, its executed notebook and its report"
     how, why, again = reason(error, sup)
     tidy_after(run)
     if run.result is None:
+        why += _what_is_kept(run)
         run.interrupt(why) if how == 'interrupted' else run.fail(why)
     if sup.nb is not None:
         if type(error).__name__ == 'DeadKernelError':

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 import numpy as np
 import psutil
 
-from .architecture import model_shape, parameter_counts
+from .architecture import model_shape, parameter_counts, position_limit
 from .devices import CARDS, find_device
 from ..core.engine import Device, device_info
 from ..core.escaping import html_text
@@ -277,6 +277,10 @@ def _reasons(job, dev, ways, w, counts):
         reasons['packing'] = 'batch_size=fastest lets the plan fill rows'
     if w.layout == 'padding_free':
         reasons['padding_free'] = 'no token is computed for padding'
+    limit, scaling = position_limit(resolve_model(job.model, job.allow_remote_code), job.revision)
+    if limit is not None and job.max_seq_length > limit:
+        made = f'{limit:,} tokens' + (f' ({scaling})' if scaling else '')
+        reasons['max_seq_length'] = f'longer than the model was made for: {made}; it has never seen positions beyond'
     return reasons
 
 

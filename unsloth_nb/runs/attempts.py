@@ -14,7 +14,17 @@ from datetime import datetime
 from pathlib import Path
 
 from fastcore.basics import patch
-from .run import Run, RunError, plain_data, append_line, fingerprint, read_json, read_lines, write_json
+from unsloth_nb.runs.run import (
+    Run,
+    RunError,
+    plain_data,
+    append_line,
+    fingerprint,
+    is_unproved,
+    read_json,
+    read_lines,
+    write_json,
+)
 
 # %% ../../nbs/runs/attempts.ipynb #804d8e52
 @patch
@@ -102,14 +112,15 @@ def hash_of(o) -> str:
     return hashlib.sha256(json.dumps(plain_data(o), sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/runs/attempts.ipynb #19d08d95
-def _put_aside(run, name):
+@patch
+def put_aside(self: Run, name: str):
     "Move an artefact of other inputs out of the way"
-    if not (run.path / name).exists():
+    if not (self.path / name).exists():
         return
-    home = run.path / 'attempts'
+    home = self.path / 'attempts'
     home.mkdir(exist_ok=True)
     n = next(i for i in range(1, 10**6) if not (home / f'{name}-{i}').exists())
-    os.replace(run.path / name, home / f'{name}-{n}')
+    os.replace(self.path / name, home / f'{name}-{n}')
 
 
 def _bring(run, other, name):
@@ -142,13 +153,14 @@ def keep(
             continue
         if home is not self:
             for f in folders:
-                _put_aside(self, f)
+                self.put_aside(f)
                 _bring(self, home, f)
             self._record(name, kept)
         self.note(f"{name}: kept from {'an earlier attempt' if home is self else home.name}, which had the same inputs")
         return kept['value']
     for f in folders:
-        _put_aside(self, f)
+        if not is_unproved(self.path / f):  # That one stays until `make` has a better one
+            self.put_aside(f)
     value = plain_data(make())
     self._record(
         name, dict(key=key, inputs=inputs, value=value, folders={f: fingerprint(self.path / f) for f in folders})

@@ -15,7 +15,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from .run import Run, RunError, fingerprint, read_json, write_json
+from .run import Run, RunError, fingerprint, is_unproved, read_json, write_json
 
 # %% ../../nbs/runs/checkpoints.ipynb #74ec636a
 MANIFEST = 'manifest.json'
@@ -38,14 +38,25 @@ def _sum(folder):
     return f"{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()}  {MANIFEST}\n"
 
 # %% ../../nbs/runs/checkpoints.ipynb #28f1c3f5
+def _take_place(stage, folder):
+    "Rename a folder; what stands in its place goes once the new one is there"
+    old = folder.with_name(f'.saving-old-{folder.name}')
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(stage, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_whole(
     folder,  # Must not exist yet
     write,  # Called with an empty folder
     **about,  # Kept in the manifest
 ) -> Path:
-    "A folder that is whole or absent: written beside its place, hashed, flushed, renamed"
+    """A folder that is whole or absent: written next to its place, hashed, flushed, renamed; raises `FileExistsError`
+    for one that stands there, but for an unproved one, which stays until the new one is whole"""
     folder = Path(folder)
-    if folder.exists():
+    if folder.exists() and not is_unproved(folder):
         raise FileExistsError(f"{folder} exists already; nothing is overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix='.saving-', dir=folder.parent))
@@ -56,7 +67,7 @@ def write_whole(
         for p in [*stage.rglob('*'), stage]:
             _flush(p)
         stage.chmod(0o755)
-        os.rename(stage, folder)
+        _take_place(stage, folder)
         _flush(folder.parent)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingError', 'check_numbers', 'Guard', 'check_weights', 'step_numbers', 'skip_if_broken', 'Interrupted',
-           'StopRequest', 'stop_requests']
+           'StopRequest', 'stop_signals', 'stop_requests']
 
 # %% ../../nbs/training/guards.ipynb #913b7835
 import math
@@ -140,19 +140,27 @@ class StopRequest:
     by = None
 
     def _ask(self, number, frame):
+        if self.by and number == signal.SIGHUP:
+            return  # A terminal that closes says so more than once
         if self.by:
             raise KeyboardInterrupt
         self.by = signal.Signals(number).name
 
 
+def stop_signals() -> list:  # Numbers
+    "Signals that ask for an end in order; the end of a terminal among them, unless it is to be ignored, as by nohup"
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+
+
 @contextmanager
 def stop_requests():
-    "SIGINT and SIGTERM become a request inside; a `StopRequest`"
+    "SIGINT, SIGTERM and SIGHUP become a request inside; a `StopRequest`"
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    old = {s: signal.signal(s, stop._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, stop._ask) for s in stop_signals()}
     try:
         yield stop
     finally:

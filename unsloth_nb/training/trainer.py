@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
+
+# %% ../../nbs/training/trainer.ipynb #25013f89
 from ..core.engine import device_info, quiet
 from ..planning.devices import peak_memory, reset_peak
 from unsloth_nb.runs.checkpoints import (
@@ -41,8 +43,16 @@ from .padding_free import can_route, padding_free
 from .launching import train_in_ranks
 from ..planning.plan import Plan, make_plan, smaller_way
 from .ranks import any_of, first, from_all, mean_of_all, ranks
-from .resuming import all_state, check_same, identity, load_weights, resumable, save_state
-from ..runs.run import Run, read_json, start_run
+from unsloth_nb.training.resuming import (
+    all_state,
+    check_same,
+    identity,
+    load_weights,
+    resumable,
+    save_state,
+    weights_sha256,
+)
+from ..runs.run import UNPROVED, Run, is_unproved, read_json, start_run, write_json
 from ..core.spec import TrainingJob
 
 # %% ../../nbs/training/trainer.ipynb #4fa35154
@@ -472,6 +482,31 @@ def save_adapter(
 ) -> Path:
     "Write adapter, tokenizer, `base.json` and a manifest of hashes, whole or not at all"
     return write_whole(folder, lambda d: write_adapter(model, d))
+
+# %% ../../nbs/training/trainer.ipynb #13edf784
+def _kept_weights(run):
+    "The hash of the weights in the run's adapter; None where it is not known"
+    if is_unproved(run.path / 'adapter'):
+        return read_json(run.path / 'adapter' / UNPROVED).get('trained_sha256')
+    stage = read_json(run.path / 'stages' / 'adapter.json') or {}
+    return stage.get('inputs', {}).get('trained_sha256')
+
+
+@patch
+def keep_adapter(self: LoadedModel, run: Run) -> Path:  # The run's folder `adapter`
+    "Write the trained adapter into its run, before anything else may fail; it counts as unproved"
+    folder = run.path / 'adapter'
+    trained = weights_sha256(self.model)
+    if folder.is_dir() and _kept_weights(run) == trained:
+        return folder
+    if not is_unproved(folder):
+        run.put_aside('adapter')
+
+    def write(stage):
+        write_adapter(self, stage)
+        write_json(stage / UNPROVED, dict(trained_sha256=trained, why='nobody has reloaded and compared it yet'))
+
+    return write_whole(folder, write)
 
 # %% ../../nbs/training/trainer.ipynb #242b5e17
 def _share(model, job, devices, data):
