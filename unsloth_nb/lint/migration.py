@@ -479,7 +479,7 @@ def _yaml_kind(path, values):
         )
     if 'compute_environment' in values or 'distributed_type' in values or 'zero_optimization' in values:
         raise MigrationError(
-            f"{path} says how several devices share a training, not what is trained; one device is trained on here"
+            f"{path} says how several devices share a training, not what is trained; here devices and parallel say it"
         )
     if set(values) & set(FinetuneJob.model_fields):
         raise MigrationError(
