@@ -259,12 +259,10 @@ def evaluate(
 ) -> Evaluation:  # (metrics, answers), with `scores` of each row
     "Held-out loss, perplexity and the mean of each score"
     if run is not None and not isinstance(scorers, dict):
-        return _kept(
-            model,
-            convs,
-            run,
-            dict(scorers=list(scorers or ()), tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size),
-        )
+        how = dict(scorers=list(scorers or ()), tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        found = _kept(model, convs, run, how)
+        run.add_scores(**{'tuned' if tuned else 'base': found.metrics})
+        return found
     if 'answers' not in model.job.objective.scores:
         _refuse_scorers(scorers)
     how = dict(scorers=scorers, tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -437,7 +435,7 @@ def _sample_rows(model, convs, sides):
 def compare(
     model: LoadedModel,  # Model with its trained adapter
     convs,  # Held-out conversations
-    run: Run | None = None,  # Gets `samples.jsonl` and `statistics.json`, and keeps what was found
+    run: Run | None = None,  # Gets `samples.jsonl` and `statistics.json`; one of `finetune` its scores and report too
     base: Evaluation | None = None,  # What `evaluate` said of the base model, when it was asked before training
     sides=('base', 'tuned'),  # Which to ask
     confidence: float = CONFIDENCE,  # Of the intervals
@@ -455,4 +453,6 @@ def compare(
         run.save('statistics', stats)
     if run is not None and res.samples:
         run.save_samples(res.samples)
+    if run is not None and run.add_scores(**res.metrics):
+        run.write_report(res._repr_html_())
     return res
