@@ -511,3 +511,26 @@ def test_one_held_out_row():
         assert (d.n, d.p, d.low, d.high) == (1, 1.0, None, None)
     assert difference([0.0], [1.0]).p == 1.0 and estimate([0.4]).low is None
     assert 'too few' in caution(1)
+
+
+@pytest.mark.slow
+def test_recorded_cell_by_cell(asked, lib, tmp_path, monkeypatch):
+    "What `finetune` made and `compare` scored has scores in its result, statistics, samples and a report, as a job's run"
+    model, rows = asked
+    monkeypatch.setenv('UNSLOTH_NB_RUNS_DIR', str(tmp_path))
+    job = model.job.replace(max_steps=1, learning_rate=1e-5)
+    run = lib.finetune(model, lib.load_data(job), job)
+    page = (run.path / 'report.html').read_text()
+    assert run.status == 'finished' and run.name in page and 'Before and after' not in page
+    found = lib.compare(model, rows, run, max_new_tokens=4, bootstrap_samples=199)
+    done = lib.open_run(run.name).result
+    assert {k: done['metrics'][k] for k in ('base', 'tuned')} == json.loads(json.dumps(found.metrics))
+    assert done['metrics']['training']['steps'] == 1 and done['artifacts']
+    assert (run.path / 'samples.jsonl').exists() and (run.path / 'statistics.json').exists()
+    page = (run.path / 'report.html').read_text()
+    assert 'Before and after' in page and 'exact_match' in page and '<script' not in page
+    assert lib.list_runs()[0].result['metrics']['tuned'] == done['metrics']['tuned']
+    assert lib.compare_runs([run]) is not None
+    (run.path / 'notebook.ipynb').write_text('{}')
+    lib.evaluate(model, rows, run=run, max_new_tokens=2)
+    assert lib.open_run(run.name).result == done

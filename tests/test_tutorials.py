@@ -56,10 +56,31 @@ def test_badge(monkeypatch):
     assert docs.badge(page, None) is None and docs.badge(Path('spec.ipynb'), 'someone/fork') is None
 
 
+def checks_of(page) -> dict:  # Id of a cell to what must hold after it
+    "What a page does not show: its checks, which stand in tests/tutorials"
+    file = ROOT / 'tests' / 'tutorials' / f'{page.stem}.py'
+    head, *parts = re.split(r'^# %% (\w+)\n', file.read_text(), flags=re.M) if file.exists() else ['']
+    checks = dict(zip(parts[::2], parts[1::2]))
+    return {k: head + v for k, v in checks.items()}
+
+
+@pytest.mark.parametrize('page', TUTORIALS, ids=lambda p: p.stem)
+def test_no_test_code(page):
+    "What a reader runs is what a reader needs: no checks, nothing hidden, no folder that goes away with the runs in it"
+    cells = nbformat.read(page, as_version=4).cells
+    code = '\n'.join(c.source for c in cells if c.cell_type == 'code')
+    scaffolding = r'#\| *hide|fastcore\.test|test_eq|expect_fail|^ *assert |UNSLOTH_NB_RUNS_DIR|\.cleanup\('
+    assert not re.findall(scaffolding, code, re.M)
+    assert set(checks_of(page)) <= {c.id for c in cells}
+
+
 def execute(page, kernel, folder):
-    "Top to bottom; cells for a GPU are left out"
+    "Top to bottom, each cell with its check behind it; cells for a GPU are left out"
     nb = nbformat.read(page, as_version=4)
     nb.cells = [c for c in nb.cells if not re.search(r'^#\| (gpu|eval: false)$', c.source, re.M)]
+    checks = checks_of(page)
+    pairs = [[c, nbformat.v4.new_code_cell(checks[c.id])] if c.id in checks else [c] for c in nb.cells]
+    nb.cells = [c for pair in pairs for c in pair]
     NotebookClient(nb, kernel_name=kernel, timeout=1200, resources=dict(metadata=dict(path=str(folder)))).execute()
 
 
@@ -73,10 +94,11 @@ QUICKSTART = pytest.mark.skipif(bool(find_browser()), reason='test_quickstart ru
     [pytest.param(p, marks=QUICKSTART if p.stem == FIRST else pytest.mark.long) for p in TUTORIALS],
     ids=lambda p: p.stem,
 )
-def test_from_nothing(bare, page, monkeypatch):
+def test_from_nothing(bare, page, monkeypatch, tmp_path):
     "In an environment with a kernel alone, which the first cell fills"
-    for k in ('PYTHONPATH', 'UNSLOTH_NB_RUNS_DIR', 'VIRTUAL_ENV'):
+    for k in ('PYTHONPATH', 'VIRTUAL_ENV'):
         monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv('UNSLOTH_NB_RUNS_DIR', str(tmp_path))
     monkeypatch.setenv('JUPYTER_PATH', str(bare / 'jupyter'))
     execute(page, 'bare', bare / 'work')
     assert installed(bare)
@@ -87,7 +109,8 @@ TRAIN = FIRST, 'export_and_serve', 'reading_a_run', 'scale_out'
 
 @pytest.mark.slow
 @pytest.mark.parametrize('page', [p for p in TUTORIALS if p.stem not in TRAIN], ids=lambda p: p.stem)
-def test_here(page, tmp_path):
+def test_here(page, tmp_path, monkeypatch):
     "Where the package is installed, the first cell does nothing, and the others show what they show"
+    monkeypatch.setenv('UNSLOTH_NB_RUNS_DIR', str(tmp_path / 'runs'))
     (tmp_path / 'unsloth_nb').symlink_to(ROOT)
     execute(page, 'python3', tmp_path)
