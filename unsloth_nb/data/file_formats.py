@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from fastcore.basics import patch
 
-from .files import DataError, file_kind
+from .files import DataError, file_kind, packed_as
 
 # %% ../../nbs/data/file_formats.ipynb #490d127e
 def open_text(f, **kw):
@@ -62,11 +62,13 @@ def _usual_mistake(s, e, place=''):
             f"a text stands in single quotes{place}, as Python prints it; write rows with json.dumps, "
             "which takes double ones"
         )
+    if e.msg == 'Expecting value' and not s[: e.pos].strip():
+        return f'{e.msg}{place}, not {s.strip()[:60]!r}'
     if e.msg == 'Extra data' and here == '{':
         return f'a second object begins behind the first{place}; put each on a line of its own'
     return f'{e.msg}{place}'
 
-
+# %% ../../nbs/data/file_formats.ipynb #21647f27
 def json_line(f, l, n):
     "The value of a line, or an error in its place"
     try:
@@ -163,9 +165,10 @@ def _next_value(j):
 
 def _broken(f, n, e):
     "The error for a file whose JSON cannot be read on"
+    ends = '' if e.doc[e.pos :].strip() else '; the file ends here, as one does that was cut off'
     return DataError(
         f"dataset: {f} cannot be read as {f.kind[1:]}: row {n}, line {e.line}, at {e.doc[e.pos : e.pos + 40]!r}: "
-        f"{_usual_mistake(e.doc, e)}"
+        f"{_usual_mistake(e.doc, e)}{ends}"
     )
 
 # %% ../../nbs/data/file_formats.ipynb #ae37ea76
@@ -345,13 +348,16 @@ def _doubled(m):
     return '""' if m[1] == '"' else '\\'
 
 # %% ../../nbs/data/file_formats.ipynb #bdd11fb7
+_NOT_SEEN = ' \t\r\n\xa0\u200b\ufeff'  # Characters around a name that nobody sees
+
+
 class Columns:
     "The names of a table's columns"
 
     def __init__(self, f, names):
         self.f = f
         given = [str('' if n is None else n) for n in names]
-        self.names = [n.strip() for n in given]
+        self.names = [n.strip(_NOT_SEEN) for n in given]
         self.kept = [i for i, n in enumerate(self.names) if n]
         self.nameless = [i for i, n in enumerate(self.names) if not n]
         twice = next((n for n, k in Counter(self.names[i] for i in self.kept).items() if k > 1), None)
@@ -395,6 +401,27 @@ def row(self: Columns, cells, i):
     return {self.names[c]: cells[c] for c in self.kept}
 
 # %% ../../nbs/data/file_formats.ipynb #c9e3f847
+def _table(f, table):
+    "Rows of cells as rows of columns"
+    names = next(table, None)
+    if names is None:
+        return
+    columns = Columns(f, names)
+    i = 0
+    try:
+        for cells in table:
+            if len(cells) > 1 and not any(cells):
+                f.note('a row with nothing in it, left out')
+            elif cells:
+                yield columns.row(cells, i)
+                i += 1
+    except csv.Error as e:
+        quote = ' (inside of quotes a quote is doubled: "")' if 'expected after' in str(e) else ''
+        raise DataError(
+            f"dataset: {f} cannot be read as {f.kind[1:]}: {e}{quote}, row {i}, line {table.line_num}"
+        ) from None
+
+# %% ../../nbs/data/file_formats.ipynb #02e02546
 def read_csv(f):
     "Rows of a table whose first line names the columns"
     csv.field_size_limit(2**31 - 1)
@@ -418,25 +445,6 @@ def read_csv(f):
             f.note('blanks behind the separators, left out')
         table = csv.reader(lines, delimiter=sep, strict=True, skipinitialspace=blank)
         yield from _table(f, table)
-
-
-def _table(f, table):
-    "Rows of cells as rows of columns"
-    names = next(table, None)
-    if names is None:
-        return
-    columns = Columns(f, names)
-    i = 0
-    try:
-        for cells in table:
-            if cells:
-                yield columns.row(cells, i)
-                i += 1
-    except csv.Error as e:
-        quote = ' (inside of quotes a quote is doubled: "")' if 'expected after' in str(e) else ''
-        raise DataError(
-            f"dataset: {f} cannot be read as {f.kind[1:]}: {e}{quote}, row {i}, line {table.line_num}"
-        ) from None
 
 # %% ../../nbs/data/file_formats.ipynb #cc590002
 def read_workbook(f):
@@ -504,7 +512,7 @@ def _goes_on_in_markdown():
 def _paragraphs(f, h):
     part = []
     size = 0
-    goes_on = _goes_on_in_markdown() if f.kind == '.md' else lambda l, part: False
+    goes_on = _goes_on_in_markdown() if f.kind in ('.md', '.markdown') else lambda l, part: False
     for l in h:
         if goes_on(l, part) or not l.isspace():
             part.append(l)
@@ -535,14 +543,19 @@ def _whole(f, h):
         yield _joined(f, [text])
 
 # %% ../../nbs/data/file_formats.ipynb #b1dea79b
+def _unpacked_name(f):
+    "The name of a file without the suffix for its compression"
+    return f.name[: -len(packed_as(f.name))] if packed_as(f.name) else f.name
+
+
 def _looks_like(f):
     "The kind that a file of text seems to be, and how that shows; or nothing"
-    inner = file_kind(Path(Path(f.name).stem))
+    inner = file_kind(Path(_unpacked_name(f)).stem)
     if inner in ('.json', '.jsonl', '.ndjson', '.csv', '.tsv'):
         return inner, 'its name'
     with f.open() as h:
         head = h.read(2**16).decode('utf-8-sig', 'replace').strip()
-    if re.match(r'\[?\s*\{\s*"', head):
+    if re.match(r'\[?\s*\{\s*["\']', head):
         return ('.json' if head[0] == '[' else '.jsonl'), 'its first line'
     lines = [l for l in head.splitlines()[:20] if l.strip()]
     for sep, kind in (('\t', '.tsv'), (',', '.csv'), (';', '.csv')):
@@ -558,8 +571,8 @@ def read_text(f):
     if f.text_rows == 'auto':
         kind, how = _looks_like(f)
         if kind:
-            stem = Path(f.name).stem
-            name = stem if file_kind(Path(stem)) == kind else stem + kind
+            stem = Path(_unpacked_name(f)).stem
+            name = (stem if file_kind(stem) == kind else stem + kind) + packed_as(f.name)
             raise DataError(
                 f"dataset: {f} holds {kind[1:]} by {how}, not plain text; rename it to {name}, or say what of it is a "
                 "text, as in text_rows='line'"

@@ -30,7 +30,7 @@ from unsloth_nb.data.conversations import (
 )
 from ..core.escaping import markdown_text, plain_text
 from .events import BUILT_IN
-from .formats import detect_format
+from .formats import detect_format, unused_meanings
 from .ledger import Faults, Ledger, count_rows
 from ..core.schema import SpecError, nearest, parse_yaml
 from .sources import DataError, Source, Spool, find_source
@@ -203,6 +203,14 @@ def _convert(reading, row, i, job):
     return conv, said, []
 
 # %% ../../nbs/data/load.ipynb #4fa013eb
+def _lost_columns(job, fmt, unused, rows):
+    "A warning where columns are not used though the format has a place for what they mean"
+    if not (lost := unused_meanings(fmt, unused, rows)):
+        return []
+    own = ','.join([*(f'{k}:{v}' for k, v in job.dataset_columns.items()), *lost])
+    return [f'columns that seem to belong to the rows are not used; say dataset_columns={own}']
+
+
 def _with_place(e, src, n, file, at):
     "The same fault, with the source, the row and, where there are several files, the file"
     return DataError(f'dataset: {src.name}, {e}' + (f' ({file.name}, its row {at})' if file else ''), e.reason)
@@ -222,19 +230,29 @@ def _trained_on(conv, job):
     return Conversation(conv.messages, conv.text, conv.fields, conv.row, conv.tools)
 
 # %% ../../nbs/data/load.ipynb #d6d4fea8
+def _schema_of_arrow(f):
+    "The schema of a file that `save_to_disk` wrote"
+    import pyarrow as pa
+
+    with pa.memory_map(str(f)) as m:
+        return pa.ipc.open_stream(m).schema
+
+
 def _noted_features(src):
     "What a source's own notes say of its columns, as dicts; empty without any"
     if hasattr(src.object, 'features') and src.object.features:
         return {
             k: dict(_type=type(f).__name__, names=getattr(f, 'names', None)) for k, f in src.object.features.items()
         }
-    if src.kind != 'files' or not src.files or src.files[0].suffix.lower() != '.parquet':
+    suffix = src.files[0].suffix.lower() if src.kind == 'files' and src.files else ''
+    if suffix not in ('.parquet', '.arrow'):
         return {}
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        notes = pq.read_schema(src.files[0]).metadata or {}
+        schema = pq.read_schema if suffix == '.parquet' else _schema_of_arrow
+        notes = schema(src.files[0]).metadata or {}
         return json.loads(notes.get(b'huggingface', b'{}')).get('info', {}).get('features', {})
     except (pa.ArrowException, OSError, ValueError, AttributeError):
         return {}  # The rows say what is wrong with the file
@@ -263,7 +281,7 @@ def collect(
     job,  # Its policies
     store: Store,  # Where conversations go
     where=None,  # A function of a Conversation; rows for which it is false are left out
-) -> dict:  # rows, index, faults, left, noted, unused_keys, format, reason, unused
+) -> dict:  # rows, index, faults, left, noted, unused_keys, warnings, format, reason, unused
     "Read a source into the store under the job's policies; raises `DataError` as they say"
     cols, some, rows = _peek(src.rows())
     if not some:
@@ -273,6 +291,7 @@ def collect(
         reading, why, unused = _reading(job, cols, src.name, some)
     names = _names_of_classes(src, job)
     books = dict(faults=Faults(), left=Counter(), noted=Counter(), unused_keys=Counter())
+    books['warnings'] = _lost_columns(job, reading.format, unused, some)
     first = len(store)
     n = -1
     seen = set(cols)
@@ -663,7 +682,7 @@ def load_data(
         books['left'].update(g['faults'].counts)
         books['left'].update(g['left'])
         books['noted'].update(g['noted'])
-        books['warnings'] += [*g['notes'], *g['faults'].notes()]
+        books['warnings'] += [*g['notes'], *g['warnings'], *g['faults'].notes()]
     _check_left(train, got, books)
     if other:
         test = other[0]

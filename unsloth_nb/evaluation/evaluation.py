@@ -256,15 +256,16 @@ def evaluate(
     max_new_tokens: int = 96,  # [tokens]
     batch_size: int = 16,  # Rows at once
     run: Run | None = None,  # Keeps what was found, and gives it again when nothing has changed
+    stage: str = '',  # Under which name the run keeps it; default: base_evaluation or tuned_evaluation
 ) -> Evaluation:  # (metrics, answers), with `scores` of each row
     "Held-out loss, perplexity and the mean of each score"
     if run is not None and not isinstance(scorers, dict):
-        return _kept(
-            model,
-            convs,
-            run,
-            dict(scorers=list(scorers or ()), tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size),
-        )
+        how = dict(scorers=list(scorers or ()), tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        side = 'tuned' if tuned else 'base'
+        found = _kept(model, convs, run, how, stage or f'{side}_evaluation')
+        if stage is None:
+            run.add_scores(**{side: found.metrics})
+        return found
     if 'answers' not in model.job.objective.scores:
         _refuse_scorers(scorers)
     how = dict(scorers=scorers, tuned=tuned, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -278,7 +279,7 @@ def evaluate(
     )
 
 # %% ../../nbs/evaluation/evaluation.ipynb #610507ce
-def _kept(model, convs, run, how):
+def _kept(model, convs, run, how, stage):
     "What `evaluate` found, from the run where it is there"
     inputs = how | dict(
         base=model.base,
@@ -302,12 +303,12 @@ def _kept(model, convs, run, how):
         e = evaluate(model, convs, **how)
         return dict(metrics=e.metrics, answers=[asdict(a) for a in e.answers], scores=e.scores, weights=e.weights)
 
-    got = run.keep('tuned_evaluation' if how['tuned'] else 'base_evaluation', inputs, make)
+    got = run.keep(stage, inputs, make)
     return Evaluation(got['metrics'], [Answer(**a) for a in got['answers']], got['scores'], got['weights'])
 
 # %% ../../nbs/evaluation/evaluation.ipynb #e3870748
 def contrast(
-    sides: dict,  # `base` and `tuned`, or one of them, to Evaluation
+    sides: dict,  # `base` and `tuned`, or one of them, to Evaluation; what stands before these two is not tested
     confidence: float = CONFIDENCE,  # Of the intervals
     bootstrap_samples: int = SAMPLES,  # Of the bootstrap and of permutation tests
     seed: int = 0,
@@ -319,8 +320,8 @@ def contrast(
         n: {s: asdict(estimate(e.scores[n], e.weights.get(n), **how)) for s, e in sides.items() if n in e.scores}
         for n in names
     }
-    if len(sides) == 2:
-        a, b = sides.values()
+    if len(sides) > 1:
+        a, b = [*sides.values()][-2:]
         for n in names:
             if n in a.scores and n in b.scores:
                 res[n]['difference'] = asdict(difference(a.scores[n], b.scores[n], a.weights.get(n), **how))
@@ -415,6 +416,20 @@ def __repr__(self: Comparison):
         lines += ['', *(f'{k:9}{r[k]}' for k in ('prompt', 'expected', 'base', 'tuned') if k in r)]
     return plain_text('\n'.join(lines))
 
+# %% ../../nbs/evaluation/evaluation.ipynb #75f91ef1
+@patch
+def score_before(
+    self: LoadedModel,
+    convs,  # Held-out conversations
+    run: Run | None = None,  # Keeps what was found
+    **kw,  # As in `evaluate`
+) -> dict:  # `base` to Evaluation; in front of it `raw` where training goes on from an adapter
+    "The model as it came, before it is trained"
+    alone = evaluate(self, convs, tuned=False, run=run, **kw)
+    if self.adapter is None:
+        return dict(base=alone)
+    return dict(raw=alone, base=evaluate(self, convs, tuned=True, run=run, stage='adapter_evaluation', **kw))
+
 # %% ../../nbs/evaluation/evaluation.ipynb #00a82644
 def _sample_rows(model, convs, sides):
     "Question, expected answer, answers and scores of each row"
@@ -437,8 +452,8 @@ def _sample_rows(model, convs, sides):
 def compare(
     model: LoadedModel,  # Model with its trained adapter
     convs,  # Held-out conversations
-    run: Run | None = None,  # Gets `samples.jsonl` and `statistics.json`, and keeps what was found
-    base: Evaluation | None = None,  # What `evaluate` said of the base model, when it was asked before training
+    run: Run | None = None,  # Gets `samples.jsonl` and `statistics.json`; one of `finetune` its scores and report too
+    base=None,  # What `evaluate` or `score_before` said before training
     sides=('base', 'tuned'),  # Which to ask
     confidence: float = CONFIDENCE,  # Of the intervals
     bootstrap_samples: int = SAMPLES,  # Of the bootstrap and of permutation tests
@@ -446,13 +461,15 @@ def compare(
     **kw,  # As in `evaluate`
 ) -> Comparison:
     "Base and tuned model on the same rows"
-    sides = {
-        s: base if base and s == 'base' else evaluate(model, convs, tuned=s == 'tuned', run=run, **kw) for s in sides
-    }
+    before = base if isinstance(base, dict) else {s: base for s in sides if base and s == 'base'}
+    after = {s: evaluate(model, convs, tuned=s == 'tuned', run=run, **kw) for s in sides if s not in before}
+    sides = {s: (before | after)[s] for s in dict.fromkeys([*before, *sides])}
     stats = contrast(sides, confidence, bootstrap_samples, seed) | dict(rows_sha256=rows_sha256(convs))
     res = Comparison({s: e.metrics for s, e in sides.items()}, _sample_rows(model, convs, sides), stats)
     if run is not None:
         run.save('statistics', stats)
     if run is not None and res.samples:
         run.save_samples(res.samples)
+    if run is not None and run.add_scores(**res.metrics):
+        run.write_report(res._repr_html_())
     return res

@@ -22,7 +22,7 @@ from ..data.load import load_data
 from ..core.escaping import markdown_text, plain_text
 from .runner import preflight
 from ..planning.plan import make_plan
-from ..core.schema import Job, SpecError, choices, nearest, param, read_params
+from ..core.schema import Job, SpecError, choices, nearest, param, read_params, unknown_parameter
 from ..core.scoring import SCORERS
 from ..core.show import duration, gib, markdown_table, text_table
 from ..evaluation.significance import caution
@@ -175,7 +175,7 @@ def _check_names(s):
     for where in ('params', 'grid', 'search'):
         for n in getattr(s, where):
             if n not in known:
-                raise ValueError(f"{where}: {n}: {JOBS[s.job].__name__} has no such parameter{nearest(str(n), known)}")
+                raise ValueError(f"{where}: {n}: {unknown_parameter(str(n), JOBS[s.job])}")
             if where != 'params' and n in s.params:
                 raise ValueError(f"{where}: {n} is under params as well, as {s.params[n]!r}; leave one of them out")
     if bool(s.grid) == bool(s.search):

@@ -490,7 +490,8 @@ def _yaml_kind(path, values):
         )
     if 'compute_environment' in values or 'distributed_type' in values or 'zero_optimization' in values:
         raise MigrationError(
-            f"{path} says how several devices share a training, not what is trained; one device is trained on here"
+            f"{path} says how several devices share a training, not what is trained; devices, nodes "
+            "and parallel of the job say that here"
         )
     if set(values) & set(FinetuneJob.model_fields):
         raise MigrationError(

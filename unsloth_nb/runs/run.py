@@ -26,10 +26,10 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.engine import versions
 from ..core.errors import UnslothNbError
-from ..core.escaping import markdown_code, markdown_text, mask_secrets, plain_text
+from ..core.escaping import html_text, markdown_code, markdown_text, mask_secrets, plain_text
 from ..core.settings import settings
 from ..core.schema import Job, SpecError, nearest
-from ..core.show import markdown_table, number, text_table
+from ..core.show import html_table, markdown_table, number, picture, text_table
 from ..core.spec import EXPORTS, JOBS, trains
 
 # %% ../../nbs/runs/run.ipynb #7af3b48f
@@ -610,3 +610,61 @@ def plot_metrics(metrics: list[dict], ax=None):
 def plot(self: Run, ax=None):
     "The run's loss and learning rate by step"
     return plot_metrics(self.metrics, ax)
+
+# %% ../../nbs/runs/run.ipynb #953711d0
+@patch
+def add_scores(self: Run, **sides) -> bool:  # Were they added?
+    "Put scores of `base` and `tuned` into the result of a finished run that was not a job's"
+    done = self.result
+    if not done or done['status'] != 'finished' or (self.path / 'notebook.ipynb').exists():
+        return False
+    write_json(self.path / 'result.json', done | dict(metrics=done['metrics'] | sides))
+    return True
+
+# %% ../../nbs/runs/run.ipynb #56ed42fd
+def _curve(run):
+    "The loss as a picture, where something was logged"
+    if not run.metrics:
+        return ''
+    import matplotlib.pyplot as plt
+
+    fig = plt.figure(figsize=(6, 2.6), layout='tight')
+    plot_metrics(run.metrics, fig.gca())
+    shown = picture(fig, f'loss of {run.name} by step')
+    plt.close(fig)
+    return shown
+
+
+def _report_parts(run):
+    "Headings and what stands below each, as HTML"
+    done = run.result or {}
+    yield 'Job', html_table([('parameter', 'value'), *run.job.changed().items()])
+    yield 'Training', _curve(run)
+    sides = {k: v for k, v in done.get('metrics', {}).items() if k in ('base', 'tuned')}
+    if sides:
+        names = dict.fromkeys(n for side in sides.values() for n in side)
+        rows = [(n, *(number(side.get(n)) for side in sides.values())) for n in names]
+        yield 'Before and after', html_table([('metric', *sides), *rows])
+    kept = {name: sum(f['bytes'] for f in files.values()) for name, files in done.get('artifacts', {}).items()}
+    if kept:
+        yield 'Kept', html_table([('artefact', 'MiB'), *((n, number(b / 2**20)) for n, b in kept.items())])
+
+# %% ../../nbs/runs/run.ipynb #8980a001
+@patch
+def write_report(
+    self: Run,
+    compared: str = '',  # HTML of a comparison
+) -> Path:  # Of `report.html`
+    "Write what the run recorded as one page; not for a job's run, whose report is its notebook"
+    parts = dict(_report_parts(self)) | ({'Before and after': compared} if compared else {})
+    body = ''.join(f'<h2>{html_text(title)}</h2>{shown}' for title, shown in parts.items() if shown)
+    name = html_text(self.name)
+    style = 'body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{vertical-align:top}'
+    page = (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{style}</style></head>'
+        f'<body><h1>{name}</h1><p>{html_text(self.status)}</p>{body}</body></html>'
+    )
+    tmp = self.path / '.report.html'
+    tmp.write_text(page, encoding='utf-8')
+    os.replace(tmp, self.path / 'report.html')
+    return self.path / 'report.html'

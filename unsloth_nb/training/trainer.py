@@ -525,7 +525,7 @@ def finetune(
     run: Run | None = None,  # Default: a new one
     devices: int | None = None,  # That share the work; default: as the job says
 ) -> Run:
-    "Train on data and save the adapter"
+    "Train on data and save the adapter; for scores and a report of both: `compare(model, data.test, run)`"
     job = job or model.job
     own = run is None
     if devices is not None:
@@ -541,7 +541,10 @@ def finetune(
         with run.stage('training'):
             res = train(model, data, job, run)
         save_adapter(model, run.path / 'adapter')
-        return run.finish(training=res) if own else run
+        if own:
+            run.finish(training=res)
+            run.write_report()
+        return run
     except (Interrupted, KeyboardInterrupt) as e:
         if own:
             run.interrupt(str(e) or 'interrupted from the keyboard')
