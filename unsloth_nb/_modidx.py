@@ -721,6 +721,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unsloth_nb.data.load._copies': ('data/load.html#_copies', 'unsloth_nb/data/load.py'),
                                       'unsloth_nb.data.load._data': ('data/load.html#_data', 'unsloth_nb/data/load.py'),
                                       'unsloth_nb.data.load._hash': ('data/load.html#_hash', 'unsloth_nb/data/load.py'),
+                                      'unsloth_nb.data.load._how_it_was_read': ( 'data/load.html#_how_it_was_read',
+                                                                                 'unsloth_nb/data/load.py'),
                                       'unsloth_nb.data.load._key': ('data/load.html#_key', 'unsloth_nb/data/load.py'),
                                       'unsloth_nb.data.load._left_out': ('data/load.html#_left_out', 'unsloth_nb/data/load.py'),
                                       'unsloth_nb.data.load._lost_columns': ('data/load.html#_lost_columns', 'unsloth_nb/data/load.py'),

@@ -276,6 +276,14 @@ def _with_names(row, names):
     return row | new if new else row
 
 # %% ../../nbs/data/load.ipynb #50ea235e
+def _how_it_was_read(src, why):
+    "What is said of a source, once all of it has been read"
+    why += f"; {src.how_text()}" if src.how_text() else ''
+    why += f"; left out of the folder: {', '.join(src.left_out)}" if src.left_out else ''
+    hint = "; where each line is a text of its own, say text_rows='line'" if 'paragraph' in src.texts else ''
+    return dict(name=src.name, reason=why, notes=src.remarks(), hint=hint)
+
+# %% ../../nbs/data/load.ipynb #deca9b11
 def collect(
     src: Source,  # What to read
     job,  # Its policies
@@ -312,12 +320,8 @@ def collect(
         books['unused_keys'].update(said.unused)
         store.add(_trained_on(conv, job))
     books['faults'].check(lambda r: getattr(job, r), n + 1, job.max_dropped)
-    why += f"; {src.how_text()}" if src.how_text() else ''
-    why += f"; left out of the folder: {', '.join(src.left_out)}" if src.left_out else ''
-    hint = "; where each line is a text of its own, say text_rows='line'" if 'paragraph' in src.texts else ''
     index = np.arange(first, len(store))
-    told = dict(format=reading.format, name=src.name, reason=why, unused=unused, notes=src.remarks(), hint=hint)
-    return dict(books, rows=n + 1, index=index, **told)
+    return dict(books, rows=n + 1, index=index, format=reading.format, unused=unused, **_how_it_was_read(src, why))
 
 # %% ../../nbs/data/load.ipynb #10e26006
 def duplicate_rows(keys) -> np.ndarray:  # True where an equal row came before
