@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['TEMPLATES', 'EXPORTS', 'LINEARS', 'EMBEDDINGS', 'BENCHMARKS', 'JOBS', 'jobs_dir', 'Preset', 'presets', 'preset',
            'Template', 'chat_templates', 'ModelRef', 'resolve_model', 'SourceParams', 'DataParams', 'RowParams',
-           'TurnParams', 'GenerateParams', 'ModelParams', 'LoraParams', 'FormatParams', 'StepParams', 'OptimizerParams',
-           'TrainParams', 'DeviceParams', 'split_batch', 'adapter_layers', 'suited_to', 'SaveParams', 'TrainingJob',
-           'find_objective', 'FinetuneJob', 'PretrainJob', 'EvaluateJob', 'ExportJob', 'BenchmarkJob', 'trains',
-           'make_job']
+           'TurnParams', 'GenerateParams', 'ModelParams', 'LoraParams', 'is_template_text', 'read_template',
+           'FormatParams', 'StepParams', 'OptimizerParams', 'TrainParams', 'DeviceParams', 'split_batch',
+           'adapter_layers', 'suited_to', 'SaveParams', 'TrainingJob', 'find_objective', 'FinetuneJob', 'PretrainJob',
+           'EvaluateJob', 'ExportJob', 'BenchmarkJob', 'trains', 'make_job']
 
 # %% ../../nbs/core/spec.ipynb #f9b1ec1b
 import importlib
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -270,12 +271,47 @@ class LoraParams(Job):
         min_length=1,
     )
 
+# %% ../../nbs/core/spec.ipynb #25b43e75
+_GIVEN = 'messages', 'tools', 'add_generation_prompt', 'bos_token', 'eos_token'  # Not for the user to set
 
+
+def is_template_text(value: str) -> bool:
+    "Is it a Jinja template, not the name of one?"
+    return '{%' in value or '{{' in value
+
+
+def read_template(name: str) -> str:  # Its text, which a run keeps in the place of the name
+    "A chat template from a `.jinja` file; raises `ValueError` for anything else"
+    if not name.endswith('.jinja'):
+        raise ValueError(f"got {name!r}, no known template{nearest(name, TEMPLATES)}")
+    try:
+        text = Path(name).expanduser().read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"got {name!r}, which cannot be read as text: {e}") from None
+    if not is_template_text(text):
+        raise ValueError(f"got {name!r}, which holds no Jinja template")
+    return text
+
+
+def _literal(value):
+    "A text that the command line gave as the value that it spells"
+    try:
+        read = json.loads(value.lower()) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return read if isinstance(read, bool | int | float) else value
+
+# %% ../../nbs/core/spec.ipynb #6da9be37
 class FormatParams(Job):
     "What the loss sees"
 
     template: str = param(
-        'auto', "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; or a template by name", _DATA
+        'auto',
+        "chat: the model's own; alpaca: the Alpaca prompt; raw: text as it is; a template by name, or a .jinja file",
+        _DATA,
+    )
+    template_args: dict[str, str | bool | int | float] = param(
+        {}, 'What the chat template is given, as enable_thinking:false', _DATA
     )
     loss_on: (
         Literal['responses', 'last_response', 'everything'] | list[Literal['system', 'user', 'assistant', 'tool']]
@@ -284,9 +320,14 @@ class FormatParams(Job):
     @field_validator('template')
     @classmethod
     def _known_template(cls, v):
-        if v not in TEMPLATES:
-            raise ValueError(f"got {v!r}, no known template{nearest(v, TEMPLATES)}")
-        return v
+        return v if v in TEMPLATES or is_template_text(v) else read_template(v)
+
+    @field_validator('template_args')
+    @classmethod
+    def _readable_args(cls, args):
+        if bad := next((n for n in args if not re.fullmatch(r'[A-Za-z_]\w*', n) or n in _GIVEN), None):
+            raise ValueError(f"{bad!r} is no name that a template can be given")
+        return {n: _literal(v) for n, v in args.items()}
 
 # %% ../../nbs/core/spec.ipynb #66590f55
 class StepParams(Job):

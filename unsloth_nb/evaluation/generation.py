@@ -601,4 +601,5 @@ def load_run(run='latest') -> LoadedModel:
     run = open_run(run, trained=True)
     if not (run.path / 'adapter').is_dir():
         raise SpecError(f"run: {run.name} has saved no adapter ({run.status}); choose a finished run")
+    run.freeze_clock()
     return load_adapter(run.path / 'adapter', run.job, run_plan(run))

@@ -31,6 +31,7 @@ from ..core.settings import settings
 from ..core.schema import Job, SpecError, nearest
 from ..core.show import html_table, markdown_table, number, picture, text_table
 from ..core.spec import EXPORTS, JOBS, trains
+from ..core.template_sandbox import freeze_template_clock
 
 # %% ../../nbs/runs/run.ipynb #7af3b48f
 def plain_data(o):
@@ -294,8 +295,16 @@ def start_run(
         raise RunError(
             f"{run.name} was started with other parameters; start a new run, or go on with this one as it is"
         )
+    run.freeze_clock()
     run.start_heart()
     return run
+
+
+@patch
+def freeze_clock(self: Run):
+    "Chat templates that write today's date write the day on which the run began, however often it is resumed"
+    if began := (read_json(self.path / 'env.json') or {}).get('started'):
+        freeze_template_clock(datetime.fromisoformat(began))
 
 
 @patch

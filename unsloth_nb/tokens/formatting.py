@@ -7,12 +7,13 @@ __all__ = ['IGNORE', 'Example', 'encode_pieces', 'Formatter', 'token_texts', 'vi
 
 # %% ../../nbs/tokens/formatting.ipynb #7530de6f
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 import numpy as np
 
 from ..data.conversations import Conversation, replaced, strings
 from ..core.escaping import html_text
+from ..core.spec import is_template_text
 from unsloth_nb.tokens.templates import (
     Chat,
     FormatError,
@@ -20,8 +21,10 @@ from unsloth_nb.tokens.templates import (
     chat_pieces,
     check_shown,
     cut_text,
+    give_arguments,
     render,
     role_spans,
+    separate_thought,
     shows,
     special_pattern,
     special_tokens,
@@ -114,6 +117,7 @@ class Formatter:
         loss_on='responses',  # `responses`, `last_response`, `everything`, or a list of roles
         text: bool = False,  # Are the rows plain text?
         special_tokens: str = 'error',  # What to do with control tokens in content: `error`, `drop`, `escape` or `keep`
+        template_args: dict | None = None,  # What the chat template is given
     ):
         if tok.eos_token_id is None:
             raise FormatError(
@@ -123,6 +127,8 @@ class Formatter:
         self.template, self.reason = _choose(tok, template, text)
         if template not in ('auto', 'chat', 'alpaca', 'raw'):
             tok = use_template(tok, template)
+        if template_args and self.template == 'chat':
+            tok = give_arguments(tok, template_args)
         self.tok = tok
         self.loss_on = loss_on
         self.special = special_pattern(tok)
@@ -133,6 +139,8 @@ class Formatter:
         )  # A token for what has none
         self.chat = Chat(tok) if self.template == 'chat' else None
         self.seen = shows(tok) if self.chat else None
+        if self.chat and self.chat.opens_thought:
+            self.seen['reasoning'] = True
 
 # %% ../../nbs/tokens/formatting.ipynb #30920b28
 def _choose(tok, template, text):
@@ -153,7 +161,7 @@ def _choose(tok, template, text):
             "use template='alpaca', or a template by name, such as 'chatml'"
         )
     if template not in ('auto', 'chat', 'alpaca'):
-        return 'chat', f'{template}, asked for'
+        return 'chat', f"{'one of your own' if is_template_text(template) else template}, asked for"
     if template != 'auto':
         return template, 'asked for'
     if tok.chat_template:
@@ -164,7 +172,8 @@ def _choose(tok, template, text):
 @patch(cls_method=True)
 def for_job(cls: Formatter, job, tok, text: bool = False):
     "The formatter that a job asks for"
-    return cls(tok, job.template, job.loss_on, text, job.special_tokens)
+    args = getattr(job, 'template_args', None)
+    return cls(tok, job.template, job.loss_on, text, special_tokens=job.special_tokens, template_args=args)
 
 # %% ../../nbs/tokens/formatting.ipynb #1059c0ff
 @patch
@@ -211,6 +220,14 @@ def _with_roles(self: Formatter, conv, pieces):
 
 # %% ../../nbs/tokens/formatting.ipynb #5009183b
 @patch
+def _in_chat_form(self: Formatter, conv):
+    "Thinking that stands in the text of answers moved to where the template reads it, if it does"
+    if not self.seen['reasoning'] or not any('<think>' in m['content'] for m in conv.messages):
+        return conv
+    return replace(conv, messages=[separate_thought(m) for m in conv.messages])
+
+
+@patch
 def renderings(
     self: Formatter, conv: Conversation
 ) -> list[list[tuple[str, bool]]]:  # One list of pieces for each example that the row gives
@@ -232,6 +249,7 @@ def renderings(
             )
         ]
     else:
+        conv = self._in_chat_form(conv)
         check_shown(conv, self.seen)
         res = chat_pieces(self.chat, conv, self._answers(conv))
         if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}:
@@ -332,6 +350,7 @@ def prompt(self: Formatter, x) -> str:  # Ends where the answer begins
     "The text of a conversation, or of messages, that wait for an answer"
     conv = _asked(x)
     if self.template == 'chat':
+        conv = self._in_chat_form(conv)
         check_shown(conv, self.seen)
         return render(self.tok, conv.messages, conv.tools, True, conv.row)
     return (self.tok.bos_token if self.adds_bos else '') + alpaca_prompt(conv)
@@ -343,6 +362,7 @@ def _prompt_pieces(self: Formatter, conv):
     if not self.chat:
         return [(self.tok.bos_token if self.adds_bos else '', False), (alpaca_prompt(conv), False)]
     text = self.prompt(conv)
+    conv = self._in_chat_form(conv)
     try:
         got = [self.chat.answer(conv, k) for k in self._answers(conv)] if self.loss_on != 'last_response' else []
     except FormatError:
@@ -367,7 +387,7 @@ def answer(self: Formatter, conv: Conversation) -> str:  # Without special token
     "The text that the model should write as the last answer"
     if self.template != 'chat':
         return conv.messages[-1]['content']
-    text, s, e = self.chat.answer(conv, len(conv.messages) - 1)
+    text, s, e = self.chat.answer(self._in_chat_form(conv), len(conv.messages) - 1)
     return self.special.sub('', text[s:e])
 
 # %% ../../nbs/tokens/formatting.ipynb #174256a5
@@ -376,18 +396,9 @@ def stop_ids(self: Formatter) -> list[int]:  # Token ids
     "Tokens that end an answer: end of sequence, and what the template writes behind an answer or a call"
     if not self.chat:
         return [self.tok.eos_token_id]
-    call = Conversation(
-        [
-            dict(role='user', content='a'),
-            dict(
-                role='assistant', content='', tool_calls=[dict(type='function', function=dict(name='f', arguments={}))]
-            ),
-        ]
-    )
     ends = [self.chat.end]
-    if self.seen['calls']:
-        t, _, e = self.chat.answer(call, 1)
-        ends.append(list(self.special.finditer(t[:e]))[-1][0])
+    if self.seen['calls'] and (end := self.chat.end_of_call()):
+        ends.append(end)
     return sorted({self.tok.eos_token_id, *(self.tok.convert_tokens_to_ids(t) for t in ends)})
 
 # %% ../../nbs/tokens/formatting.ipynb #9860a913
@@ -410,6 +421,11 @@ def notes(self: Formatter) -> list[str]:
         )
         if len(own.split()) > 4:
             res.append(f"the template begins every conversation without a system message with: {own[:120]}")
+        if self.chat.closes_answer:
+            res.append(
+                f"the template ends no answer with a token of its own: {self.chat.end!r}, the next turn's first, is "
+                "trained as its end and stops the model"
+            )
         if self.adds_bos and not text.startswith(tok.bos_token):
             res.append(
                 f"the tokenizer puts {tok.bos_token!r} in front of a text, but the template does not; "

@@ -32,7 +32,7 @@ from .ranks import parted, ranks
 from ..runs.run import read_json, sha256, write_json
 from ..core.schema import SpecError
 from ..core.spec import ModelRef, TrainingJob, adapter_layers, resolve_model
-from ..tokens.templates import ALPACA, use_template
+from ..tokens.templates import ALPACA, give_arguments, use_template
 
 # %% ../../nbs/training/loading.ipynb #98a1f7c4
 def _gguf_file() -> Path:
@@ -171,7 +171,9 @@ def _ready(tok, job):
     if tok.pad_token is None:
         tok.pad_token = tok.eos_token
     tok.clean_up_tokenization_spaces = False
-    return tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
+    tok = tok if job.template in ('auto', 'chat', 'alpaca', 'raw') else use_template(tok, job.template)
+    args = getattr(job, 'template_args', None)
+    return give_arguments(tok, args) if args and tok.chat_template else tok
 
 # %% ../../nbs/training/loading.ipynb #fce7ba41
 def _embedding_rows(folder) -> int | None:  # None: not known
@@ -280,12 +282,9 @@ class LoadedModel:
     @cached_property
     def formatter(self):
         "Writes prompts as they were trained"
-        return Formatter(
-            self.tok,
-            'auto' if self.job.template == 'raw' else self.job.template,
-            self.job.loss_on,
-            special_tokens=self.job.special_tokens,
-        )
+        template = 'auto' if self.job.template == 'raw' else self.job.template
+        how = dict(special_tokens=self.job.special_tokens, template_args=getattr(self.job, 'template_args', None))
+        return Formatter(self.tok, template, self.job.loss_on, **how)
 
     def formatter_for(self, convs):
         "The formatter for these rows: conversations, or plain text"
