@@ -390,3 +390,11 @@ def test_whole_embeddings_and_named_templates(small, inside, tiny, tmp_path, lib
     assert lib.keep_artifact(model, run, 'adapter', data.test)['passed']
     again = lib.load_run(run)
     assert again.parameters == model.parameters
+
+
+def test_plan_of_an_adapter(tmp_path):
+    "An adapter is planned as the model that it belongs to"
+    folder = an_adapter(tmp_path / 'a', base_model_name_or_path='llama-3.1-8b')
+    here = dict(target_modules=['q_proj', 'v_proj'], r=8, lora_alpha=32, lora_dropout=0.1)
+    adapter, base = (make_plan(FinetuneJob(model=m, **here), None, 'T4') for m in (str(folder), 'llama-3.1-8b'))
+    assert adapter.memory == base.memory and adapter.fits
