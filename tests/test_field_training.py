@@ -25,6 +25,9 @@ def test_named_preset():
     assert FinetuneJob(model='llama-3.1-8b').changed() == dict(model='llama-3.1-8b')
     assert FinetuneJob().learning_rate == 2e-4 and suited_to(None, FinetuneJob, {}) == {}
     assert FinetuneJob(model='mixtral-8x7b-instruct').target_modules == LINEARS[:4]
+    for values in (dict(), dict(target_modules=LINEARS), dict(target_modules=['q_proj'], max_steps=9)):
+        job = FinetuneJob(model='mixtral-8x7b-instruct', **values)
+        assert FinetuneJob(**job.changed()) == job
 
 
 def write(folder, **files):

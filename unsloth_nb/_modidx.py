@@ -358,6 +358,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'unsloth_nb/core/spec.py'),
                                       'unsloth_nb.core.spec.TrainingJob._consistent': ( 'core/spec.html#trainingjob._consistent',
                                                                                         'unsloth_nb/core/spec.py'),
+                                      'unsloth_nb.core.spec.TrainingJob.changed': ( 'core/spec.html#trainingjob.changed',
+                                                                                    'unsloth_nb/core/spec.py'),
                                       'unsloth_nb.core.spec.TrainingJob.objective': ( 'core/spec.html#trainingjob.objective',
                                                                                       'unsloth_nb/core/spec.py'),
                                       'unsloth_nb.core.spec.TrainingJob.rows_at_once': ( 'core/spec.html#trainingjob.rows_at_once',
