@@ -25,6 +25,9 @@ def test_named_preset():
     assert FinetuneJob(model='llama-3.1-8b').changed() == dict(model='llama-3.1-8b')
     assert FinetuneJob().learning_rate == 2e-4 and suited_to(None, FinetuneJob, {}) == {}
     assert FinetuneJob(model='mixtral-8x7b-instruct').target_modules == LINEARS[:4]
+    for values in (dict(), dict(target_modules=LINEARS), dict(target_modules=['q_proj'], max_steps=9)):
+        job = FinetuneJob(model='mixtral-8x7b-instruct', **values)
+        assert FinetuneJob(**job.changed()) == job
 
 
 def write(folder, **files):
@@ -390,3 +393,11 @@ def test_whole_embeddings_and_named_templates(small, inside, tiny, tmp_path, lib
     assert lib.keep_artifact(model, run, 'adapter', data.test)['passed']
     again = lib.load_run(run)
     assert again.parameters == model.parameters
+
+
+def test_plan_of_an_adapter(tmp_path):
+    "An adapter is planned as the model that it belongs to"
+    folder = an_adapter(tmp_path / 'a', base_model_name_or_path='llama-3.1-8b')
+    here = dict(target_modules=['q_proj', 'v_proj'], r=8, lora_alpha=32, lora_dropout=0.1)
+    adapter, base = (make_plan(FinetuneJob(model=m, **here), None, 'T4') for m in (str(folder), 'llama-3.1-8b'))
+    assert adapter.memory == base.memory and adapter.fits

@@ -35,6 +35,7 @@ from .jobs.runner import read_pairs, replay_run, resume_run, run_job
 from .evaluation.leaderboard import compare_runs, write_comparison
 from .core.settings import settings
 from .planning.plan import make_plan
+from .training.loading import check_model
 from .runs.run import list_runs, Run, RunError, before_after, is_unproved, open_run, read_lines
 from .core.schema import SpecError, fields, nearest
 from .core.spec import EXPORTS, JOBS, FinetuneJob, make_job, trains
@@ -334,6 +335,8 @@ def plan_command(
     if job not in JOBS or not trains(job):
         raise SpecError(f"plan: only a job that trains has a plan ({', '.join(filter(trains, JOBS))}), not {job!r}")
     job = make_job(job, preset, file, **read_pairs(JOBS[job], param))
+    if (Path(job.model).expanduser() / 'adapter_config.json').exists():
+        check_model(job)
     plan = make_plan(job, load_data(job), device, runs_dir)
     print(json_text(plan.to_dict(), indent=1, default=str) if as_json else plain_text(plan))
 

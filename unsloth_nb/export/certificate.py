@@ -482,7 +482,7 @@ def check(self: Certificate) -> Certificate:
         if not c['ok']
     )
     by = ' and '.join(self['software'])
-    raise ExportError(f"{self['to']}: reloaded by {by} it is not the model in memory: {failed}; nothing was kept")
+    raise ExportError(f"{self['to']}: reloaded by {by} it is not the model in memory: {failed}; nothing was kept of it")
 
 # %% ../../nbs/export/certificate.ipynb #fafb13d4
 def _limit_with_unit(check):

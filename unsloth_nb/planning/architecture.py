@@ -13,7 +13,8 @@ from math import prod
 from pathlib import Path
 
 from ..core.engine import check_hub
-from ..core.spec import EMBEDDINGS, ModelRef
+from ..core.schema import SpecError
+from ..core.spec import EMBEDDINGS, ModelRef, resolve_model
 
 # %% ../../nbs/planning/architecture.ipynb #d1bd523e
 _NEEDED = (
@@ -82,11 +83,36 @@ def _hub_config(repo, revision):
         return None
 
 
+def _under_adapter(ref, revision):
+    "The model that an adapter's folder belongs to, with its revision; anything else as it is"
+    folder = Path(ref.id)
+    if ref.kind != 'local' or not (folder / 'adapter_config.json').exists():
+        return ref, revision
+    base = _json_object(folder / 'base.json')
+    name = base.get('model') or _json_object(folder / 'adapter_config.json').get('base_model_name_or_path')
+    try:
+        under = resolve_model(name) if isinstance(name, str) else ref
+    except SpecError:
+        return ref, revision  # Loading says what is wrong with it
+    is_adapter = under.kind == 'local' and (Path(under.id) / 'adapter_config.json').exists()
+    return (ref, revision) if is_adapter else (under, base.get('revision'))
+
+
+def _json_object(file):
+    "What a file holds; empty where there is none that can be read"
+    try:
+        found = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+# %% ../../nbs/planning/architecture.ipynb #117a6b9f
 def model_shape(
     ref: ModelRef,  # As `resolve_model` gives it
     revision: str | None = None,  # On the Hub
 ) -> dict | None:  # Entries of `config.json`, and `weights` where the files are local; None when they are not at hand
     "The numbers that decide a model's memory and speed, without loading it"
+    ref, revision = _under_adapter(ref, revision)
     folder = Path(ref.id)
     if ref.kind == 'local' and (folder / 'config.json').exists():
         s = read_config(json.loads((folder / 'config.json').read_text()))
@@ -96,23 +122,15 @@ def model_shape(
     return read_config(_hub_config(ref.id, revision) or {}) if ref.kind == 'hub' else None
 
 # %% ../../nbs/planning/architecture.ipynb #101dba02
-def _local_config(folder):
-    "`config.json` of a folder; None where there is none that can be read"
-    try:
-        found = json.loads((Path(folder) / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def position_limit(
     ref: ModelRef,  # As `resolve_model` gives it
     revision: str | None = None,  # On the Hub
 ) -> tuple[int | None, str]:  # ([tokens], its RoPE scaling in words); None where nobody says
     "For how many positions a model is made"
+    ref, revision = _under_adapter(ref, revision)
     if ref.preset:
         return ref.preset.context_length, ''
-    config = _hub_config(ref.id, revision) if ref.kind == 'hub' else _local_config(ref.id)
+    config = _hub_config(ref.id, revision) if ref.kind == 'hub' else _json_object(Path(ref.id) / 'config.json')
     config = (config or {}) | ((config or {}).get('text_config') or {})
     limit = config.get('max_position_embeddings')
     if not isinstance(limit, int) or limit < 1:
