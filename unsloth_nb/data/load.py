@@ -363,6 +363,12 @@ class Data:
         return _system(self.train[0]) if len(np.unique(self.train.column('system'))) == 1 else None
 
     @property
+    def single_turn(self) -> bool:
+        "Does no row, of the first 200, hold more than one question?"
+        rows = [self.train[i] for i in range(min(len(self.train), 200))]
+        return not self.is_text and all(sum(m['role'] == 'user' for m in c.messages) <= 1 for c in rows)
+
+    @property
     def supervised(self) -> bool:
         "One answer a row, none of them marked as bad?"
         return self.format not in ('preference', 'unpaired_preference') or (
@@ -372,7 +378,17 @@ class Data:
     def to_dict(self) -> dict:
         return {
             k: getattr(self, k)
-            for k in ('source', 'revision', 'format', 'reason', 'fingerprint', 'system', 'unused', 'warnings')
+            for k in (
+                'source',
+                'revision',
+                'format',
+                'reason',
+                'fingerprint',
+                'system',
+                'single_turn',
+                'unused',
+                'warnings',
+            )
         } | dict(ledger=self.ledger.to_dict(), characters=self.profile(), spool=self.storage())
 
 # %% ../../nbs/data/load.ipynb #3eb3ef5f
