@@ -53,7 +53,8 @@ class Inputs(dict):
     def __init__(self, cases, home):
         self.cases = cases
         self.home = home
-        self.update(cases=cases, out=home / 'out.yaml')
+        self.made = 0
+        self.update(cases=cases)
 
     def __missing__(self, name):
         self[name] = self.make(name)
@@ -63,7 +64,7 @@ class Inputs(dict):
         if re.fullmatch(r'd\d+_?', name):
             found = sorted(p for p in (self.cases / 'data').iterdir() if re.match(rf'{name}(?!\d)', p.name))
             return found[0] if found else f'{name}-is-not-there'
-        if name in ('dead', 'utf16', 'plain16'):
+        if name in ('dead', 'utf16', 'plain16', 'pad_eos'):
             return getattr(self, name)()
         return self.model(name)
 
@@ -86,6 +87,13 @@ class Inputs(dict):
         (self.home / 'plain16.jsonl').write_text('\n'.join(map(json.dumps, PLAIN)))
         return self.home / 'plain16.jsonl'
 
+    def pad_eos(self):
+        "A tokenizer that pads with its end token"
+        folder = link_model(self.home / 'models/pad_eos', ('tokenizer_config.json', 'special_tokens_map.json'))
+        config = read_json(Path(embedded_model()) / 'tokenizer_config.json')
+        write_json(folder / 'tokenizer_config.json', config | dict(pad_token=config['eos_token']))
+        return folder
+
     def model(self, name):
         "The embedded model with another template, or with something missing"
         folder = self.home / 'models' / name
@@ -104,6 +112,9 @@ def fill(text, inputs):
 
     def value(m):
         name = m[1]
+        if name == 'out':
+            inputs.made += 1
+            return shlex.quote(str(inputs.home / f'out{inputs.made}.yaml'))
         return shlex.quote(str(inputs.own(name[4:]) if name.startswith('own:') else inputs[name]))
 
     return shlex.split(re.sub(r'\{([\w:.]+)\}', value, text))
@@ -340,6 +351,38 @@ def resume_said(inputs):
     return ('unclear' if '--resume' in text else judge(code, text, [REFUSED])), text
 
 
+def prompt_as_index(inputs):
+    "A frame whose index holds the prompts"
+    import pandas as pd
+    from unsloth_nb.core.spec import FinetuneJob
+    from unsloth_nb.data.load import load_data
+    from unsloth_nb.data.sources import DataError
+
+    frame = pd.DataFrame(PLAIN).set_index('prompt')
+    try:
+        return 'right', str(load_data(FinetuneJob(test_size=2), rows=frame))
+    except DataError as e:
+        return judge(2, str(e), [dict(code=2, sees='index')]), str(e)
+
+
+def end_tokens(inputs):
+    "Sampling defaults and all end tokens of a model stand in what was merged"
+    folder = link_model(inputs.home / 'models/gen', ('generation_config.json',))
+    own = dict(eos_token_id=[2, 0], temperature=0.6, do_sample=True, top_p=0.9)
+    write_json(folder / 'generation_config.json', own)
+    code, text = train(inputs, '-p', f'model={folder}', '-p', 'save=merged_16bit')
+    if code:
+        return judge(code, text, FINISHED), text
+    kept = read_json(newest(inputs) / 'merged_16bit' / 'generation_config.json')
+    same = all(kept.get(k) == v for k, v in own.items() if k != 'eos_token_id')
+    return ('right' if same and set(kept['eos_token_id']) == {0, 2} else 'unclear'), json.dumps(kept)
+
+
+def without_converter(inputs):
+    code, text = train(inputs, '-p', 'save=gguf_q8_0', '-p', 'max_steps=1')
+    return judge(code, text, [*FINISHED, dict(code=2, sees='converter|llama.cpp')]), text
+
+
 def hung_up(inputs):
     run, text = start_and_signal(inputs, signal.SIGHUP)
     result = read_json(run / 'result.json') or {}
@@ -377,6 +420,7 @@ def plain_locale(inputs):
 PROCESSES = dict(
     A10=named_templates,
     A11=clock,
+    B27=prompt_as_index,
     D1=tokens_added,
     D3=embeddings,
     D4=embedding_memory,
@@ -385,7 +429,9 @@ PROCESSES = dict(
     D7=before_is_adapter,
     D8=lost_base,
     D10=one_row,
+    D18=end_tokens,
     D19=resume_said,
+    D20=without_converter,
     E1=hung_up,
     E2=home_read_only,
     E3=other_encoding,
