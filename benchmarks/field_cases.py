@@ -333,6 +333,23 @@ def before_is_adapter(inputs):
     return ('right' if len(sides) > 2 else 'unclear'), f'sides: {", ".join(sides)}'
 
 
+def other_adapters(inputs):
+    "Adapters with weight decomposition, and rank-stabilised ones, are trained further"
+    ends = []
+    for kind in ('use_dora', 'use_rslora'):
+        folder = inputs.home / kind
+        make = (
+            'import sys; from peft import LoraConfig, get_peft_model; from transformers import AutoModelForCausalLM as M; '
+            'c = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], **{sys.argv[1]: True}); '
+            'get_peft_model(M.from_pretrained(sys.argv[2]), c).save_pretrained(sys.argv[3])'
+        )
+        subprocess.run([sys.executable, '-c', make, kind, str(embedded_model()), str(folder)], check=True)
+        words = ['-p', 'r=8', '-p', 'lora_alpha=8', '-p', 'target_modules=q_proj,v_proj']
+        ends.append(train(inputs, '-p', f'model={folder}', *words))
+    verdicts = [judge(*e, FINISHED) for e in ends]
+    return min(verdicts, key=WORST.index), ends[0][1]
+
+
 def lost_base(inputs):
     folder = adapter(inputs, 'ad_base', lambda _: dict(base_model_name_or_path='/content/drive/model'))
     code, text = process('plan', '-p', f'model={folder}')
@@ -428,6 +445,7 @@ PROCESSES = dict(
     D6=going_on,
     D7=before_is_adapter,
     D8=lost_base,
+    D9=other_adapters,
     D10=one_row,
     D18=end_tokens,
     D19=resume_said,

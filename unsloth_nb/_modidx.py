@@ -3420,6 +3420,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'unsloth_nb/widgets/chat_panel.py'),
                                                'unsloth_nb.widgets.chat_panel.ChatPanel._make_inputs': ( 'widgets/chat_panel.html#chatpanel._make_inputs',
                                                                                                          'unsloth_nb/widgets/chat_panel.py'),
+                                               'unsloth_nb.widgets.chat_panel.ChatPanel._make_setting': ( 'widgets/chat_panel.html#chatpanel._make_setting',
+                                                                                                          'unsloth_nb/widgets/chat_panel.py'),
                                                'unsloth_nb.widgets.chat_panel.ChatPanel._past': ( 'widgets/chat_panel.html#chatpanel._past',
                                                                                                   'unsloth_nb/widgets/chat_panel.py'),
                                                'unsloth_nb.widgets.chat_panel.ChatPanel._repr_html_': ( 'widgets/chat_panel.html#chatpanel._repr_html_',

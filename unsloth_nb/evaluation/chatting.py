@@ -71,14 +71,7 @@ class Chat:
             answers[k] = yield from _tag_pieces(k, stream(self.model, msgs, self.sampling, tuned=k == 'tuned'))
         return self._add_turn(question, asked, answers)
 
-    def __repr__(self):
-        turns = 'earlier turns go along' if self.history else 'each question is asked alone'
-        return plain_text(
-            f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; {turns}; "
-            f"{self.system_in_use()}; call it with a question"
-        )
-
-
+# %% ../../nbs/evaluation/chatting.ipynb #70b76e16
 def _tag_pieces(k, pieces):
     "The pieces, each with a tag; returns what they return"
     try:
@@ -88,6 +81,15 @@ def _tag_pieces(k, pieces):
         return e.value
     finally:
         pieces.close()
+
+
+@patch
+def __repr__(self: Chat):
+    turns = 'earlier turns go along' if self.history else 'each question is asked alone'
+    return plain_text(
+        f"Chat with {self.model.job.model} ({' and '.join(self.histories)}), {len(self.turns)} turns; {turns}; "
+        f"{self.system_in_use()}; call it with a question"
+    )
 
 # %% ../../nbs/evaluation/chatting.ipynb #f9adb0ab
 @patch

@@ -191,13 +191,22 @@ def _make_inputs(self: ChatPanel):
         rows=2,
         **whole,
     )
+    self.file = w.Text(self.cases, description='file', style=dict(description_width='7em'), **whole)
+
+# %% ../../nbs/widgets/chat_panel.ipynb #99a28852
+@patch
+def _make_setting(self: ChatPanel):
+    "What the model reads besides the question"
+    import ipywidgets as w
+
     self.system = w.Textarea(
         self.chat.system or '',
         description='system',
         style=dict(description_width='7em'),
         placeholder=self.chat.system_in_use(),
         rows=2,
-        **whole,
+        continuous_update=False,
+        layout=w.Layout(width='auto'),
     )
     self.keep_history = w.Checkbox(
         self.chat.history,
@@ -205,7 +214,6 @@ def _make_inputs(self: ChatPanel):
         indent=False,
         layout=w.Layout(width='auto'),
     )
-    self.file = w.Text(self.cases, description='file', style=dict(description_width='7em'), **whole)
 
 # %% ../../nbs/widgets/chat_panel.ipynb #13c69de6
 @patch
@@ -213,6 +221,7 @@ def build(self: ChatPanel):
     import ipywidgets as w
 
     self._make_inputs()
+    self._make_setting()
     self.history = w.HTML(self._past())
     self.writing = w.HTML()
     self.said = w.HTML(message())
