@@ -93,7 +93,7 @@ def test_system_left_out(lib, with_template):
 def test_prompt_is_not_how_training_begins(lib, with_template):
     fmt = with_template(
         TURNS.replace('END', '<|im_end|>\n').replace(
-            '<|im_start|>assistant\n{% endif %}', '<|im_start|>assistant\n<think>{% endif %}'
+            '<|im_start|>assistant\n{% endif %}', '<|im_start|>assistant\nWell: {% endif %}'
         )
     )
     with pytest.raises(

@@ -2,8 +2,10 @@
 
 import http.client
 import importlib.util
+import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -100,6 +102,15 @@ def test_answers_and_stops_by_itself(service, client):
     r = ask(client, service)
     assert r.choices[0].message.content == 'The capital of France is Paris.'
     assert r.choices[0].finish_reason == 'stop' and r.usage.completion_tokens < 16
+
+
+@pytest.mark.skipif(not shutil.which('curl'), reason='there is no curl')
+def test_curl_line_works(service):
+    "The printed line, pasted into a shell, asks the server; quotes in a question do not break it"
+    line = service.curl("What's the capital of France?")
+    r = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120)
+    assert json.loads(r.stdout)['choices'][0]['message']['content'].strip(), r.stderr
+    assert '127.0.0.1' in line and '\n' not in line
 
 
 def test_stops_at_the_limit(service, client):

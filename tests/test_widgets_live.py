@@ -400,7 +400,7 @@ class Echo(Chat):
         for k in self.sides:
             for p in payloads: yield k,p
         return self._add_turn(question, self.messages_with(question), {{k:Answer(''.join(payloads), 9, True) for k in self.sides}})
-echo = Echo(Stub(job=Stub(model=payloads[1])))
+echo = Echo(Stub(job=Stub(model=payloads[1]), formatter=Stub(own_system=lambda: (payloads[1], ''))))
 run = start_run(FinetuneJob(), tempfile.mkdtemp())
 for i in (1, 2): run.log(step=i, loss=1/i, learning_rate=1e-3, grad_norm=1., tokens_per_second=9., seconds=1., max_steps=2)
 for p in payloads: run.note(p)

@@ -405,6 +405,26 @@ class Service:
     def __exit__(self, *_):
         self.stop()
 
+# %% ../../nbs/export/serving.ipynb #0f1758be
+@patch
+def curl(
+    self: Service,
+    question: str = 'Hello!',  # What to ask
+) -> str:
+    "A shell command that asks the server"
+    host = {'0.0.0.0': '127.0.0.1', '::': '[::1]'}.get(self.host, f'[{self.host}]' if ':' in self.host else self.host)
+    body = dict(model=self.model, messages=[dict(role='user', content=question)], max_tokens=64)
+    words = [
+        'curl',
+        '-s',
+        f'http://{host}:{self.port}/v1/chat/completions',
+        '-H',
+        'Content-Type: application/json',
+        '-d',
+        json.dumps(body, ensure_ascii=False),
+    ]
+    return shlex.join(words)
+
 # %% ../../nbs/export/serving.ipynb #07a8a3ee
 @patch
 def __repr__(self: Service):

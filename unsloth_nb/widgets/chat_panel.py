@@ -193,19 +193,42 @@ def _make_inputs(self: ChatPanel):
     )
     self.file = w.Text(self.cases, description='file', style=dict(description_width='7em'), **whole)
 
+# %% ../../nbs/widgets/chat_panel.ipynb #99a28852
+@patch
+def _make_setting(self: ChatPanel):
+    "What the model reads besides the question"
+    import ipywidgets as w
+
+    self.system = w.Textarea(
+        self.chat.system or '',
+        description='system',
+        style=dict(description_width='7em'),
+        placeholder=self.chat.system_in_use(),
+        rows=2,
+        continuous_update=False,
+        layout=w.Layout(width='auto'),
+    )
+    self.keep_history = w.Checkbox(
+        self.chat.history,
+        description='Earlier turns go along with a question',
+        indent=False,
+        layout=w.Layout(width='auto'),
+    )
+
 # %% ../../nbs/widgets/chat_panel.ipynb #13c69de6
 @patch
 def build(self: ChatPanel):
     import ipywidgets as w
 
     self._make_inputs()
+    self._make_setting()
     self.history = w.HTML(self._past())
     self.writing = w.HTML()
     self.said = w.HTML(message())
     names = dict(
         send=('Ask', 'paper-plane'),
         halt=('Stop', 'stop'),
-        reset=('Begin anew', 'eraser'),
+        reset=('Start over', 'eraser'),
         save=('Save as test case', 'save'),
     )
     self.buttons = {k: w.Button(description=d, icon=i, layout=w.Layout(width='auto')) for k, (d, i) in names.items()}
@@ -214,6 +237,8 @@ def build(self: ChatPanel):
     return w.VBox(
         [
             w.HTML(f'<b>{html_text(self.chat.model.job.model)}</b>'),
+            self.system,
+            self.keep_history,
             self.history,
             self.writing,
             self.said,
@@ -265,6 +290,10 @@ def _do(self: ChatPanel, f):
 @patch
 def _send(self: ChatPanel):
     self.chat.sampling, text = self.sampling(), self.question.value.strip()
+    self.chat.history = self.keep_history.value
+    if self.system.value.strip() != (self.chat.system or ''):
+        self.chat.set_system(self.system.value)
+        self.system.placeholder = self.chat.system_in_use()
     self.chat.messages_with(text)  # What does not fit is refused before a thread is started
     self._busy(True)
     self.thread = threading.Thread(target=self._answer, args=(text,), daemon=True)
@@ -275,7 +304,7 @@ def _send(self: ChatPanel):
 def _reset(self: ChatPanel):
     self.chat.reset()
     self.history.value = self.writing.value = ''
-    return 'begun anew'
+    return 'started over'
 
 
 @patch
