@@ -10,9 +10,7 @@ from unsloth_nb.core.template_sandbox import freeze_template_clock
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 PLAIN = TURN.replace('BODY', 'm.content') + PROMPT
-CALLS = (
-    "m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ ARGUMENTS }}</call>{% endfor %}{{ ''"
-)
+CALLS = "m.content or '' }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ ARGUMENTS }}</call>{% endfor %}{{ ''"
 U = dict(role='user', content='Two and two?')
 A = dict(role='assistant', content='Four.')
 THOUGHT = dict(role='assistant', content='<think>\nTwo twos.\n</think>\n\nFour.')
@@ -50,7 +48,9 @@ def test_thinking_that_is_cut_out(spans, lib):
 def test_thinking_goes_where_the_template_wants_it(spans):
     "In the text of an answer or apart from it: the same is trained"
     knows = (
-        TURN.replace('BODY', "'<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' if m.reasoning_content else '' }}{{ m.content")
+        TURN.replace(
+            'BODY', "'<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' if m.reasoning_content else '' }}{{ m.content"
+        )
         + PROMPT
     )
     apart = dict(A, reasoning_content='Two twos.')
@@ -92,9 +92,8 @@ def test_end_that_only_a_next_turn_brings(spans):
 @pytest.mark.parametrize('line', ['\n', ''], ids=['line', 'no line'])
 def test_prompt_that_begins_to_think(spans, line):
     "As in R1's distillations: the answer is thinking, its end and the text; in what came before there is no thinking"
-    opens = (
-        TURN.replace('BODY', "m.content.split('</think>')[-1].strip()")
-        + PROMPT.replace('{% endif %}', f'<think>{line}{{% endif %}}')
+    opens = TURN.replace('BODY', "m.content.split('</think>')[-1].strip()") + PROMPT.replace(
+        '{% endif %}', f'<think>{line}{{% endif %}}'
     )
     told = f'Two twos.{line}</think>{line * 2}Four.<|im_end|>'
     apart = dict(A, reasoning_content='Two twos.')
@@ -111,11 +110,13 @@ RESULT = dict(role='tool', content='4', name='add', tool_call_id='abcdefgh1')
 STYLES = dict(
     ids="{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id is not defined or c.id|length != 9 %}"
     "{{ raise_exception('ids have nine characters') }}{% endif %}{% endfor %}{% endfor %}"
-    + TURN.replace('BODY', CALLS.replace('ARGUMENTS', 'c.function.arguments|tojson')) + PROMPT,
+    + TURN.replace('BODY', CALLS.replace('ARGUMENTS', 'c.function.arguments|tojson'))
+    + PROMPT,
     text=TURN.replace('BODY', CALLS.replace('ARGUMENTS', "'' + c.function.arguments")) + PROMPT,
     no_content="{% for m in messages %}{% if m.tool_calls and m.content is not none %}"
     "{{ raise_exception('a call has no content') }}{% endif %}{% endfor %}"
-    + TURN.replace('BODY', CALLS.replace('ARGUMENTS', "'' + c.function.arguments")) + PROMPT,
+    + TURN.replace('BODY', CALLS.replace('ARGUMENTS', "'' + c.function.arguments"))
+    + PROMPT,
 )
 
 
@@ -128,7 +129,10 @@ def test_calls_as_they_are_wanted(spans, template):
 def test_refusal_of_an_invented_call_is_not_the_rows(lib, tok):
     "A template that refuses the call it is asked with trains rows without calls, and says what it refuses of others"
     t = copy.deepcopy(tok)
-    t.chat_template = "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no calls today') }}{% endif %}{% endfor %}" + PLAIN
+    t.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{{ raise_exception('no calls today') }}{% endif %}{% endfor %}"
+        + PLAIN
+    )
     fmt = lib.Formatter(t)
     assert fmt.renderings(lib.Conversation([U, A])) and fmt.stop_ids() == [t.eos_token_id]
     with pytest.raises(lib.FormatError, match='row 5: the chat template refuses it: .*no calls today'):
@@ -146,7 +150,11 @@ def test_template_of_ones_own(lib, tmp_path):
     assert fmt.prompt([U]).endswith('<|im_start|>helper\n') and fmt.reason == 'one of your own, asked for'
     assert fmt.tok.chat_template == job.template
     (tmp_path / 'empty.jinja').write_text('Hello')
-    for name, says in ((str(f), 'cannot be read'), (str(tmp_path / 'empty.jinja'), 'no Jinja template'), ('chatlm', "did you mean 'chatml'")):
+    for name, says in (
+        (str(f), 'cannot be read'),
+        (str(tmp_path / 'empty.jinja'), 'no Jinja template'),
+        ('chatlm', "did you mean 'chatml'"),
+    ):
         with pytest.raises(SpecError, match=says):
             FinetuneJob(template=name)
 
@@ -187,4 +195,6 @@ def test_clock_of_a_run(lib, tok, tmp_path):
 
 def test_thinking_or_not_in_the_same_template(spans):
     "Without reasoning nothing of it is invented where the template does not ask for it"
-    assert spans(PLAIN, U, A) == [['Four.<|im_end|>']] and spans(PLAIN, U, THOUGHT) == [[THOUGHT['content'] + '<|im_end|>']]
+    assert spans(PLAIN, U, A) == [['Four.<|im_end|>']] and spans(PLAIN, U, THOUGHT) == [
+        [THOUGHT['content'] + '<|im_end|>']
+    ]

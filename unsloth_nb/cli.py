@@ -536,13 +536,21 @@ def chat_command(
     run: Annotated[str, typer.Argument(help="Name, unique part of a name, directory, or 'latest'.")] = 'latest',
     runs_dir: RunsDir = None,
     base: Annotated[bool, typer.Option(help='Ask the base model as well.')] = True,
+    history: Annotated[
+        bool | None,
+        typer.Option(help='Do earlier turns go along? Unless said: not where the training rows were single questions.'),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message; unless said, the one that all training rows had; '': none.")
+    ] = None,
 ):
     "Talk to a run's model, beside its base model; an empty line is skipped, 'exit' or end of input ends."
     from unsloth_nb.evaluation.chatting import chat
 
     r = open_run(run, runs_dir, trained=True)
     print(f'loading {r.name} …', flush=True)
-    c = chat(r, compare=base)
+    c = chat(r, compare=base, history=history, system=system)
+    print(c, flush=True)
     try:
         talk(c, None if sys.stdin.isatty() else (l for l in sys.stdin))
     except EOFError:
@@ -629,7 +637,10 @@ def serve_command(
 
     words = [w for o in option or [] for w in f'--{o}'.split('=', 1)]
     with serve(_place(run, runs_dir), to, host, port, backend, options=words) as s:
-        print(plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it'), flush=True)
+        print(
+            plain_text(f'{s}\nclients: base_url={s.url}, model={s.model}; Ctrl-C ends it\ntry it: {s.curl()}'),
+            flush=True,
+        )
         s.wait()
 
 # %% ../nbs/cli.ipynb #692648ed

@@ -532,7 +532,7 @@ class SaveParams(Job):
         'adapter', 'What is saved: the adapter alone, or also another form of the model', _EVAL
     )
 
-
+# %% ../../nbs/core/spec.ipynb #d518a0d8
 class TrainingJob(DeviceParams, TrainParams, LoraParams, RowParams, SourceParams, ModelParams):
     "What all jobs that train have in common"
 
@@ -540,6 +540,13 @@ class TrainingJob(DeviceParams, TrainParams, LoraParams, RowParams, SourceParams
 
     def __init__(self, **data):
         super().__init__(**suited_to(data.get('model'), type(self), data) | data)
+
+    def changed(self) -> dict:
+        "The parameters that make this job again: those not at their defaults, or not as the model would bring them"
+        values = super().changed()
+        brought = suited_to(values.get('model'), type(self), {})
+        now = self.to_dict()
+        return values | {k: now[k] for k, v in brought.items() if now[k] != v}
 
     @property
     def objective(self):

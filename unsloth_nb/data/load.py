@@ -461,18 +461,26 @@ class Data:
         "The system message that all rows share, or None"
         return _system(self.train[0]) if len(np.unique(self.train.column('system'))) == 1 else None
 
-    @property
-    def supervised(self) -> bool:
-        "One answer a row, none of them marked as bad?"
-        return self.format not in ('preference', 'unpaired_preference') or (
-            self.train[0].rejected is None and self.train[0].label is None
-        )
-
     def to_dict(self) -> dict:
         return {
             k: getattr(self, k)
-            for k in 'source revision format reason fingerprint system unused unused_keys warnings'.split()
+            for k in 'source revision format reason fingerprint system single_turn unused unused_keys warnings'.split()
         } | dict(ledger=self.ledger.to_dict(), characters=self.profile(), spool=self.storage())
+
+# %% ../../nbs/data/load.ipynb #678754ec
+@patch(as_prop=True)
+def supervised(self: Data) -> bool:
+    "One answer a row, none of them marked as bad?"
+    return self.format not in ('preference', 'unpaired_preference') or (
+        self.train[0].rejected is None and self.train[0].label is None
+    )
+
+
+@patch(as_prop=True)
+def single_turn(self: Data) -> bool:
+    "Does no row, of the first 200, hold more than one question?"
+    rows = [self.train[i] for i in range(min(len(self.train), 200))]
+    return not self.is_text and all(sum(m['role'] == 'user' for m in c.messages) <= 1 for c in rows)
 
 # %% ../../nbs/data/load.ipynb #3eb3ef5f
 @patch

@@ -401,6 +401,17 @@ def stop_ids(self: Formatter) -> list[int]:  # Token ids
         ends.append(end)
     return sorted({self.tok.eos_token_id, *(self.tok.convert_tokens_to_ids(t) for t in ends)})
 
+# %% ../../nbs/tokens/formatting.ipynb #0fcc6eb4
+@patch
+def own_system(self: Formatter) -> tuple:  # (what the template says by itself, or ''; a question as it draws it)
+    "The words that a template puts before a question that has no system message"
+    if not self.chat:
+        return '', ''
+    text = render(self.tok, [dict(role='user', content='QUESTION')])
+    lines = self.special.sub('\n', text.partition('QUESTION')[0]).splitlines()
+    own = ' '.join(l.strip() for l in lines if l.strip() and l.strip() not in ('system', 'user'))
+    return (own if len(own.split()) > 4 else ''), text
+
 # %% ../../nbs/tokens/formatting.ipynb #9860a913
 @patch
 def notes(self: Formatter) -> list[str]:
@@ -413,13 +424,8 @@ def notes(self: Formatter) -> list[str]:
             "it stays trained where it ends an answer, since the mask comes from the text"
         )
     if self.chat:
-        text = render(tok, [dict(role='user', content='QUESTION')])
-        own = ' '.join(
-            l.strip()
-            for l in self.special.sub('\n', text.partition('QUESTION')[0]).splitlines()
-            if l.strip() and l.strip() not in ('system', 'user')
-        )
-        if len(own.split()) > 4:
+        own, text = self.own_system()
+        if own:
             res.append(f"the template begins every conversation without a system message with: {own[:120]}")
         if self.chat.closes_answer:
             res.append(
