@@ -227,6 +227,11 @@ def test_quotes_with_a_backslash(tmp_path):
             '[{"role": "user"}]\n[{"role": "user"}]\n',
             'got a list of turns; give it a name, as in {"messages"',
         ),
+        (
+            'a.json',
+            '{"error": "Repository not found"}',
+            "holds an error that a site sent in place of the file: 'Repository",
+        ),
         ('a.jsonl', 'Entry not found', "line 1 is not JSON: Expecting value (column 1), not 'Entry not found'"),
         ('a.json', '[{"prompt": "a"}, {"prompt": "b"', 'the file ends here, as one does that was cut off'),
         ('a.jsonl', pretty() + '{"prompt": x}\n', 'row 5, line 21'),
