@@ -428,6 +428,10 @@ def test_locked_and_broken_archives(tmp_path):
     assert 'locked by a password' in refused(lambda: load(f))
     f.write_bytes(b[:60])
     assert refused(lambda: load(f)).startswith(f'dataset: {f} cannot be read as zip')
+    b = bytearray(zipped(tmp_path, 'rows.zip', **{'rows.jsonl': LINES}).read_bytes())
+    b[50] ^= 255
+    f.write_bytes(b)
+    assert refused(lambda: load(f)).startswith(f'dataset: {f}, rows.jsonl cannot be read as jsonl')
     f = tarred(tmp_path, 'rows.tar.gz', **{'rows.jsonl': LINES * 999})
     f.write_bytes(f.read_bytes()[:200])
     assert refused(lambda: load(f)).startswith(f'dataset: {f} cannot be read as tar')

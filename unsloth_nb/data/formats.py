@@ -462,7 +462,12 @@ def read_workbook(f):
             "or save the sheet as CSV UTF-8"
         ) from None
     with f.open_anywhere() as h:
-        book = load_workbook(h, read_only=True, data_only=True)
+        try:
+            book = load_workbook(h, read_only=True, data_only=True)
+        except KeyError as e:
+            raise DataError(
+                f"dataset: {f} is no workbook: {e.args[0]}; save it again as .xlsx, or as CSV UTF-8"
+            ) from None
         for sheet in book.worksheets:
             rows = (r for r in sheet.iter_rows(values_only=True) if any(c is not None for c in r))
             names = next(rows, None)
