@@ -227,6 +227,11 @@ def test_quotes_with_a_backslash(tmp_path):
             '[{"role": "user"}]\n[{"role": "user"}]\n',
             'got a list of turns; give it a name, as in {"messages"',
         ),
+        (
+            'a.json',
+            '{"error": "Repository not found"}',
+            "holds an error that a site sent in place of the file: 'Repository",
+        ),
         ('a.jsonl', 'Entry not found', "line 1 is not JSON: Expecting value (column 1), not 'Entry not found'"),
         ('a.json', '[{"prompt": "a"}, {"prompt": "b"', 'the file ends here, as one does that was cut off'),
         ('a.jsonl', pretty() + '{"prompt": x}\n', 'row 5, line 21'),
@@ -423,6 +428,10 @@ def test_locked_and_broken_archives(tmp_path):
     assert 'locked by a password' in refused(lambda: load(f))
     f.write_bytes(b[:60])
     assert refused(lambda: load(f)).startswith(f'dataset: {f} cannot be read as zip')
+    b = bytearray(zipped(tmp_path, 'rows.zip', **{'rows.jsonl': LINES}).read_bytes())
+    b[50] ^= 255
+    f.write_bytes(b)
+    assert refused(lambda: load(f)).startswith(f'dataset: {f}, rows.jsonl cannot be read as jsonl')
     f = tarred(tmp_path, 'rows.tar.gz', **{'rows.jsonl': LINES * 999})
     f.write_bytes(f.read_bytes()[:200])
     assert refused(lambda: load(f)).startswith(f'dataset: {f} cannot be read as tar')
