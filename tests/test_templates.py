@@ -58,8 +58,8 @@ def test_thinking_goes_where_the_template_wants_it(spans):
 
 
 STANDING = dict(
-    chatml=TURN.replace('BODY', 'm.content') + '<|im_start|>assistant\n',
-    llama3="{% for m in messages %}<reponame>{{ m.role }}<file_sep>\n\n{{ m.content }}<|im_end|>{% endfor %}<reponame>assistant<file_sep>\n\n",
+    chatml=TURN.replace('BODY', 'm.content') + "{{ '<|im_start|>assistant\\n' }}",
+    llama3="{% for m in messages %}<reponame>{{ m.role }}<file_sep>\n\n{{ m.content }}<|im_end|>{% endfor %}{{ '<reponame>assistant<file_sep>\\n\\n' }}",
 )
 
 
@@ -85,7 +85,9 @@ def test_next_role_ends_the_answer(lib, tok):
 
 def test_end_that_only_a_next_turn_brings(spans):
     "As in the first Qwen 1.5: the last answer of a text has its end too"
-    late = PLAIN.replace('<|im_end|>\n{% endfor %}', "{{ '' if loop.last else '<|im_end|>\n' }}{% endfor %}")
+    late = PLAIN.replace(
+        '<|im_end|>\n{% endfor %}', "{{ '<|im_end|>\\n' if add_generation_prompt or not loop.last }}{% endfor %}"
+    )
     assert spans(late, U, A) == [['Four.<|im_end|>']] and spans(late, U, A, U, A) == [['Four.<|im_end|>'] * 2]
 
 
