@@ -468,7 +468,8 @@ def parse_yaml(
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as e:
         if getattr(e, 'encoding', '') == 'utf-8':
             raise SpecError(f"{name} is not UTF-8 text (byte {e.position}); save it as UTF-8") from None
-        raise SpecError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
+        why = ' '.join(str(e).replace('in "<byte string>", ', '').replace('in "<unicode string>", ', '').split())
+        raise SpecError(f"{name} is not YAML: {why}") from None
 
 # %% ../../nbs/core/schema.ipynb #522863d8
 def read_params(path) -> dict:

@@ -301,6 +301,11 @@ def read_json(f):
     else:
         with open_text(f) as h:
             first = _Json(h).peek()
+        if row is not None and isinstance(row.get('error'), str):
+            raise DataError(
+                f"dataset: {f} holds an error that a site sent in place of the file: {row['error'][:200]!r}; "
+                "download the file again, signed in where that is needed"
+            )
         what = {'{': 'dict', '': 'file that is empty'}.get(first, 'single value')
         raise DataError(
             f"dataset: {f} must hold a JSON list of rows, got a {what}; put the rows into a list at the top"
@@ -426,7 +431,7 @@ def read_csv(f):
     "Rows of a table whose first line names the columns"
     csv.field_size_limit(2**31 - 1)
     with open_text(f, newline='') as h:
-        sample = h.read(2**16)
+        sample = h.read(2**20)
         sample += h.readline()
         start = io.StringIO(sample, newline='')
         first = next((l for l in start if l.strip()), '')
@@ -457,7 +462,12 @@ def read_workbook(f):
             "or save the sheet as CSV UTF-8"
         ) from None
     with f.open_anywhere() as h:
-        book = load_workbook(h, read_only=True, data_only=True)
+        try:
+            book = load_workbook(h, read_only=True, data_only=True)
+        except KeyError as e:
+            raise DataError(
+                f"dataset: {f} is no workbook: {e.args[0]}; save it again as .xlsx, or as CSV UTF-8"
+            ) from None
         for sheet in book.worksheets:
             rows = (r for r in sheet.iter_rows(values_only=True) if any(c is not None for c in r))
             names = next(rows, None)

@@ -101,9 +101,11 @@ KINDS = ChainMap(dict.fromkeys(ARCHIVES), READERS)  # All that a dataset may be,
 def read_file(f: Path | RowFile):  # Yields a dict a row, or a DataError in its place
     "Rows of one file; raises `DataError` with the file's name when it cannot be read at all"
     import lzma
+    import zipfile
     import zlib
 
-    broken = (csv.Error, OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError)
+    packing = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+    broken = (csv.Error, OSError, EOFError, ValueError, RecursionError, *packing)
     f = f if isinstance(f, RowFile) else RowFile(f)
     try:
         f.check_first_bytes()
