@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'run_app', 'runs_app', 'Params', 'ParamsFile', 'PresetName', 'RunsDir', 'Retries', 'Timeout', 'HangAfter',
            'ResumedRun', 'Allowed', 'launch_app', 'Rendezvous', 'Devices', 'Nodes', 'NodeRank', 'Parallel', 'RunName',
-           'gguf_app', 'modal_app', 'SentRun', 'ModalGpu', 'ModalSecrets', 'ModalTimeout', 'TrialJob', 'SweepFile',
-           'TrialsAtOnce', 'Scheduler', 'ResumedSweep', 'RetryFailed', 'DryRun', 'param_help', 'print_result',
-           'resume_command', 'launch_command', 'join_command', 'plan_command', 'data_command', 'check_command',
-           'import_command', 'list_command', 'diff_command', 'compare_command', 'replay_command', 'stop_command',
-           'show_command', 'talk', 'chat_command', 'export_command', 'push_command', 'serve_command',
+           'ServerOptions', 'gguf_app', 'modal_app', 'SentRun', 'ModalGpu', 'ModalSecrets', 'ModalTimeout', 'TrialJob',
+           'SweepFile', 'TrialsAtOnce', 'Scheduler', 'ResumedSweep', 'RetryFailed', 'DryRun', 'param_help',
+           'print_result', 'resume_command', 'launch_command', 'join_command', 'plan_command', 'data_command',
+           'check_command', 'import_command', 'list_command', 'diff_command', 'compare_command', 'replay_command',
+           'stop_command', 'show_command', 'talk', 'chat_command', 'export_command', 'push_command', 'serve_command',
            'gguf_install_command', 'modal_submit_command', 'modal_list_command', 'modal_status_command',
            'modal_logs_command', 'modal_fetch_command', 'modal_stop_command', 'modal_deploy_command',
            'modal_serve_command', 'sweep_command', 'main']
@@ -600,6 +600,17 @@ def push_command(
     print(push(_place(run, runs_dir, to), repo, to, private=not public, revision=branch, overwrite=overwrite))
 
 # %% ../nbs/cli.ipynb #3acdee81
+ServerOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        '-o',
+        '--option',
+        metavar='NAME=VALUE',
+        help="For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated.",
+    ),
+]
+
+
 @app.command('serve')
 def serve_command(
     run: RunName = 'latest',
@@ -619,17 +630,7 @@ def serve_command(
             )
         ),
     ] = 'auto',
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            '-o',
-            '--option',
-            metavar='NAME=VALUE',
-            help=(
-                "For vLLM: an option of `vllm serve`, as in -o max-model-len=4096 or -o enforce-eager; may be repeated."
-            ),
-        ),
-    ] = None,
+    option: ServerOptions = None,
     runs_dir: RunsDir = None,
 ):
     "Serve a run, an export or a model's folder behind an OpenAI-compatible endpoint, until Ctrl-C."
