@@ -106,6 +106,11 @@ def pytest_xdist_make_scheduler(config, log):
     return Pages(config, log)
 
 
+def pytest_make_parametrize_id(val):
+    "Packed bytes hold the time at which they were made, so names that hold the bytes would differ between workers"
+    return f'{len(val)} bytes' if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=place)
     for i in items:

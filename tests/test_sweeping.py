@@ -524,7 +524,7 @@ def test_perplexity(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_trials(tmp_path, no_forks):
+def test_real_trials(tiny, tmp_path, no_forks):
     "Real trials through the command line; the worker of the second is killed while it trains: its kernel ends, the run goes on from its checkpoint"
     import psutil
 
@@ -532,7 +532,7 @@ def test_real_trials(tmp_path, no_forks):
         ''.join(json.dumps(dict(prompt=f'Say {n}', completion=str(n))) + '\n' for n in range(24))
     )
     (tmp_path / 'grid.yaml').write_text(
-        'name: real\nparams: {dataset: ./data.jsonl, batch_size: 2, test_size: 8, max_seq_length: 64, max_new_tokens: 4, save_steps: 1, warmup_steps: 1, learning_rate: 4e-3}\ngrid: {max_steps: [1, 6]}\n'
+        f'name: real\nparams: {{model: {tiny}, dataset: ./data.jsonl, batch_size: 2, test_size: 8, max_seq_length: 64, max_new_tokens: 4, save_steps: 1, warmup_steps: 1, learning_rate: 4e-3}}\ngrid: {{max_steps: [1, 6]}}\n'
     )
 
     def kill(run):
