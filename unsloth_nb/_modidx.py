@@ -3083,6 +3083,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates.check_shown': ( 'tokens/templates.html#check_shown',
                                                                                           'unsloth_nb/tokens/templates.py'),
+                                             'unsloth_nb.tokens.templates.content_spans': ( 'tokens/templates.html#content_spans',
+                                                                                            'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates.cut_text': ( 'tokens/templates.html#cut_text',
                                                                                        'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates.render': ( 'tokens/templates.html#render',
