@@ -141,6 +141,21 @@ def test_untrained_turns_are_outside_the_mask(lib):
         assert trained == 'right<|im_end|>', trained
 
 
+@pytest.mark.parametrize('loss_on', ['everything', ['user', 'assistant']])
+def test_flags_of_turns_hold_whatever_is_trained(lib, loss_on):
+    from unsloth_nb.tokens.formatting import Formatter
+    from unsloth_nb.training.loading import load_tokenizer
+
+    tok = load_tokenizer(job())
+    rows = [
+        turns(('user', 'first', dict(train=False)), A, ('user', 'second'), ('assistant', 'third', dict(weight=0)), U, A)
+    ]
+    (ex,) = Formatter(tok, 'chat', loss_on).examples(read(*rows).train)[0]
+    trained = tok.decode([i for i, m in zip(ex.input_ids, ex.mask) if m])
+    assert 'second<|im_end|>' in trained and 'a<|im_end|>' in trained and 'q<|im_end|>' in trained
+    assert 'first' not in trained and 'third' not in trained
+
+
 def test_flags_that_contradict():
     with pytest.raises(DataError, match="turn 2: weight=1 and train=False contradict"):
         read(turns(U, (*A, dict(weight=1, train=False))))
