@@ -3331,6 +3331,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates.closing': ( 'tokens/templates.html#closing',
                                                                                       'unsloth_nb/tokens/templates.py'),
+                                             'unsloth_nb.tokens.templates.content_spans': ( 'tokens/templates.html#content_spans',
+                                                                                            'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates.cut_text': ( 'tokens/templates.html#cut_text',
                                                                                        'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates.find_missing': ( 'tokens/templates.html#find_missing',

@@ -23,7 +23,7 @@ from unsloth_nb.tokens.templates import (
     cut_text,
     give_arguments,
     render,
-    role_spans,
+    content_spans,
     separate_thought,
     shows,
     special_pattern,
@@ -198,8 +198,8 @@ def _answers(self: Formatter, conv):
 # %% ../../nbs/tokens/formatting.ipynb #31db53dd
 @patch
 def _with_roles(self: Formatter, conv, pieces):
-    "Pieces in which the content of the chosen roles counts as well"
-    text, spans = role_spans(self.tok, conv)
+    "Pieces in which the content of the chosen roles counts as well; none that a turn's weight leaves out"
+    text, spans = content_spans(self.tok, conv)
     if text != ''.join(t for t, _ in pieces):
         raise FormatError(
             f"row {conv.row}: the chat template draws an answer differently once more turns follow, "
@@ -208,13 +208,15 @@ def _with_roles(self: Formatter, conv, pieces):
     on = np.zeros(len(text), bool)
     at = 0
     for t, m in pieces:
-        on[at : at + len(t)] |= m
+        on[at : at + len(t)] |= m or self.loss_on == 'everything'
         at += len(t)
-    for s, e, role in spans:
-        if role == 'assistant' or role not in self.loss_on:
+    for s, e, k in spans:
+        role, untrained = conv.messages[k]['role'], conv.messages[k].get('weight') == 0
+        chosen = role != 'assistant' and role in self.loss_on
+        if not untrained and not chosen:
             continue
         m = self.special.match(text, e + len(text[e:]) - len(text[e:].lstrip()))
-        on[s : m.end() if m else e] = True
+        on[s : m.end() if m else e] = not untrained
     cuts = [0, *(np.flatnonzero(np.diff(on)) + 1).tolist(), len(text)]
     return [(text[a:b], bool(on[a])) for a, b in zip(cuts, cuts[1:]) if b > a]
 
@@ -254,6 +256,8 @@ def renderings(
         res = chat_pieces(self.chat, conv, self._answers(conv))
         if isinstance(self.loss_on, list) and set(self.loss_on) != {'assistant'}:
             res = [self._with_roles(conv, ps) for ps in res]
+        elif self.loss_on == 'everything' and any(m.get('weight') == 0 for m in conv.messages):
+            return [self._with_roles(conv, ps) for ps in res]
     return [[(t, True) for t, _ in ps] for ps in res] if self.loss_on == 'everything' else res
 
 # %% ../../nbs/tokens/formatting.ipynb #56b16da4

@@ -6,7 +6,7 @@
 __all__ = ['ALPACA', 'ALPACA_INPUT', 'CALL_STYLES', 'FormatError', 'TemplateLimit', 'alpaca_prompt', 'call_style', 'render',
            'special_tokens', 'special_pattern', 'answer_end', 'standing_prompt', 'closing', 'separate_thought',
            'find_missing', 'Chat', 'cut_text', 'chat_pieces', 'give_arguments', 'use_template', 'shows', 'check_shown',
-           'role_spans']
+           'content_spans', 'role_spans']
 
 # %% ../../nbs/tokens/templates.ipynb #daac32eb
 import copy
@@ -481,8 +481,8 @@ def _marked(messages, marks):
         yield dict(m, content=content)
 
 
-def role_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (start, end, role)), in order
-    "The text of a conversation, and which part of it is whose content"
+def content_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (start, end, message)), in order
+    "The text of a conversation, and which part of it is the content of which message; raises `FormatError`"
     plain = render(tok, conv.messages, conv.tools, row=conv.row)
     free = _free_marks(plain + ''.join(m['content'] for m in conv.messages), 2 * len(conv.messages))
     text = render(tok, list(_marked(conv.messages, free)), conv.tools, row=conv.row)
@@ -495,6 +495,11 @@ def role_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (
         )
     order = {c: k for k, c in enumerate(free)}
     at = {order[m[0]]: m.start() - n for n, m in enumerate(marks)}
-    return plain, sorted(
-        (at[2 * k], at[2 * k + 1], m['role']) for k, m in enumerate(conv.messages) if 2 * k in at and 2 * k + 1 in at
-    )
+    here = [k for k in range(len(conv.messages)) if 2 * k in at and 2 * k + 1 in at]
+    return plain, sorted((at[2 * k], at[2 * k + 1], k) for k in here)
+
+
+def role_spans(tok, conv: Conversation) -> tuple[str, list]:  # (text, list of (start, end, role)), in order
+    "The text of a conversation, and which part of it is whose content; raises `FormatError`"
+    text, spans = content_spans(tok, conv)
+    return text, [(s, e, conv.messages[k]['role']) for s, e, k in spans]
