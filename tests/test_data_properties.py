@@ -7,7 +7,7 @@ from itertools import groupby
 from unittest.mock import patch
 import pytest
 from hypothesis import example, given, settings, strategies as st
-from unsloth_nb.data import formats, sources
+from unsloth_nb.data import file_formats, sources
 from unsloth_nb.data.conversations import Conversation
 from unsloth_nb.data.load import Conversations, DataError, Store, load_data
 from unsloth_nb.core.spec import FinetuneJob
@@ -45,8 +45,8 @@ class Slow:
 
 
 def read_slowly(f, n):
-    whole = formats.open_text
-    with patch.object(formats, 'open_text', lambda f: Slow(whole(f), n)):
+    whole = file_formats.open_text
+    with patch.object(file_formats, 'open_text', lambda f: Slow(whole(f), n)):
         rows = list(sources.read_file(f))
     for r in rows:
         if isinstance(r, DataError):

@@ -32,7 +32,7 @@ SAID = dict(
     full_finetuning='a LoRA adapter is what is trained',
     bf16='set dtype=bfloat16',
     hf_token='HF_TOKEN',
-    deepspeed='devices say how many GPUs',
+    deepspeed='devices, nodes and parallel say here',
     output_dir='--runs-dir',
 )
 
