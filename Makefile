@@ -7,7 +7,7 @@ supported = import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python; do $$p -c '$(supported)' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 BIN := .venv/bin
 # Tests side by side; tests/conftest.py says which stay together
-JOBS ?= 3
+JOBS ?= 2
 # More arguments for `make run`, `make test`, `make test-long` and `make preview`: make test ARGS='-k spec'
 ARGS ?=
 
