@@ -79,6 +79,19 @@ def _named(tok, messages):
         return messages
     return [{('thinking' if k == 'reasoning_content' else k): v for k, v in m.items()} for m in messages]
 
+# %% ../../nbs/tokens/templates.ipynb #220b3566
+def _call(*names):
+    calls = [
+        dict(id=f'call0000{i}', type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT')))
+        for i, n in enumerate(names)
+    ]
+    return dict(role='assistant', content='', tool_calls=calls)
+
+
+_u = dict(role='user', content='QUESTION')
+_a = dict(role='assistant', content='ANSWER')
+_t = dict(role='tool', content='RESULT', name='CALLED', tool_call_id='call00000')
+
 # %% ../../nbs/tokens/templates.ipynb #9e47d5dc
 def _with_text_arguments(message):
     calls = [
@@ -393,17 +406,6 @@ def use_template(
     return new
 
 # %% ../../nbs/tokens/templates.ipynb #c01f8bce
-def _call(*names):
-    calls = [
-        dict(id=f'call0000{i}', type='function', function=dict(name=n, arguments=dict(argument='ARGUMENT')))
-        for i, n in enumerate(names)
-    ]
-    return dict(role='assistant', content='', tool_calls=calls)
-
-
-_u = dict(role='user', content='QUESTION')
-_a = dict(role='assistant', content='ANSWER')
-_t = dict(role='tool', content='RESULT', name='CALLED', tool_call_id='call00000')
 _probes = dict(
     system=(
         [dict(role='system', content='SYSTEM'), _u, _a],
