@@ -421,6 +421,11 @@ def test_lost_terminal(tiny, tmp_path, no_forks):
     import termios
     from unsloth_nb.runs.run import Run
 
+    def take_terminal():
+        "Where the tests themselves run under nohup, SIGHUP would stay ignored"
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     ours, theirs = pty.openpty()
     command = [sys.executable, '-c', 'from unsloth_nb.cli import main; main()', 'run', 'finetune']
     p = subprocess.Popen(
@@ -429,7 +434,7 @@ def test_lost_terminal(tiny, tmp_path, no_forks):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     path, _ = wait_for_step(tmp_path, 5)
