@@ -172,6 +172,8 @@ def test_arguments_of_a_template(lib, tok):
     assert lib.Formatter.for_job(job, fmt.tok).tok.chat_template == fmt.tok.chat_template != t.chat_template
     with pytest.raises(lib.FormatError, match="does not read 'enable_thinkin'"):
         lib.Formatter(t, template_args=dict(enable_thinkin=True))
+    with pytest.raises(lib.FormatError, match="only a chat template takes them, and these rows take 'alpaca'"):
+        lib.Formatter(t, 'alpaca', template_args=dict(day='Monday'))
     with pytest.raises(SpecError, match="'messages' is no name"):
         FinetuneJob(template_args=dict(messages='x'))
 

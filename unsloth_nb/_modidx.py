@@ -3295,6 +3295,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates._call': ( 'tokens/templates.html#_call',
                                                                                     'unsloth_nb/tokens/templates.py'),
+                                             'unsloth_nb.tokens.templates._draw': ( 'tokens/templates.html#_draw',
+                                                                                    'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates._end_token': ( 'tokens/templates.html#_end_token',
                                                                                          'unsloth_nb/tokens/templates.py'),
                                              'unsloth_nb.tokens.templates._free_marks': ( 'tokens/templates.html#_free_marks',

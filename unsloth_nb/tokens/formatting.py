@@ -127,7 +127,9 @@ class Formatter:
         self.template, self.reason = _choose(tok, template, text)
         if template not in ('auto', 'chat', 'alpaca', 'raw'):
             tok = use_template(tok, template)
-        if template_args and self.template == 'chat':
+        if template_args and self.template != 'chat':
+            raise FormatError(f"template_args: only a chat template takes them, and these rows take {self.template!r}")
+        if template_args:
             tok = give_arguments(tok, template_args)
         self.tok = tok
         self.loss_on = loss_on

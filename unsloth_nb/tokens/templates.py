@@ -125,24 +125,16 @@ def call_style(tok) -> str:  # One of `CALL_STYLES`
     "How a tokenizer's chat template wants calls, found by asking it; `objects` where it refuses all"
     for name, style in CALL_STYLES.items():
         try:
-            tok.apply_chat_template([_u, style(_call('CALLED')), _t, _a], tokenize=False)
+            _draw(tok, [_u, style(_call('CALLED')), _t, _a])
             return name
-        except Exception:
+        except FormatError:
             continue
     return 'objects'
 
 # %% ../../nbs/tokens/templates.ipynb #50eae284
-def render(
-    tok,  # Tokenizer with a chat template
-    messages: list,  # Standard messages
-    tools: list | None = None,  # Functions that the model may call
-    prompt: bool = False,  # End with the prompt for an answer?
-    row: int = 0,  # For the message
-) -> str:
-    "What the chat template makes of messages"
-    bound_templates()
+def _draw(tok, messages, tools=None, prompt=False, row=0):
+    "The text of messages as they are; raises `FormatError`, or `TemplateLimit` for a template that was stopped"
     try:
-        messages = _in_style(tok, _named(tok, messages))
         return tok.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     except Exception as e:
         if isinstance(e, MemoryError) or type(e).__name__ == 'SecurityError':
@@ -151,6 +143,19 @@ def render(
                 f"{e or 'out of memory'}; use a template by name, such as 'chatml'"
             ) from e
         raise FormatError(f"row {row}: the chat template refuses it: {type(e).__name__}: {e}") from e
+
+
+def render(
+    tok,  # Tokenizer with a chat template
+    messages: list,  # Standard messages
+    tools: list | None = None,  # Functions that the model may call
+    prompt: bool = False,  # End with the prompt for an answer?
+    row: int = 0,  # For the message
+) -> str:
+    "What the chat template makes of messages; raises `FormatError`, or `TemplateLimit` for one that was stopped"
+    bound_templates()
+    messages = _in_style(tok, _named(tok, messages))
+    return _draw(tok, messages, tools=tools, prompt=prompt, row=row)
 
 # %% ../../nbs/tokens/templates.ipynb #572c5c65
 def special_tokens(tok) -> set[str]:
