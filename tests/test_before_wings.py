@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 from safetensors.numpy import load_file
 from unsloth_nb.core.engine import versions
@@ -50,8 +51,10 @@ def test_read(old):
 
 
 @pytest.mark.slow
-def test_goes_on(here):
+def test_goes_on(here, monkeypatch):
     "Stopped half way, it ends with the adapter that it had when nobody stopped it, and nothing has to be allowed"
+    threads = json.loads((here.path / 'capsule.json').read_text())['threads']
+    monkeypatch.setenv('OMP_NUM_THREADS', str(threads))  # With others, sums differ in their last bits
     want = load_file(here.path / 'adapter' / 'adapter_model.safetensors')
     losses = [m['loss'] for m in here.metrics]
     run = resume_run(halfway(here), show=False)
@@ -77,3 +80,14 @@ def test_answers_and_exports(here, lib):
     answers = lib.generate(model, lib.held_out(here.job), lib.Sampling(max_new_tokens=here.job.max_new_tokens))
     assert [a.text for a in answers] == want
     assert lib.export_run(here, 'adapter').status == 'finished'
+
+
+@pytest.mark.parametrize('kind,said', [('cpu', True), ('cuda', False)])
+def test_other_threads(old, kind, said):
+    "With other threads, sums on a CPU may end in other bits than before: the run says so"
+    from unsloth_nb.training.trainer import _record_threads
+
+    old.save('capsule', dict(threads=1000))
+    _record_threads(old, {}, SimpleNamespace(device=SimpleNamespace(kind=kind)))
+    assert ('threads: 1000 until here' in (old.path / 'progress.jsonl').read_text()) is said
+    assert json.loads((old.path / 'capsule.json').read_text())['threads'] < 1000

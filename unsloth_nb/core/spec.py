@@ -606,10 +606,6 @@ class PretrainJob(SaveParams, TrainingJob):
     dataset_format: ClassVar[str] = 'text'  # What other jobs leave open stands fast here
     dataset_roles: ClassVar[dict] = {}
     dataset_turns: ClassVar[dict] = {}
-    same_role: ClassVar[str] = 'error'
-    answer_first: ClassVar[str] = 'error'
-    last_question: ClassVar[str] = 'error'
-    late_system: ClassVar[str] = 'error'
     train_on_preferred: ClassVar[bool] = False
     template: ClassVar[str] = 'auto'
     loss_on: ClassVar[str] = 'everything'

@@ -34,7 +34,7 @@ from .formats import detect_format, unused_meanings
 from .ledger import Faults, Ledger, count_rows
 from ..core.schema import SpecError, nearest, parse_yaml
 from .sources import DataError, Source, Spool, find_source
-from .turn_order import POLICIES, TurnPolicies
+from .turn_order import TurnPolicies
 from ..core.spec import FinetuneJob
 
 # %% ../../nbs/data/load.ipynb #617e6776
@@ -173,7 +173,7 @@ def _reading(job, cols, name, rows=()):
         job.dataset_roles,
         job.empty == 'keep',
         keys=_turn_keys(job),
-        policies=TurnPolicies(**{p: getattr(job, p) for p in POLICIES}),
+        policies=TurnPolicies.of(job),
         media=job.media,
     )
     return reading, why, unused
@@ -319,7 +319,7 @@ def collect(
         books['noted'].update([*notes, *said.notes, *(['class_names_as_text'] if named is not row else [])])
         books['unused_keys'].update(said.unused)
         store.add(_trained_on(conv, job))
-    books['faults'].check(lambda r: getattr(job, r), n + 1, job.max_dropped)
+    books['faults'].check(lambda r: getattr(job, r, 'error'), n + 1, job.max_dropped)
     index = np.arange(first, len(store))
     return dict(books, rows=n + 1, index=index, format=reading.format, unused=unused, **_how_it_was_read(src, why))
 

@@ -21,6 +21,11 @@ class TurnPolicies:
     last_question: str = 'error'  # Or `drop`, `cut`
     late_system: str = 'error'  # Or `drop`, `keep`, `to_user`
 
+    @classmethod
+    def of(cls, job):
+        "The policies of a job; what it has no parameter for is an error"
+        return cls(**{p: getattr(job, p) for p in POLICIES if hasattr(job, p)})
+
 
 POLICIES = tuple(TurnPolicies.__dataclass_fields__)
 

@@ -365,6 +365,17 @@ def _announce(own, changes, fillers, found):
     if found:
         own.note(f'goes on after step {found[1]["step"]}')
 
+
+def _record_threads(run, who, plan):
+    "Write what is trained, and on how many threads: with others, sums on a CPU differ in their last bits, which is said"
+    import torch
+
+    now = torch.get_num_threads()
+    before = (read_json(run.path / 'capsule.json') or {}).get('threads', now)
+    if now != before and plan.device.kind == 'cpu':
+        run.note(f'threads: {before} until here, {now} from here; sums may differ in their last bits')
+    run.save('capsule', who | dict(threads=now))
+
 # %% ../../nbs/training/trainer.ipynb #c0480335
 def _stopped(by, trainer, run):
     "The end of a training that somebody has asked to stop"
@@ -377,7 +388,6 @@ def _stopped(by, trainer, run):
 def _train(
     model, examples, job, run, live, stop, own=None, since=None
 ):  # own: run of a rank that is not the first; since: [s] when the ranks were launched
-    import torch
     from unsloth import FastLanguageModel
 
     own, plan, model.tok.padding_side = own or run, _routed(model), 'right'
@@ -395,10 +405,10 @@ def _train(
             vars(rec.sums).update(found[1]['sums'])
         if found and found[1]['step'] == (job.max_steps or found[1]['max_steps']):
             return _already(model, own, found, rec.sums, trainer)
-        if first():
-            run.save('capsule', who() | dict(threads=torch.get_num_threads()))
         changes = [*plan.changes, *effective_changes(asked, trainer.args)]
         _announce(own, changes, trainer.fillers, found)
+        if first():
+            _record_threads(run, who(), plan)
         started = time.time()
         with quiet(), padding_free(model.model, int(examples.lengths.max())) if plan.padding_free else nullcontext():
             out = trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
