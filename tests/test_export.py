@@ -272,7 +272,7 @@ def test_interrupted_export(tuned, monkeypatch):
     assert not (run.path / 'adapter').exists() and not list(run.path.glob('.saving-*'))
 
 
-def test_no_room(tuned, monkeypatch):
+def test_no_room(tuned, monkeypatch, converter):
     "Too little disk is said before anything is written"
     from unsloth_nb.export import artifacts as export
 
