@@ -367,7 +367,7 @@ def _announce(own, changes, fillers, found):
 
 
 def _record_threads(run, who, plan):
-    "Write what is trained, and on how many threads: with others, sums on a CPU differ in their last bits, which is said"
+    "Write what is trained, on how many threads; with others, sums on a CPU differ in their last bits, which is said"
     import torch
 
     now = torch.get_num_threads()
