@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 import pytest
 from unsloth_nb.data.events import make_events
-from unsloth_nb.data.load import DataError, load_data
+from unsloth_nb.data.load import DataError, held_out, load_data
 from unsloth_nb.core.schema import SpecError, read_value
 from unsloth_nb.core.spec import FinetuneJob
 
@@ -1401,6 +1401,27 @@ def test_preferred(tmp_path):
 # The split ------------------------------------------------------------------------------------------------------------------------------------
 def texts(convs):
     return [c.messages[0]['content'] for c in convs]
+
+
+@pytest.mark.parametrize(
+    'asked,train,test',
+    [
+        (dict(test_size=0.1), 90, 10),
+        (dict(test_size=0.101), 89, 11),
+        (dict(test_size=0.1, max_rows=45), 45, 10),
+        (dict(test_size=0.2, test_dataset='rows.jsonl', overlap='drop'), 80, 20),
+        (dict(test_size=0.05, dataset='events', max_rows=200), 200, 10),
+    ],
+)
+def test_share_held_out(asked, train, test, tmp_path, monkeypatch):
+    "A share of the rows that are there, whichever way they are held out; scored later, it is the same rows"
+    monkeypatch.chdir(tmp_path)
+    rows = (dict(prompt=f'Say {i}', completion=str(i)) for i in range(100))
+    Path('rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    job = FinetuneJob(**dict(dataset='rows.jsonl') | asked)
+    data = load_data(job)
+    assert (len(data.train), len(data.test)) == (train, test)
+    assert [c.messages for c in held_out(job)] == [c.messages for c in data.test]
 
 
 def test_split():

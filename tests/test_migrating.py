@@ -99,7 +99,7 @@ def test_a_notebook_becomes_the_job_that_it_describes(tmp_path):
         'rows.jsonl',
         'everything',
         50,
-        5,
+        0.1,
         1e-4,
         1,
     )
@@ -305,7 +305,7 @@ def test_axolotl(tmp_path):
         j.template,
         j.loss_on,
         j.over_length,
-    ) == ('NousResearch/Llama-3.2-1B', 16, 128, 40, 8, 32, 'alpaca', 'responses', 'drop')
+    ) == ('NousResearch/Llama-3.2-1B', 16, 128, 40, 0.2, 32, 'alpaca', 'responses', 'drop')
     assert (j.lr_scheduler_type, j.load_in_4bit, j.packing) == (
         'cosine',
         False,
@@ -388,13 +388,12 @@ def test_axolotl_differences_are_left_with_a_reason(tmp_path):
         'adapter',
         'optimizer',
         'lr_scheduler',
-        'val_set_size',
-        'warmup_ratio',
         'deepspeed',
         'trust_remote_code',
         'plugins',
         'frobnicate',
     } <= set(names(got.left))
+    assert (got.job.test_size, got.job.warmup_steps) == (0.05, 0.1)
     assert got.job.optim == 'auto' and got.job.lr_scheduler_type == 'linear' and got.job.allow_remote_code is None
     assert not {'optim', 'lr_scheduler_type'} & set(names(got.defaults))
 
@@ -534,6 +533,36 @@ def test_other_yaml_is_refused(tmp_path, text, said):
 
 
 # All of them
+
+
+def test_what_shapes_training_is_taken_over(tmp_path):
+    "Shares, the schedule and its floor, the optimizer and its numbers, noise, smoothing and another loss"
+    asked = dict(
+        val_set_size=0.05,
+        warmup_ratio=0.1,
+        optimizer='paged_adamw_8bit',
+        lr_scheduler='cosine',
+        cosine_min_lr_ratio=0.1,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        neftune_noise_alpha=5,
+        loraplus_lr_ratio=16,
+        embedding_lr=1e-5,
+    )
+    j = (got := import_job(yaml_file(tmp_path / 'a.yaml', **AXO | asked))).job
+    assert not set(names(got.left)) & set(asked)
+    assert (j.test_size, j.warmup_steps, j.optim, j.lr_scheduler_type) == (0.05, 0.1, 'paged_adamw_8bit', 'cosine')
+    assert (j.min_lr_ratio, j.adam_beta2, j.adam_epsilon, j.neftune_noise_alpha) == (0.1, 0.95, 1e-6, 5)
+    assert (j.loraplus_lr_ratio, j.learning_rate_embedding) == (16, 1e-5)
+    own = dict(
+        warmup_ratio=0.1,
+        use_dft_loss=True,
+        lr_scheduler_type='cosine_with_restarts',
+        lr_scheduler_kwargs=dict(num_cycles=3),
+    )
+    got = import_job(yaml_file(tmp_path / 'l.yaml', **LF | own))
+    assert (got.job.loss_type, got.job.num_cycles) == ('dft', 3) and got.job.warmup_steps == 0.1
+    assert not set(names(got.left)) & set(own)
 
 
 @pytest.mark.parametrize('table, base, read', [(AXOLOTL, AXO, read_axolotl), (LLAMA_FACTORY, LF, read_llama_factory)])

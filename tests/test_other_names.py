@@ -11,8 +11,10 @@ SAID = dict(
     evaluation_strategy='asked before and after',
     report_to='sent nowhere',
     log_with='sent nowhere',
-    warmup_ratio='set warmup_steps to the share times the steps',
-    val_set_size='set test_size to a number of rows',
+    warmup_ratio="it is 'warmup_steps'",
+    val_set_size="it is 'test_size'",
+    betas='adam_beta1 and adam_beta2',
+    neft_alpha="it is 'neftune_noise_alpha'",
     lora_r="it is 'r'",
     lora_rank="it is 'r'",
     alpha="it is 'lora_alpha'",
@@ -26,9 +28,7 @@ SAID = dict(
     random_state="it is 'seed'",
     use_dora='DoRA is not there',
     use_rslora='set lora_alpha to',
-    neftune_noise_alpha='no noise is added',
-    adam_beta2='usual β',
-    embedding_learning_rate='embeddings are not trained',
+    embedding_learning_rate="it is 'learning_rate_embedding'",
     full_finetuning='a LoRA adapter is what is trained',
     bf16='set dtype=bfloat16',
     hf_token='HF_TOKEN',
@@ -63,8 +63,24 @@ def test_spelling():
     assert 'training ends' not in unknown_parameter('early_stopping_patience', EvaluateJob)
 
 
-@pytest.mark.parametrize('values', [dict(warmup_steps=0.1), dict(warmup_steps='0.1'), dict(test_size=0.05)])
+@pytest.mark.parametrize('values', [dict(max_steps=0.1), dict(max_steps='0.1'), dict(max_rows=0.05)])
 def test_share(values):
     "A share where things are counted"
     with pytest.raises(SpecError, match='counted in (steps|rows): not a share of them'):
         FinetuneJob(**values)
+
+
+@pytest.mark.parametrize(
+    'name,why',
+    [('muon', 'whole matrices'), ('galore_adamw_8bit', 'whole matrices'), ('lion', "here it is 'lion_32bit'")],
+)
+def test_optimizer(name, why):
+    "One that others have: why it is not here, or what it is called"
+    with pytest.raises(SpecError, match=why):
+        FinetuneJob(optim=name)
+
+
+def test_smoothing_and_dft():
+    "What has no effect together is refused"
+    with pytest.raises(SpecError, match='loss_type is'):
+        FinetuneJob(loss_type='dft', label_smoothing_factor=0.1)

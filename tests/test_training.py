@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import shutil
 import threading
 import pytest
+from unsloth_nb.planning.schedules import rate_share
 
 
 def weights(model):
@@ -23,6 +25,29 @@ def test_bit_for_bit(trained, tiny):
     assert trace[0] == trace[1] != trace[2]
     sums = [weights(m) for m, _, _ in runs]
     assert sums[0] == sums[1] != sums[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'asked',
+    [
+        dict(optim='adafactor', lr_scheduler_type='warmup_stable_decay', min_lr_ratio=0.1),
+        dict(optim='lion_8bit', loraplus_lr_ratio=16.0),
+        dict(optim='ademamix', label_smoothing_factor=0.1, lr_scheduler_type='cosine_with_restarts', num_cycles=2),
+        dict(loss_type='dft', neftune_noise_alpha=5.0, warmup_steps=0.5),
+    ],
+    ids=lambda a: '-'.join(map(str, a.values())),
+)
+def test_optimizers_schedules_and_losses(lib, trained, tiny, asked):
+    "Other optimizers, schedules and losses: the rate of each step is the one announced, and a run cut off half way ends in the same bits"
+    model, run, data = trained(model=str(tiny), save_steps=2, **asked)
+    job = run.job
+    share = rate_share(job, 4)
+    assert [m['learning_rate'] for m in run.metrics] == pytest.approx([job.learning_rate * share(k) for k in range(4)])
+    shutil.rmtree(run.path / 'checkpoints' / 'step-000004')
+    again = lib.load_model(job, lib.make_plan(job, data))
+    lib.train(again, lib.make_examples(data.train, again.formatter, job.max_seq_length), job, run)
+    assert weights(again) == weights(model)
 
 
 @pytest.mark.slow

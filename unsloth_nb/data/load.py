@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFT_OUT', 'Store', 'Conversations', 'fingerprint_rows', 'collect', 'duplicate_rows', 'near_duplicate_rows',
-           'split_rows', 'read_mix', 'mix_rows', 'Data', 'load_data', 'held_out']
+           'rows_held_out', 'split_rows', 'read_mix', 'mix_rows', 'Data', 'load_data', 'held_out']
 
 # %% ../../nbs/data/load.ipynb #c1917a25
 import hashlib
 import json
+import math
 import os
 import random
 from array import array
@@ -352,13 +353,22 @@ def near_duplicate_rows(convs, threshold: float) -> np.ndarray:  # True where a 
     return res
 
 # %% ../../nbs/data/load.ipynb #a0dbf0d1
+def rows_held_out(
+    test_size: float,  # Rows; below 1: a share of all
+    rows: int,  # All there are
+) -> int:
+    "How many rows are held out; a share is rounded up"
+    return math.ceil(test_size * rows) if test_size < 1 else int(test_size)
+
+# %% ../../nbs/data/load.ipynb #05ade5cd
 def split_rows(
     keys,  # A hash for each row
-    test_size: int,  # How many to hold out
+    test_size: float,  # How many to hold out; below 1: which share
     seed: int,  # Same seed, same split
 ) -> tuple[np.ndarray, np.ndarray]:  # Positions of (train, held out), each in order
     "Hold out rows at random, among those that occur once; raises `DataError`"
     keys = np.asarray(keys, np.uint64)
+    test_size = rows_held_out(test_size, len(keys))
     vals, n = np.unique(keys, return_counts=True)
     single = np.flatnonzero(np.isin(keys, vals[n == 1])).tolist()
     if test_size >= len(keys):
@@ -563,7 +573,8 @@ def _source(job, test=False):
             "name its sources"
         )
     if src.kind == 'built_in':
-        wanted = (job.test_size, job.seed, 'test') if test else (job.max_rows or 1000, job.seed)
+        rows = job.max_rows or 1000
+        wanted = (rows_held_out(job.test_size, rows), job.seed, 'test') if test else (rows, job.seed)
         return Source(src.name, 'python', object=BUILT_IN[src.name](*wanted))
     return src
 
@@ -585,7 +596,7 @@ def _parts(job, rows):
         return [(_source(job), job, None)]
     return [(_source(j), j, w) for j, w in read_mix(src.files[0], job)]
 
-
+# %% ../../nbs/data/load.ipynb #c6aff9b2
 def _test_rows(job, rows, where):
     "Held-out rows from a source of their own; None when they come out of the training rows"
     name = job.test_dataset or (job.dataset if rows is None and job.dataset in BUILT_IN else None)
@@ -594,7 +605,9 @@ def _test_rows(job, rows, where):
     j = job.replace(dataset=name)
     store = Store()
     got = collect(_source(j, test=True), j, store, where)
-    return Conversations(store, got['index'][: job.test_size]), got
+    made = len(got['index'])
+    n = made if name in BUILT_IN else rows_held_out(job.test_size, made)  # A built-in set makes as many as asked
+    return Conversations(store, got['index'][:n]), got
 
 # %% ../../nbs/data/load.ipynb #4885b40d
 def _rows(convs, mask, n=5):
@@ -686,7 +699,7 @@ def load_data(
 ) -> Data:
     "The job's rows as conversations, checked, compared, split and counted; raises `DataError`"
     other = _test_rows(job, rows, where) if split else None
-    wanted = job.max_rows and job.max_rows + (job.test_size if split and not other else 0)
+    wanted = job.max_rows and job.max_rows + (_held_out_of_more(job) if split and not other else 0)
     books = dict(left=Counter(dict.fromkeys(LEFT_OUT, 0)), noted=Counter(), warnings=[])
     train, got, formats = _read_parts(job, rows, where, wanted, books)
     read = [*got, other[1]] if other else got
@@ -710,6 +723,12 @@ def load_data(
     return _data(job, (used, test), came, got=got, formats=formats, books=books)
 
 # %% ../../nbs/data/load.ipynb #bdc2ab98
+def _held_out_of_more(job):
+    "How many rows are held out where as many as `max_rows` stay"
+    share = job.test_size
+    return rows_held_out(share, math.ceil(job.max_rows / (1 - share))) if share < 1 else share
+
+
 def _split(convs, job, got):
     "Rows to train on and rows held out; where too few are there, the error says what was taken for a row"
     try:
@@ -756,6 +775,11 @@ def held_out(
     n: int | None = None,  # How many rows; None: as many as the job held out
 ) -> Conversations:
     "Rows to score a trained model on; of another dataset the first ones, in order; raises `DataError`"
+    if n is None and job.test_size < 1:
+        own = load_data(job).test
+        if dataset is None:
+            return own
+        n = len(own)
     n = n or job.test_size
     own = dataset is None and job.dataset in BUILT_IN and not job.test_dataset
     if own or dataset in BUILT_IN:

@@ -443,7 +443,11 @@ def warnings(self: Sweep) -> list[str]:
         )
     if self.objective.startswith('training.'):
         res.append(f'{self.objective} is measured in training, not on held-out rows')
-    elif getattr(job, 'test_size', None) and 'test_size' not in self.names and (few := caution(job.test_size)):
+    elif (
+        (getattr(job, 'test_size', None) or 0) >= 1
+        and 'test_size' not in self.names
+        and (few := caution(job.test_size))
+    ):
         res.append(f'test_size: {few}')
     if self.pruner != 'none':
         res.append(

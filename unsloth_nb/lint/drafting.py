@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SECRET', 'SHARED_RULES', 'MigrationError', 'shown', 'Line', 'Draft', 'is_off', 'skips', 'leaves', 'refuses',
-           'switches', 'full_name', 'model_rule', 'optim_rule', 'schedule_rule', 'as_number', 'warmup_rule',
-           'steps_rule', 'epochs_rule', 'dtype_rule', 'checkpointing_rule', 'test_rule', 'remote_rule', 'full_rule',
-           'targets_rule', 'rslora_rule', 'bias_rule', 'make_rules', 'rule_rows']
+           'switches', 'full_name', 'model_rule', 'optim_rule', 'schedule_rule', 'noise_rule', 'loss_rule',
+           'schedule_arguments_rule', 'as_number', 'warmup_rule', 'steps_rule', 'epochs_rule', 'dtype_rule',
+           'checkpointing_rule', 'test_rule', 'remote_rule', 'full_rule', 'targets_rule', 'rslora_rule', 'bias_rule',
+           'make_rules', 'rule_rows']
 
 # %% ../../nbs/lint/drafting.ipynb #19e1ba70
 import ast
@@ -22,7 +23,7 @@ from fastcore.basics import patch
 from ..core.escaping import mask_secrets, plain_text
 from .scanning import UNKNOWN
 from ..core.schema import SpecError
-from ..core.spec import LINEARS, FinetuneJob, presets
+from ..core.spec import LINEARS, OPTIMIZERS, SCHEDULES, FinetuneJob, presets
 
 # %% ../../nbs/lint/drafting.ipynb #71c97386
 class MigrationError(SpecError):
@@ -231,22 +232,18 @@ def model_rule(d, name, v):
     d.quantized = quantized
 
 # %% ../../nbs/lint/drafting.ipynb #45ce1976
-_OPTIMIZERS = dict(
-    adamw_8bit='adamw_8bit',
-    adamw_bnb_8bit='adamw_8bit',
-    paged_adamw_8bit='paged_adamw_8bit',
-    adamw_torch='adamw_torch',
-    adamw_hf='adamw_torch',
-    adamw_torch_fused='adamw_torch_fused',
-    sgd='sgd',
-)
-_SCHEDULES = ('linear', 'cosine', 'constant', 'constant_with_warmup')
+_OPTIMIZERS = {o: o for o in OPTIMIZERS} | dict(
+    adamw_bnb_8bit='adamw_8bit', adamw_torch_8bit='adamw_8bit', adamw_hf='adamw_torch', paged_adamw='paged_adamw_32bit',
+    lion='lion_32bit',
+)  # fmt: skip
+_SCHEDULES = {s: s for s in SCHEDULES} | dict(cosine_with_min_lr='cosine')
 
 
 def optim_rule(d, name, v):
     "the optimizer of that name, where there is one"
     if str(v) in _OPTIMIZERS:
-        d.take(name, v, optim=_OPTIMIZERS[str(v)])
+        why = 'states of 8 bits, kept by bitsandbytes here' if v == 'adamw_torch_8bit' else ''
+        d.take(name, v, why, optim=_OPTIMIZERS[str(v)])
     else:
         why = (
             "there is no such optimizer here; optim stays 'auto', which takes AdamW, "
@@ -257,14 +254,43 @@ def optim_rule(d, name, v):
 
 def schedule_rule(d, name, v):
     "the schedule of that name, where there is one"
-    if v in _SCHEDULES:
-        d.take(name, v, lr_scheduler_type=v)
+    if str(v) in _SCHEDULES:
+        d.take(name, v, lr_scheduler_type=_SCHEDULES[str(v)])
     else:
-        others = ', '.join(_SCHEDULES[1:])
+        others = ', '.join(SCHEDULES[1:])
         why = f"there is no such schedule here; lr_scheduler_type stays 'linear', the others are {others}"
         d.leave(name, v, why, 'lr_scheduler_type')
 
 # %% ../../nbs/lint/drafting.ipynb #9c8cebdb
+def noise_rule(d, name, v):
+    "noise on the embeddings, or none"
+    if is_off(v):
+        d.skip(name, v, 'no noise here either')
+    else:
+        d.take(name, v, neftune_noise_alpha=v)
+
+
+def loss_rule(d, name, v):
+    "cross-entropy or DFT"
+    if str(v) in ('nll', 'dft'):
+        d.take(name, v, loss_type=v)
+    else:
+        d.leave(name, v, "there is no such loss here; loss_type is 'nll' or 'dft'", 'loss_type')
+
+
+_ARGUMENTS = dict(min_lr_rate='min_lr_ratio', min_lr_ratio='min_lr_ratio', num_cycles='num_cycles', power='lr_power')
+
+
+def schedule_arguments_rule(d, name, v):
+    "the floor, the cycles and the power of a schedule"
+    if is_off(v):
+        d.skip(name, v, 'no argument')
+    elif isinstance(v, dict) and v.keys() <= _ARGUMENTS.keys():
+        d.take(name, v, **{_ARGUMENTS[k]: x for k, x in v.items()})
+    else:
+        d.leave(name, v, 'a schedule has min_lr_ratio, num_cycles and lr_power here; set those that you need')
+
+# %% ../../nbs/lint/drafting.ipynb #687cd0d6
 def as_number(v):
     "A number that YAML read as text, such as 2e-4; anything else as it is"
     if not isinstance(v, str):
@@ -329,13 +355,12 @@ def test_rule(d, name, v):
     "how many rows are held out"
     v = as_number(v)
     usual = FinetuneJob().test_size
-    if isinstance(v, (int, float)) and not isinstance(v, bool) and v >= 1:
-        d.take(name, v, test_size=int(v))
-    elif is_off(v) or v == 0:
+    if is_off(v) or v == 0:
         d.skip(name, v, f"{usual} rows are held out all the same: the comparison before and after needs them")
+    elif isinstance(v, (int, float)) and v > 0:
+        d.take(name, v, test_size=v if v < 1 else int(v))
     else:
-        why = f"a share of rows that have not been counted; set test_size to so many rows, {usual} otherwise"
-        d.leave(name, v, why)
+        d.leave(name, v, f'neither rows nor a share of them; set test_size, {usual} otherwise')
 
 
 def remote_rule(d, name, v):
@@ -415,6 +440,9 @@ SHARED_RULES = dict(
     model=model_rule,
     optim=optim_rule,
     schedule=schedule_rule,
+    schedule_arguments=schedule_arguments_rule,
+    noise=noise_rule,
+    loss=loss_rule,
     warmup=warmup_rule,
     steps=steps_rule,
     epochs=epochs_rule,
@@ -478,17 +506,10 @@ def _set_warmup(self: Draft):
     if not self.ratio:
         return
     name, v = self.ratio
-    steps = self.params['max_steps']
     if not isinstance(v, (int, float)) or not 0 <= v < 1:
         self.leave(name, v, 'not a share between 0 and 1; set warmup_steps')
-    elif steps or v == 0:
-        self.take(name, v, f'{v:g} of {steps or "all"} steps', warmup_steps=math.ceil(v * (steps or 0)))
     else:
-        why = (
-            "a share of steps that are known only when the rows have been counted: set warmup_steps to about "
-            f"{v:g} × rows × epochs / rows a step; {FinetuneJob().warmup_steps} otherwise"
-        )
-        self.leave(name, v, why)
+        self.take(name, v, 'a share of all steps', warmup_steps=v or 0)
 
 # %% ../../nbs/lint/drafting.ipynb #2522d3b1
 @patch
@@ -512,7 +533,7 @@ def _set_defaults(self: Draft, defaults):
     "What the source's tool fills in where the file is silent"
     warms_up = self.ratio or 'warmup_steps' in self.params
     for k, v in defaults.items():
-        if k in self.params or k in self.told or (k == 'warmup_ratio' and warms_up):
+        if k in self.params or k in self.told or (k in ('warmup_ratio', 'warmup_steps') and warms_up):
             continue
         if k == 'warmup_ratio':
             self.ratio = (k, v)

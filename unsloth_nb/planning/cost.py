@@ -68,11 +68,15 @@ class Way:
 _BYTES = {4: 4.127 / 8, 8: 1, 16: 2, 32: 4}
 
 
+# [values] that an optimizer keeps of each parameter. Adafactor keeps rows and columns of a matrix, and of a thin one
+# nearly as much as the matrix has
+_KEPT = dict(sgd=0, adafactor=1, lion=1, ademamix=3)
+
+
 def _moments(optim):
     "[bytes] that an optimizer keeps of each parameter"
-    if optim == 'sgd':
-        return 0
-    return 2 if '8bit' in optim else 8
+    kept = next((n for name, n in _KEPT.items() if name in optim), 2)
+    return kept * (1 if '8bit' in optim else 4)
 
 
 def static_memory(
@@ -130,6 +134,7 @@ def logit_memory(s: dict, tokens: int) -> int:  # [bytes]
 
 # %% ../../nbs/planning/cost.ipynb #8fab2373
 _PROCESS = int(1.3 * 2**30)  # [bytes] of a process with the libraries loaded, on a CPU
+_SMOOTHED = 14  # [bytes] of a logit that is held with its log-probability and their gradients
 
 
 def _workspace(s, bits):
@@ -143,6 +148,7 @@ def memory_estimate(
     way: Way,  # Its bits, checkpointing, optim, layout and passes
     tokens: int,  # In the largest forward pass, padding included
     cuda: bool = True,  # Is the device a GPU?
+    smoothed: bool = False,  # Are labels smoothed? The loss then reads all logits at once
 ) -> dict[str, int]:  # [bytes] by component
     "Peak memory of training on one device, by component"
     s = shape.config
@@ -153,7 +159,7 @@ def memory_estimate(
     forward_ends = dict(
         gradients=gradients if way.passes > 1 else 0,
         activations=fused * forward,
-        logits=logit_memory(s, tokens),
+        logits=_SMOOTHED * s['vocab_size'] * tokens if smoothed else logit_memory(s, tokens),
     )
     in_backward = dict(gradients=gradients, activations=fused * backward, logits=0)
     peak = max(forward_ends, in_backward, key=lambda d: sum(d.values()))

@@ -25,6 +25,7 @@ from ..runs.run import Run, read_json, run_dirs
 from ..core.schema import SpecError
 from ..core.show import GIB, Markup, duration, gib, html_table, markdown_table, picture, text_table
 from ..core.spec import FinetuneJob, resolve_model
+from .schedules import schedule_line
 from unsloth_nb.planning.ways import (
     compute_dtype,
     example_lengths,
@@ -74,6 +75,8 @@ class Plan:
     memory: dict  # [bytes] by component; empty when the shape is unknown
     tokens_per_second: float = 0.0  # Predicted; 0 when the card's rate is unknown
     seconds: float = 0.0  # Predicted for all steps; 0 when unknown
+    steps: int = 0  # Optimizer steps of the whole job
+    schedule: str = ''  # The course of the learning rate: a small drawing, and in words
     bound: str = ''  # What it waits for: `compute` or `launches`
     disk: dict = field(default_factory=dict)  # [bytes] adapter, checkpoint and each export while it is made; merge_ram
     reasons: dict = field(default_factory=dict)  # Parameter to reason
@@ -301,6 +304,7 @@ def _plan(job, rows, dev, s, factors=None):
     n = np.minimum(example_lengths(rows, job.max_seq_length), job.max_seq_length)
     ways = find_ways(job, dev, s, n, model_type=ref.preset.model_type if ref.preset else '', factors=factors)
     w = fastest(ways, job.batch_size == 'fastest') if s else safest(ways)
+    steps = _steps(job, w, n)
     return Plan(
         device=dev,
         devices=w.devices,
@@ -321,7 +325,9 @@ def _plan(job, rows, dev, s, factors=None):
         largest_pass=w.largest,
         memory=w.memory,
         tokens_per_second=w.tokens_per_second,
-        seconds=_steps(job, w, n) * w.step,
+        seconds=steps * w.step,
+        steps=steps,
+        schedule=schedule_line(job, steps),
         bound=w.bound,
         disk=_disk(counts),
         reasons=_reasons(job, dev, ways, w, counts),
@@ -569,7 +575,9 @@ def _speed_line(plan):
 
 @patch
 def facts(self: Plan):
-    "Memory, speed, time and disk in lines"
+    "The learning rate, memory, speed, time and disk in lines"
+    if self.schedule:
+        yield f'Learning rate: {self.schedule}.'
     if self.fits is None:
         yield "Memory: not estimated, since the model's shape is not known before it is loaded."
         return

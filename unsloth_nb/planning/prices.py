@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .architecture import model_shape
 from .devices import find_device
 from ..core.escaping import markdown_text, plain_text
+from ..data.load import rows_held_out
 from ..core.show import GIB, duration, gib, markdown_table, text_table
 from .plan import Plan, make_plan
 from ..core.schema import SpecError, nearest
@@ -85,7 +86,8 @@ def billed_seconds(
 ) -> dict:  # [s] by part
     "How long a container will be up, part by part"
     weights = plan.disk.get('merged_16bit', 0)
-    answers = 2 * math.ceil(job.test_size / job.eval_batch_size) * job.max_new_tokens * layers * TOKEN_LAYER
+    held_out = rows_held_out(job.test_size, job.max_rows or 1000)  # A share of rows that nobody has counted yet
+    answers = 2 * math.ceil(held_out / job.eval_batch_size) * job.max_new_tokens * layers * TOKEN_LAYER
     return dict(
         start=START,
         download=0 if cached else weights / DOWNLOAD_RATE,

@@ -50,9 +50,9 @@ def usable(dev: Device) -> int:  # [bytes]
     return int(0.98 * dev.memory_free) - 2**28
 
 # %% ../../nbs/planning/ways.ipynb #5537c36c
-def _memory(way, shape, largest, dev, nodes):
+def _memory(way, shape, largest, dev, nodes, smoothed):
     "[bytes] by component: of one device that trains alone, and of each that takes part"
-    alone = memory_estimate(shape, way, largest, dev.kind == 'cuda')
+    alone = memory_estimate(shape, way, largest, dev.kind == 'cuda', smoothed)
     sharing = way.devices * (nodes if way.parallel == 'fsdp' else 1)
     return alone, rank_memory(alone, shape, way.parallel, sharing)
 
@@ -71,12 +71,12 @@ def _speed(way, shape, alone, dev, nodes, **tokens):
     )
 
 
-def _measure(way, shape, n, limit, dev, factors, nodes, sequences):
+def _measure(way, shape, n, limit, dev, factors, nodes, sequences, smoothed):
     "The same way with its memory and speed"
     largest, computed, real = (sequences * tokens for tokens in _pass_tokens(way, n, limit))
     if shape is None:
         return replace(way, largest=largest)
-    alone, each = _memory(way, shape, largest, dev, nodes)
+    alone, each = _memory(way, shape, largest, dev, nodes=nodes, smoothed=smoothed)
     memory = {k: int(v * factors['memory']) for k, v in each.items()}
     together = sum(memory.values()) * (way.devices if dev.kind == 'cpu' else 1)
     way = replace(way, largest=largest, memory=memory, fits=together <= usable(dev))
@@ -183,9 +183,14 @@ def _open_checkpointing(job, cuda):
     return [asked if cuda else bool(asked)]
 
 
+_WHOLE = dict(lion='lion_32bit', ademamix='ademamix', adamw='adamw_torch_fused')
+
+
 def _whole(optim):
-    "The optimizer with states of 32 bits"
-    return 'adamw_torch_fused' if '8bit' in optim else optim
+    "The optimizer with states of 32 bits, all of them in the memory of the device"
+    if '8bit' not in optim and 'paged' not in optim:
+        return optim
+    return next(whole for name, whole in _WHOLE.items() if name in optim)
 
 
 def _open_optimizers(job, cuda):
@@ -247,6 +252,7 @@ def find_ways(
         factors=factors or dict(memory=1.0, speed=1.0),
         nodes=job.nodes,
         sequences=job.objective.sequences,  # That the model reads for each row
+        smoothed=job.label_smoothing_factor > 0,
     )
     ways = [_measure(w, **costs) for w in _open_ways(job, dev, s, model_type, n)]
     if not ways:

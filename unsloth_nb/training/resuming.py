@@ -17,22 +17,25 @@ from ..runs.checkpoints import CheckpointError, join_state, split_state
 from ..core.engine import versions
 from ..tokens.examples import Examples
 from .loading import LoadedModel, load_weights, trained_weights
+from .optimizers import StatedRates
 from .ranks import objects_of_all, parted, rank, ranks, whole
 from ..runs.run import read_json, write_json
 from ..core.schema import fields
 from ..planning.plan import decisions
-from ..core.spec import TrainingJob
+from ..core.spec import FinetuneJob, TrainingJob
 
 # %% ../../nbs/training/resuming.ipynb #e78f091e
 _AFTERWARDS = ('logging_steps', 'save_steps', 'save_total_limit')  # Parameters of training that change no step
 _PLANNED = decisions('run')
 _PACKAGES = ('torch', 'transformers', 'trl', 'peft', 'unsloth', 'unsloth_zoo', 'bitsandbytes', 'accelerate')
 _MODULES = (
+    'planning/schedules',
     'tokens/batching',
     'tokens/examples',
     'tokens/formatting',
     'training/guards',
     'training/loading',
+    'training/optimizers',
     'training/padding_free',
     'training/resuming',
     'training/trainer',
@@ -93,6 +96,12 @@ def _known_code(then, now):
     return {k: v for k, v in now.items() if k.endswith('.py')} | {k: v for k, v in then.items() if k not in ours}
 
 # %% ../../nbs/training/resuming.ipynb #815923f5
+def _defaults_of_new(parameters):
+    "The defaults of parameters: one that did not exist when a checkpoint was written acts there as its default does"
+    known = FinetuneJob.model_fields
+    return {n: known[n].get_default(call_default_factory=True) for n in parameters if n in known}
+
+
 def differences(
     then: dict,  # Identity of the checkpoint
     now: dict,  # Of what is asked for now
@@ -103,6 +112,8 @@ def differences(
         return {(k, n): v for k, part in d.items() for n, v in part.items()}
 
     then = then | ({'code': _known_code(then['code'], now['code'])} if 'code' in then and 'code' in now else {})
+    if 'parameters' in then and 'parameters' in now:
+        then = then | dict(parameters=_defaults_of_new(now['parameters']) | then['parameters'])
     a = flat(then)
     b = flat(now)
     return [
@@ -332,8 +343,9 @@ class CountedSteps:
 def resumable(
     cls,  # A trainer of transformers or TRL
     write,  # `write(trainer)` makes a checkpoint
-    objective,  # What its rows are
+    job: TrainingJob,  # Its objective, rates and their course
 ):
-    "A trainer class whose checkpoints, order and counts are ours"
-    parts = (CountedSteps, OrderedRows, WholeCheckpoints, cls)
-    return type('Resumable', parts, dict(write_checkpoint=staticmethod(write), our_objective=objective))
+    "A trainer class whose checkpoints, order, rates and counts are ours"
+    parts = (CountedSteps, OrderedRows, StatedRates, WholeCheckpoints, cls)
+    own = dict(write_checkpoint=staticmethod(write), our_objective=job.objective, our_job=job)
+    return type('Resumable', parts, own)

@@ -255,6 +255,7 @@ def _writer(run, job, rec, who):
 def make_trainer(
     model: LoadedModel,  # Model with its adapter
     examples,  # What its objective has made
+    job: TrainingJob,  # What is trained
     arguments: dict,  # From `trainer_arguments`
     plan: Plan,  # How it trains
     write,  # `write(trainer)` makes a checkpoint
@@ -262,13 +263,13 @@ def make_trainer(
     "The trainer of the job's objective, resumable and silent"
     from transformers import PrinterCallback
 
-    objective = model.job.objective
+    objective = job.objective
     config, trainer = objective.classes()
     rows, fillers = objective.dataset(examples, plan, model.tok)
     args = config(**arguments)
     if args.device.type == 'cuda':
         args._n_gpu = 1
-    made = resumable(trainer, write, objective)(
+    made = resumable(trainer, write, job)(
         model=model.model,
         processing_class=model.tok,
         train_dataset=rows,
@@ -399,7 +400,7 @@ def _train(
     with tempfile.TemporaryDirectory() as tmp:
         asked = trainer_arguments(job, plan, tmp)
         with quiet():
-            trainer = rec.trainer = make_trainer(model, examples, asked, plan, write)
+            trainer = rec.trainer = make_trainer(model, examples, job, asked, plan=plan, write=write)
         trainer.add_callback(rec)
         if found := _found(run, who):
             vars(rec.sums).update(found[1]['sums'])

@@ -62,7 +62,7 @@ class SupervisedFinetuning(Objective):
 
     def arguments(self, job, plan, out_dir):
         packed = plan.packing and not plan.padding_free  # Padding-free batches of packed rows are ours
-        own = dict(packing=packed, padding_free=packed, max_length=plan.max_seq_length, loss_type='nll')
+        own = dict(packing=packed, padding_free=packed, max_length=plan.max_seq_length, loss_type=job.loss_type)
         ready = dict(dataset_kwargs=dict(skip_prepare_dataset=True))
         return training_arguments(job, plan, out_dir) | own | ready
 
