@@ -194,6 +194,14 @@ def once(tmp_path_factory):
     return f
 
 
+@pytest.fixture(autouse=True)
+def own_clock():
+    "Templates that write a date: the day of a run that a test has loaded ends with the test"
+    yield
+    if sandbox := sys.modules.get('unsloth_nb.core.template_sandbox'):
+        sandbox.freeze_template_clock(None)
+
+
 @pytest.fixture
 def no_forks(monkeypatch):
     "Kernels and ranks start from nothing, where processes themselves are tested: a fork's parent is the server"

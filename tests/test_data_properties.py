@@ -62,7 +62,8 @@ def load_list(text):
             raise ValueError
         return dict(pairs)
 
-    for t in (text, re.sub(r',([ \t\r\n]*\][ \t\r\n]*)$', r'\1', text)):
+    behind_a_row = re.sub(r'(?<=[^\[ \t\r\n])([ \t\r\n]*),([ \t\r\n]*\][ \t\r\n]*)$', r'\1\2', text)
+    for t in (text, behind_a_row):
         try:
             v = json.loads(t, object_pairs_hook=object_of)
             return v if isinstance(v, list) else None
@@ -99,6 +100,8 @@ def folder(tmp_path_factory):
 @example('[1.5, 1e-7, -0.25]', 1)
 @example('[{"a": 1}] [{"a": 2}]', 2**20)
 @example('[{"a": 1},]', 2**20)
+@example('[,]', 2**20)
+@example('[ ,]', 1)
 def test_reader_is_json_load(folder, text, n):
     "Read in blocks of any size, a list has the rows that json.loads gives; what it refuses is refused, but for a comma"
     f = folder / 'rows.json'

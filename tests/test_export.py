@@ -284,7 +284,7 @@ def test_no_room(tuned, monkeypatch, converter):
         export.save_artifact(model, run, 'gguf_q8_0', rows)
 
 
-def test_vllm_that_fails(tuned, tmp_path, monkeypatch):
+def test_vllm_that_fails(tuned, tmp_path, monkeypatch, converter):
     "Asked for as a second witness and not answering: the export is refused, and nothing is kept"
     from unsloth_nb.export import artifacts as export
     from unsloth_nb.core.schema import SpecError

@@ -207,6 +207,7 @@ def test_nobody_is_left_behind(small, tmp_path, no_forks):
     assert len(run.metrics) == steps
 
 
+@pytest.mark.long
 def test_two_machines(small, alone, tmp_path):
     "Two launches that meet on loopback, one rank each, write one run; a signal to the second stops both with a checkpoint, from which both go on"
     import socket
@@ -246,6 +247,7 @@ def test_two_machines(small, alone, tmp_path):
     assert run.result['metrics']['training']['ranks'] == 2
 
 
+@pytest.mark.long
 def test_broken_training_is_said_once(lib, tmp_path):
     "What all ranks raise is raised here as in one process, with the run's last numbers on record; on the embedded model, since the tiny one does not explode"
     from unsloth_nb.training.guards import TrainingError

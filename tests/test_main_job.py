@@ -50,18 +50,14 @@ def test_main_job(main_job, record_property):
     assert 'exact_match' in r.stdout and str(run.path) in r.stdout and 'report.html' in r.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    'main_job,kinds',
-    [(60, ['gguf_q8_0']), pytest.param(WHOLE, ['gguf_q8_0', 'adapter', 'merged_16bit'], marks=pytest.mark.long)],
-    indirect=['main_job'],
-    ids=['60 steps', 'whole'],
-)
-def test_exports(main_job, converter, tmp_path, kinds):
+@pytest.mark.long
+@pytest.mark.parametrize('main_job', [WHOLE], indirect=True)
+def test_exports(main_job, converter, tmp_path):
     "Adapter, merged model and GGUF are loaded by PEFT, transformers and llama.cpp, and answer held-out rows as exactly as the model in memory"
     _, runs, _ = main_job
     run = next(r for r in map(Run, runs.iterdir()) if r.kind == 'finetune')
     rows = 16
+    kinds = 'gguf_q8_0', 'adapter', 'merged_16bit'
     r = subprocess.run(
         [
             sys.executable,
@@ -87,6 +83,5 @@ def test_exports(main_job, converter, tmp_path, kinds):
     for to, e in res['exports'].items():
         assert e['certificate']['passed'], to
         assert abs(e['exact'] - res['in_memory']) <= (1 if to != 'gguf_q8_0' else 2) / rows, to
-    if 'gguf_q8_0' in kinds:
-        (modelfile,) = runs.glob('*/gguf_q8_0/Modelfile')
-        assert f'SYSTEM """{SYSTEM}"""' in modelfile.read_text()  # Which all its rows have
+    (modelfile,) = runs.glob('*/gguf_q8_0/Modelfile')
+    assert f'SYSTEM """{SYSTEM}"""' in modelfile.read_text()  # Which all its rows have

@@ -532,7 +532,7 @@ def test_real_trials(tiny, tmp_path, no_forks):
         ''.join(json.dumps(dict(prompt=f'Say {n}', completion=str(n))) + '\n' for n in range(24))
     )
     (tmp_path / 'grid.yaml').write_text(
-        f'name: real\nparams: {{model: {tiny}, dataset: ./data.jsonl, batch_size: 2, test_size: 8, max_seq_length: 64, max_new_tokens: 4, save_steps: 1, warmup_steps: 1, learning_rate: 4e-3}}\ngrid: {{max_steps: [1, 6]}}\n'
+        f'name: real\nparams: {{model: {tiny}, dataset: ./data.jsonl, batch_size: 2, test_size: 8, max_seq_length: 64, max_new_tokens: 4, save_steps: 1, warmup_steps: 1, learning_rate: 4e-3}}\ngrid: {{max_steps: [1, 40]}}\n'
     )
 
     def kill(run):
@@ -553,12 +553,12 @@ def test_real_trials(tiny, tmp_path, no_forks):
     res = open_sweep('real', tmp_path / 'runs')
     assert [t.state for t in res.trials] == ['finished'] * 2 and [
         [m['step'] for m in res.run_of(t).metrics] for t in res.trials
-    ] == [[1], [1, 2, 3, 4, 5, 6]]
+    ] == [[1], [*range(1, 41)]]
     assert [res.run_of(t).attempt for t in res.trials] == [1, 2] and res.trials[1].run == victim.name
     assert (
         'goes on after step' in (victim.path / 'progress.jsonl').read_text() and (victim.path / 'report.html').exists()
     )
-    assert res.best.number == 1 and 'max_steps=6' in p.stdout
+    assert res.best.number == 1 and 'max_steps=40' in p.stdout
     nb = json.loads((res.path / 'sweep.ipynb').read_text())
     outs = [o for c in nb['cells'] for o in c.get('outputs', [])]
     assert sum('image/png' in o.get('data', {}) for o in outs) == 2 and not [
