@@ -104,10 +104,12 @@ class Call(threading.Thread):
         self.process = None
         self.result = None
         self.log = ''
+        self.being_lost = threading.Lock()
 
     def run(self):
         while self.result is None:
-            self.attempts += 1
+            with self.being_lost:  # Another machine starts when the Volume is again as the lost one had committed it
+                self.attempts += 1
             got = self._once()
             if got and got[0] == 'ok' or self.attempts > self.retries:
                 self.result = got or ('error', RuntimeError('the container was lost'))
@@ -144,11 +146,12 @@ class Call(threading.Thread):
         "The machine is lost, and all that was not committed"
         import psutil
 
-        family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
-        for p in family:
-            p.send_signal(signal.SIGKILL)
-        psutil.wait_procs(family[:-1], 10)
-        self.server.volume.lose()
+        with self.being_lost:
+            family = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
+            for p in family:
+                p.send_signal(signal.SIGKILL)
+            psutil.wait_procs(family[:-1], 10)
+            self.server.volume.lose()
 
 
 class Blocks(BaseHTTPRequestHandler):

@@ -1492,6 +1492,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'unsloth_nb/export/model_cards.py'),
                                                'unsloth_nb.export.model_cards._question': ( 'export/model_cards.html#_question',
                                                                                             'unsloth_nb/export/model_cards.py'),
+                                               'unsloth_nb.export.model_cards._rate': ( 'export/model_cards.html#_rate',
+                                                                                        'unsloth_nb/export/model_cards.py'),
                                                'unsloth_nb.export.model_cards._recipe': ( 'export/model_cards.html#_recipe',
                                                                                           'unsloth_nb/export/model_cards.py'),
                                                'unsloth_nb.export.model_cards._rows_measured': ( 'export/model_cards.html#_rows_measured',

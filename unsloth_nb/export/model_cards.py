@@ -308,6 +308,19 @@ def _batch_of(plan):
     return f'{rows * steps} rows ({rows} x {steps})'
 
 
+_SELDOM = (
+    'min_lr_ratio', 'num_cycles', 'lr_power', 'lr_decay_ratio', 'learning_rate_embedding', 'loraplus_lr_ratio',
+    'adam_beta1', 'adam_beta2', 'adam_epsilon', 'neftune_noise_alpha', 'label_smoothing_factor', 'loss_type',
+)  # fmt: skip
+
+
+def _rate(job):
+    "The learning rate and its course, in words"
+    share = 0 < job.warmup_steps < 1
+    warm_up = f'{job.warmup_steps:.3g} of all steps' if share else f'{job.warmup_steps} steps'
+    return f'{job.lr_scheduler_type}, peak {job.learning_rate:g}, warm-up: {warm_up}'
+
+# %% ../../nbs/export/model_cards.ipynb #636a95ff
 def _recipe(run):
     "How it was trained: what decides the result, as it was in force"
     j = run.job
@@ -324,7 +337,7 @@ def _recipe(run):
         **{
             'frozen weights': _frozen_bits(get('load_in_4bit'), j.load_in_8bit, get('dtype')),
             'computation': get('dtype'),
-            'learning rate': f'{j.lr_scheduler_type}, peak {j.learning_rate:g}, warm-up steps: {j.warmup_steps}',
+            'learning rate': _rate(j),
             'optimizer': f"{get('optim')}, weight decay {j.weight_decay:g}, gradients clipped to {j.max_grad_norm:g}",
             'batch': _batch_of(p) if p else j.batch_size,
             'steps': done.get('steps', j.max_steps or f'{j.num_train_epochs:g} passes over the rows'),
@@ -335,6 +348,8 @@ def _recipe(run):
             'seed': j.seed,
         },
     )
+    if seldom := {k: v for k, v in j.changed().items() if k in _SELDOM}:
+        facts['besides'] = ', '.join(f'{k} {v}' for k, v in seldom.items())
     return markdown_table([('', ''), *facts.items()])
 
 # %% ../../nbs/export/model_cards.ipynb #ad2ae7ac
