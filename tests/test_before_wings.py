@@ -43,6 +43,12 @@ def halfway(run):
     return run
 
 
+def processor(run):
+    "(its name, threads) of the machine that has trained last"
+    plan, capsule = (json.loads((run.path / f).read_text()) for f in ('plan.json', 'capsule.json'))
+    return plan['device']['name'], capsule['threads']
+
+
 def test_read(old):
     "Its record is read as any other"
     assert open_run('before-wings', old.path.parent).status == 'finished'
@@ -53,8 +59,8 @@ def test_read(old):
 @pytest.mark.slow
 def test_goes_on(here, monkeypatch):
     "Stopped half way, it ends with the adapter that it had when nobody stopped it, and nothing has to be allowed"
-    threads = json.loads((here.path / 'capsule.json').read_text())['threads']
-    monkeypatch.setenv('OMP_NUM_THREADS', str(threads))  # With others, sums differ in their last bits
+    machine = processor(here)
+    monkeypatch.setenv('OMP_NUM_THREADS', str(machine[1]))  # With others, sums differ in their last bits
     want = load_file(here.path / 'adapter' / 'adapter_model.safetensors')
     losses = [m['loss'] for m in here.metrics]
     run = resume_run(halfway(here), show=False)
@@ -67,8 +73,7 @@ def test_goes_on(here, monkeypatch):
     assert [m['loss'] for m in run.metrics] == pytest.approx(
         losses, rel=0.03
     )  # The band of the golden traces in bfloat16
-    same_processor = json.loads((here.path / 'plan.json').read_text())['device']['name']
-    if json.loads((run.path / 'plan.json').read_text())['device']['name'] == same_processor:
+    if processor(run) == machine:
         assert [m['loss'] for m in run.metrics] == losses and all((got[n] == want[n]).all() for n in want)
 
 
