@@ -21,14 +21,14 @@ import tempfile
 import time
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
-import yaml
 from unsloth_nb import cli
-from unsloth_nb.core.engine import versions
+from unsloth_nb.core.engine import start_engine, versions
+from unsloth_nb.core.schema import parse_yaml
 from unsloth_nb.core.show import markdown_table
 from unsloth_nb.runs.run import read_json, read_lines, write_json
 from unsloth_nb.training.loading import embedded_model
 
-TABLE = yaml.safe_load(Path(__file__).with_suffix('.yaml').read_text())
+TABLE = parse_yaml(Path(__file__).with_suffix('.yaml').read_text(), 'field_cases.yaml')
 WORST = ('crash', 'wrong', 'unclear', 'not offered', 'right')
 SMALL = '-p max_steps=2 -p max_rows=8 -p test_size=2 -p max_new_tokens=8 -p max_seq_length=512'
 COMMAND = [sys.executable, '-c', 'from unsloth_nb.cli import main; main()']
@@ -496,6 +496,7 @@ def main():
     p.add_argument('--fast', action='store_true', help='without rows that start a process')
     p.add_argument('--out', type=Path, help='JSON; the table goes next to it as .md')
     a = p.parse_args()
+    start_engine()  # Commands run in this process, and the first to import transformers must not be one of them
     cases = a.folder.resolve()
     table = given(cases)
     wanted = a.rows.split(',') if a.rows else [r for r in table if not (a.fast and r in PROCESSES)]
