@@ -210,7 +210,7 @@ def _make_setting(self: ChatPanel):
     )
     self.keep_history = w.Checkbox(
         self.chat.history,
-        description='Earlier turns go along',
+        description='Remember earlier turns',
         indent=False,
         layout=w.Layout(width='auto'),
     )
