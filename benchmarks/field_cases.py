@@ -296,7 +296,7 @@ def tokens_added(inputs):
     write_json(folder / 'tokenizer.json', tokens)
     inputs['tok_bigger'] = folder
     code, text = train(inputs, '-p', f'model={folder}', '-p', f'dataset={inputs["plain16"]}')
-    return judge(code, text, [dict(code=2, sees='embedding|vocab')]), text
+    return judge(code, text, [*FINISHED, dict(code=2, sees='embedding|vocab')]), text  # No row spells the new token
 
 
 def embeddings(inputs):
@@ -492,7 +492,7 @@ def short(text, home):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', type=Path, help='with README.md, data, templates, params and lf')
-    p.add_argument('--rows', help='only these, by comma')
+    p.add_argument('--rows', help='only these, by comma; the others stay in FILE as they are')
     p.add_argument('--fast', action='store_true', help='without rows that start a process')
     p.add_argument('--out', type=Path, help='JSON; the table goes next to it as .md')
     a = p.parse_args()
@@ -500,8 +500,8 @@ def main():
     cases = a.folder.resolve()
     table = given(cases)
     wanted = a.rows.split(',') if a.rows else [r for r in table if not (a.fast and r in PROCESSES)]
-    found = {}
     out = a.out and a.out.absolute()
+    found = read_json(out)['rows'] if a.rows and out and out.exists() else {}
     with tempfile.TemporaryDirectory() as tmp, chdir(tmp):
         os.environ['UNSLOTH_NB_RUNS_DIR'] = str(Path(tmp) / 'runs')
         (Path(tmp) / 'runs').mkdir()
@@ -513,6 +513,7 @@ def main():
             seconds = round(time.perf_counter() - start, 1)
             found[row] = dict(before=before, now=verdict, expected=expected, seen=short(text, tmp), seconds=seconds)
             print(f'{row:4} {verdict:12} (before: {before})', flush=True)
+    found = {row: found[row] for row in table if row in found}
     counts = {v: sum(r['now'] == v for r in found.values()) for v in (*WORST, 'elsewhere')}
     print(counts)
     if out:

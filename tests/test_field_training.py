@@ -401,3 +401,11 @@ def test_plan_of_an_adapter(tmp_path):
     here = dict(target_modules=['q_proj', 'v_proj'], r=8, lora_alpha=32, lora_dropout=0.1)
     adapter, base = (make_plan(FinetuneJob(model=m, **here), None, 'T4') for m in (str(folder), 'llama-3.1-8b'))
     assert adapter.memory == base.memory and adapter.fits
+
+
+def test_without_tokenizer(lib, tmp_path):
+    "A folder without a tokenizer, as a bare `save_pretrained` leaves it: the missing file is named, and where it is to be had"
+    (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='llama')))
+    save_file(dict(x=np.zeros(1, 'float32')), tmp_path / 'model.safetensors')
+    with pytest.raises(SpecError, match='holds no tokenizer.json; copy .* from where the model comes from'):
+        lib.load_tokenizer(FinetuneJob(model=str(tmp_path)))

@@ -10,6 +10,7 @@ __all__ = ['TIE', 'UNLIKELY', 'CONFIDENCE', 'LIMITS', 'FILES', 'make_request', '
 # %% ../../nbs/export/certificate.ipynb #305c9dd6
 import math
 from pathlib import Path
+from statistics import stdev
 from fastcore.basics import patch
 
 from ..core.errors import UnslothNbError
@@ -107,19 +108,19 @@ def token_differences(
     request: dict,  # From `make_request`
     want: dict,  # From `expect`
     got: dict,  # From a witness
-) -> dict:  # tokens; agreement, perplexity_change [fraction]; kl_divergence, max_difference [nats]
+) -> dict:  # tokens; agreement, perplexity_change [fraction]; kl_divergence, max_difference, loss_error [nats]
     "How far two answers are apart at the tokens that count"
     tokens = list(_compared_tokens(want, got))
     n = len(tokens)
-    loss_here = -sum(float(right) for *_, right, _ in tokens) / n
-    loss_there = -sum(float(right) for *_, right in tokens) / n
+    changes = [float(here) - float(there) for *_, here, there in tokens]
     gaps = (abs(float(x) - float(y)) for _, _, p, q, *_ in tokens for x, y in zip(p, q) if x >= max(p) - UNLIKELY)
     return dict(
         tokens=n,
         agreement=sum(_is_as_good(choice, ids, p) for choice, ids, p, *_ in tokens) / n,
         kl_divergence=sum(kl_divergence(p, q) for _, _, p, q, *_ in tokens) / n,
         max_difference=max(gaps, default=0.0),
-        perplexity_change=math.expm1(min(loss_there - loss_here, 50)),
+        perplexity_change=math.expm1(min(sum(changes) / n, 50)),
+        loss_error=stdev(changes) / math.sqrt(n) if n > 1 else 0.0,  # Of the mean change
     )
 
 # %% ../../nbs/export/certificate.ipynb #68c03ad7
@@ -351,6 +352,21 @@ def _at_most(name, value, limit, unit=''):
     return dict(name=name, value=value, limit=f'at most {limit:g}', ok=within, unit=unit)
 
 
+def _perplexity_check(d, limit):
+    "The change of perplexity, which must not be above its limit by more than chance explains: few tokens tell little"
+    from scipy.stats import t
+
+    change = d['perplexity_change']
+    check = _at_most('change of perplexity', change, limit)
+    error = d.get('loss_error', 0.0)
+    if check['ok'] or not error or change is None:
+        return check
+    n = d['tokens']
+    most = math.expm1(math.log1p(limit) + error * t.ppf(CONFIDENCE, n - 1))
+    said = f"{check['limit']}; of {n} tokens, {most:.2g} or less at a confidence of {CONFIDENCE:g}"
+    return check | dict(ok=abs(change) <= most, limit=said)
+
+
 def _same(name, value, want):
     return dict(name=name, value=value, limit=f'{want}', ok=value == want, unit='')
 
@@ -381,7 +397,7 @@ def number_checks(
         _share_at_least('likeliest token', d['agreement'], lim['agreement'], n=d.get('tokens', 0)),
         _at_most('KL divergence', d['kl_divergence'], lim['kl_divergence'], 'nats per token'),
         _at_most('largest difference of a log-probability', d['max_difference'], lim['max_difference'], 'nats'),
-        _at_most('change of perplexity', d['perplexity_change'], lim['perplexity_change']),
+        _perplexity_check(d, lim['perplexity_change']),
         _share_at_least('greedy answers', d['greedy_agreement'], lim['greedy_agreement'], n=d.get('prompts', 0)),
         _at_most('answers that run past their end', d['runs_on'], 0, 'prompts'),
     ]

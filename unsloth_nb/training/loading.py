@@ -144,6 +144,19 @@ def _guard(what, e):
     return SpecError(f"{what} cannot be loaded: {type(e).__name__}: {first}")
 
 
+def _without_tokenizer(folder):
+    "The error for a folder that has no `tokenizer.json`; None for another, and for a Hub id"
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / 'tokenizer.json').exists():
+        return None
+    base = (read_json(folder / 'adapter_config.json') or {}).get('base_model_name_or_path')
+    whose = f'its base model, {base}' if base else 'where the model comes from'
+    return SpecError(
+        f"model: folder {str(folder)!r} holds no tokenizer.json; copy tokenizer.json, tokenizer_config.json and "
+        f"chat_template.jinja into it from {whose}"
+    )
+
+
 def _tokenizer(src, limit):
     from transformers import AutoTokenizer
 
@@ -152,7 +165,7 @@ def _tokenizer(src, limit):
             src.path, revision=src.revision, trust_remote_code=src.remote_code, model_max_length=limit
         )
     except (OSError, ValueError) as e:
-        raise _guard(f"model: the tokenizer of {src.path}", e) from e
+        raise _without_tokenizer(src.path) or _guard(f"model: the tokenizer of {src.path}", e) from e
 
 
 def load_tokenizer(
