@@ -1,6 +1,8 @@
 "Templates as the world has them: what of a row ends up in the text, where its answer ends, and whose fault a refusal is."
 
 import copy
+import subprocess
+import sys
 from datetime import datetime
 import pytest
 from unsloth_nb.core.schema import SpecError
@@ -202,3 +204,14 @@ def test_thinking_or_not_in_the_same_template(spans):
     assert spans(PLAIN, U, A) == [['Four.<|im_end|>']] and spans(PLAIN, U, THOUGHT) == [
         [THOUGHT['content'] + '<|im_end|>']
     ]
+
+
+def test_a_witness_has_the_day_of_the_run(tmp_path):
+    "Plain transformers, in a fresh process, writes the date of the run's own day: an export on another day is judged alike"
+    code = """
+from unsloth_nb.export.witness import as_of
+as_of('2024-07-26T12:00:00')
+from transformers.utils.chat_template_utils import render_jinja_template
+print(render_jinja_template([[]], chat_template="{{ strftime_now('%d %B %Y') }}")[0][0])"""
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert said.stdout.strip() == '26 July 2024', said.stderr

@@ -1640,6 +1640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'unsloth_nb/export/witness.py'),
                                            'unsloth_nb.export.witness._witness_env': ( 'export/witness.html#_witness_env',
                                                                                        'unsloth_nb/export/witness.py'),
+                                           'unsloth_nb.export.witness.as_of': ('export/witness.html#as_of', 'unsloth_nb/export/witness.py'),
                                            'unsloth_nb.export.witness.ask_witness': ( 'export/witness.html#ask_witness',
                                                                                       'unsloth_nb/export/witness.py'),
                                            'unsloth_nb.export.witness.greedy_answers': ( 'export/witness.html#greedy_answers',

@@ -14,6 +14,7 @@ from statistics import stdev
 from fastcore.basics import patch
 
 from ..core.errors import UnslothNbError
+from ..core.template_sandbox import template_time
 from ..data.conversations import Conversation
 from ..core.escaping import markdown_text
 from ..core.show import Markup, markdown_table, number
@@ -44,6 +45,7 @@ def make_request(
         prompts=prompts,
         max_new_tokens=min(model.job.max_new_tokens, 64),
         probes=PROBES,
+        now=template_time('%Y-%m-%dT%H:%M:%S'),  # For templates that write the date
     )
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'log_probabilities', 'greedy_answers', 'render_ids', 'template_sha256', 'tokenizer_facts',
-           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask_witness', 'main']
+           'transformers_answers', 'vllm_answers', 'WitnessError', 'ask_witness', 'as_of', 'main']
 
 # %% ../../nbs/export/witness.ipynb #f5c937a1
 import hashlib
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 from ..core.engine import collector_paused
@@ -309,9 +310,19 @@ def _last_words(stderr, lines):
     return ' / '.join([l.strip() for l in stderr.splitlines() if l.strip()][-lines:])  # vLLM's own are far up
 
 
+def as_of(now: str):  # ISO 8601
+    "Have templates that write the date write this one, in this process: a run's prompts are judged as of its own day"
+    from transformers.utils import chat_template_utils
+
+    then = datetime.fromisoformat(now)
+    chat_template_utils.datetime = type('Then', (datetime,), dict(now=classmethod(lambda cls, tz=None: then)))
+
+
 def main(request, answer):
     "What the fresh process does"
     asked = json.loads(Path(request).read_text())
+    if asked['kind'] == 'transformers' and asked['request'].get('now'):
+        as_of(asked['request']['now'])
     if asked['kind'] == 'gguf':
         from unsloth_nb.export.gguf import llama_cpp_answers
 
