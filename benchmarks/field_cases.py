@@ -485,7 +485,9 @@ def look(row, inputs):
 
 def short(text, home):
     "The last lines of an output, without places"
-    lines = [l.strip() for l in text.replace(str(home), '…').splitlines() if l.strip()]
+    lines = [
+        l.strip() for l in text.replace(str(home), '…').replace(tempfile.gettempdir(), '…').splitlines() if l.strip()
+    ]
     return re.sub(r'(/[\w.+-]+){3,}', '…', ' | '.join(lines[-3:]))[-300:]
 
 
